@@ -1,0 +1,1 @@
+"""Recipes: TOML files and the models they are read into."""

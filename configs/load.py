@@ -1,0 +1,136 @@
+"""Read a recipe from TOML, apply `--set a.b=c`, and say in one line what is wrong with it."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from configs.errors import BadInput
+from configs.schema import Objective, Prompts, Recipe
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe at `path` with `overrides` (each `a.b=value`, the value in TOML's notation) applied.
+
+    Paths inside the recipe are relative to its file and come back resolved.
+    Raises BadInput with the field, what was found and what would be right.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such recipe; give the path of a TOML file, such as configs/quickstart.toml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); give the path of a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(data, override)
+    _resolve_paths(data, path.parent)
+    return validate(data, str(path))
+
+
+def validate(data: dict[str, Any], where: str) -> Recipe:
+    """`data` as a Recipe; BadInput, naming `where` and every wrong field, if it is not one."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise BadInput("\n".join(_describe(where, data, item) for item in error.errors())) from None
+
+
+def dumps(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, every default written out."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """One line for each field that differs: `train.batch_size is 64 there, 128 here`."""
+    left, right = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [
+        f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise BadInput(f"--set {override}: expected field=value, such as --set train.learning_rate=1e-4")
+    table = data
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise BadInput(f"--set {override}: {part} is a value in this recipe, not a table")
+    table[parts[-1]] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string: a shell strips quotes
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    """Make paths that stand beside the recipe absolute, so that a frozen recipe does not depend on where it was read."""
+    for role in ("student", "teacher"):
+        model = data.get(role)
+        if isinstance(model, dict) and isinstance(model.get("recipe"), str):
+            model["recipe"] = str((folder / model["recipe"]).resolve())
+    prompts = data.get("prompts")
+    if isinstance(prompts, dict) and isinstance(prompts.get("path"), str):
+        prompts["path"] = str((folder / prompts["path"]).resolve())
+
+
+def _describe(where: str, data: dict[str, Any], error: Any) -> str:
+    tags = {"prompts": Prompts, "objective": Objective}
+    location = [str(part) for part in error["loc"]]
+    if len(location) > 1 and location[0] in tags:
+        del location[1]  # pydantic names the chosen variant there
+    field = ".".join(location)
+    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{where}: {field}: unknown key; known here: {', '.join(_known(data, location[:-1]))}"
+    if kind == "union_tag_invalid":
+        return f"{where}: {field}.{_tag(field)}: unknown '{error['ctx']['tag']}'; one of {error['ctx']['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{where}: {field}.{_tag(field)}: missing; one of {', '.join(_variants(tags[field]))}"
+    if kind == "missing":
+        return f"{where}: {field}: missing"
+    found = "" if kind == "value_error" else f" (found {error['input']!r})"
+    return f"{where}: {field + ': ' if field else ''}{message}{found}"
+
+
+def _tag(field: str) -> str:
+    return "source" if field == "prompts" else "name"
+
+
+def _variants(union: Any) -> dict[str, type[BaseModel]]:
+    models = get_args(get_args(union)[0])
+    return {get_args((m.model_fields.get("source") or m.model_fields["name"]).annotation)[0]: m for m in models}
+
+
+def _known(data: dict[str, Any], location: list[str]) -> list[str]:
+    """The fields of the table at `location`, for the message about a key that is not among them."""
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if part in ("prompts", "objective"):
+            model = _variants(Prompts if part == "prompts" else Objective)[data[part][_tag(part)]]
+        else:
+            model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return list(model.model_fields)
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

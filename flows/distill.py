@@ -1,0 +1,151 @@
+"""The rounds: each samples from the student that the last one trained."""
+
+import re
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from pydantic import Field
+
+from configs.errors import BadInput
+from configs.load import load
+from configs.schema import Gkd, Model, Recipe
+from storage.store import Artifact, Run, local_folder, round_slot
+from tasks.align import align_shard
+from tasks.evaluate import evaluate_model
+from tasks.models import ModelRef, reference, side
+from tasks.progress import logger
+from tasks.prompts import check_prompts, make_prompts
+from tasks.report import markdown, records, rounds_table
+from tasks.rollout import roll_out, shards
+from tasks.score import score_shard
+from tasks.scratch import make_scratch
+from tasks.train import train_round
+from tasks.vocab import match_vocabularies
+
+
+@flow(name="distill", flow_run_name="distill-{config}", validate_parameters=True)
+def distill(
+    config: Annotated[str, Field(description="recipe: path of a TOML file")],
+    rounds: Annotated[int | None, Field(ge=0, description="go on until the run has so many; default: the recipe's")] = None,
+    at_most: Annotated[int | None, Field(ge=1, description="add at most so many rounds now; for a schedule")] = None,
+    overrides: Annotated[list[str], Field(description="recipe fields to set, each as a.b=c")] = [],
+) -> dict[str, Any]:
+    """Run, or go on with, the run of a recipe. What is committed is not made again; a complete run is left as it is."""
+    recipe = load(config, overrides)
+    run = Run(recipe.root, recipe.name)
+    check(recipe)
+    teacher = _made(recipe, recipe.teacher) if recipe.teacher else None
+    given = None if recipe.student.scratch else _made(recipe, recipe.student)
+    check_pair(recipe, given, teacher)
+    run.freeze(recipe)
+
+    done = run.rounds_done()
+    target = recipe.rounds if rounds is None else rounds
+    if at_most is not None:
+        target = min(target, done + at_most)
+    prompts = make_prompts(recipe)
+    student = given or _local(recipe.student, make_scratch(recipe, prompts["train"]))
+    vocab = match_vocabularies(recipe, student, teacher)
+    if teacher is not None:
+        evaluate_model(recipe, 0, "teacher", teacher, teacher, prompts["eval"])
+    evaluate_model(recipe, 0, "student", student, teacher, prompts["eval"])
+
+    bar = create_progress_artifact(100 * done / max(target, done, 1), key=_slug(recipe.name, "progress"))
+    trainer: Artifact | None = None
+    for number in range(1, target + 1):
+        made = _round(recipe, number, student, teacher, prompts, vocab, trainer)
+        student, trainer = _local(recipe.student, made["student"]), made["trainer"]
+        evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
+        if number > done:
+            table = rounds_table(run.path)
+            create_table_artifact(records(table), key=_slug(recipe.name, "rounds"), description=f"after round {number}")
+            update_progress_artifact(bar, 100 * number / target)  # type: ignore[arg-type]
+            logger.info("round %d: %s", number, _headline(records(table)[-1]))
+    table = rounds_table(run.path)
+    create_markdown_artifact(markdown(table, run.path), key=_slug(recipe.name, "summary"))
+    return {"run": run.path, "rounds": run.rounds_done(), "student": student.path, "table": records(table)}
+
+
+def _round(
+    recipe: Recipe,
+    number: int,
+    student: ModelRef,
+    teacher: ModelRef | None,
+    prompts: dict[str, Artifact],
+    vocab: dict[str, Artifact],
+    trainer: Artifact | None,
+) -> dict[str, Artifact]:
+    """One round: rollouts, scores, alignment, training; stage by stage, so that one model is loaded at a time."""
+    parts = range(shards(recipe.rollout))
+    rollouts = [roll_out(recipe, number, p, student, teacher, prompts["train"]) for p in parts]
+    scores: list[Artifact | None] = [None for _ in parts]
+    if teacher is not None and recipe.objective.name != "sft":
+        scores = [score_shard(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
+    aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p]) for p in parts]
+    return train_round(recipe, number, student, teacher, rollouts, aligned, trainer)
+
+
+def _made(recipe: Recipe, config: Model) -> ModelRef:
+    """The model that `config` names; one that another recipe makes is made first, by the same flow."""
+    if config.recipe is None:
+        assert config.model is not None
+        return reference(config, config.model)
+    overrides = inherited(recipe, config.recipe)
+    maker = load(config.recipe, overrides)
+    distill(config.recipe, overrides=overrides)
+    made = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
+    assert made is not None
+    return _local(config, made)
+
+
+def inherited(recipe: Recipe, path: str) -> list[str]:
+    """What a recipe that makes a model takes from the one that asks for it: the root and the seed."""
+    name = load(path).name
+    return [f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}"]
+
+
+def _local(config: Model, made: Artifact) -> ModelRef:
+    return reference(config, local_folder(made))
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot work before anything is written: the run's folder, the prompts, models that exist already."""
+    Run(recipe.root, recipe.name).check_recipe(recipe)
+    check_prompts(recipe.prompts, recipe.seed)
+    found: dict[str, ModelRef | None] = {}
+    for role in ("student", "teacher"):
+        config: Model | None = getattr(recipe, role)
+        if config is not None and config.recipe is not None:
+            check(load(config.recipe, inherited(recipe, config.recipe)))
+        found[role] = reference(config, config.model) if config is not None and config.model is not None else None
+    check_pair(recipe, found["student"], found["teacher"])
+
+
+def check_pair(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | None) -> None:
+    """Refuse models that exist but do not fit the recipe or each other; None where a model is still to be made."""
+    for ref in (student, teacher):
+        if ref is not None:
+            side(ref).encoder.check(ref.path)
+    if teacher is not None and recipe.score.k > side(teacher).vocabulary.size:
+        raise BadInput(
+            f"score.k = {recipe.score.k} is more than the {side(teacher).vocabulary.size} ids "
+            f"of the teacher's vocabulary ({teacher.path}); set score.k to at most that"
+        )
+    if student is None or teacher is None or not isinstance(recipe.objective, Gkd):
+        return
+    if not side(student).vocabulary.same_as(side(teacher).vocabulary):
+        raise BadInput(
+            f"objective.name = 'gkd' needs one tokenizer on both sides; those of {student.path} and {teacher.path} differ; "
+            "choose objective.name = 'bytes' or 'gold'"
+        )
+
+
+def _headline(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {row[key]}" for key in ("sampled", "greedy", "recovered", "divergence") if row.get(key) is not None)
+
+
+def _slug(*parts: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+

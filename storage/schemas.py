@@ -1,0 +1,131 @@
+"""Arrow schemas of a run's tables: the public contract. Columns may be added, none renamed."""
+
+import pyarrow as pa
+
+_ids = pa.list_(pa.int32())
+_logprobs = pa.list_(pa.float32())
+
+VOCAB = pa.schema(
+    {
+        "token_id": pa.int32(),
+        "bytes": pa.binary(),  # null for special tokens
+        "role": pa.string(),  # text, stop, bos, pad, control
+        "match_id": pa.int32(),  # id of the same class in the other vocabulary; -1: none
+        "prefix_id": pa.int32(),  # the other vocabulary's longest token that is a byte prefix; -1: none
+    }
+)
+
+PROMPTS = pa.schema(
+    {
+        "prompt_id": pa.string(),
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "reference": pa.string(),
+        "metadata": pa.string(),  # JSON
+        "split": pa.string(),  # train, eval
+    }
+)
+
+ROLLOUTS = pa.schema(
+    {
+        "rollout_id": pa.string(),
+        "prompt_id": pa.string(),
+        "round": pa.int32(),
+        "sample": pa.int32(),
+        "source": pa.string(),  # student, teacher, reference
+        "policy": pa.string(),  # digest of the model that wrote it; empty for references
+        "prompt_token_ids": _ids,
+        "token_ids": _ids,  # as sampled, stop included
+        "logprobs": _logprobs,  # of token_ids under the behaviour policy; null where the student did not sample
+        "text": pa.string(),
+        "finish_reason": pa.string(),  # stop, length
+        "seed": pa.int64(),
+        "engine": pa.string(),
+    }
+)
+
+SCORES = pa.schema(
+    {
+        "rollout_id": pa.string(),
+        "teacher": pa.string(),
+        "token_ids": _ids,  # the teacher's own, stop included
+        "logprobs": _logprobs,
+        "top_ids": _ids,  # flat; top_counts says how many belong to each token
+        "top_logprobs": pa.list_(pa.float16()),
+        "top_counts": pa.list_(pa.int16()),
+        "rest": _logprobs,  # log mass outside the top ids
+        "status": pa.string(),  # ok, or why the row was not scored
+    }
+)
+
+ALIGNED = pa.schema(
+    {
+        "rollout_id": pa.string(),
+        "student_ends": _ids,  # exclusive ends in student tokens, one a unit, the stop unit last
+        "teacher_ends": _ids,
+        "byte_ends": _ids,
+        "kind": pa.list_(pa.int8()),  # tasks/tokens/align.py: Kind
+        "student_logprobs": _logprobs,  # a unit's log-prob under the behaviour policy; null where there was none
+        "teacher_logprobs": _logprobs,
+        "status": pa.string(),
+        "supervised_bytes": pa.int32(),  # these four sum to the completion's bytes
+        "unmatched_bytes": pa.int32(),
+        "dropped_bytes": pa.int32(),
+        "tail_bytes": pa.int32(),
+        "units": pa.int32(),  # terms of the loss
+        "canonical": pa.bool_(),  # the ids are what encoding the text gives
+        # The objective's projection of the teacher: one entry a term, in order (tasks/objectives/base.py).
+        "term_starts": _ids,  # student tokens whose next-token distributions the term reads
+        "term_ends": _ids,  # exclusive
+        "term_inside": _ids,  # bytes of the last of them that were read before; null: not used
+        "target_counts": pa.list_(pa.int16()),
+        "target_ids": _ids,  # flat events: student ids, or classes of bytes
+        "target_logprobs": _logprobs,
+        "target_rest": _logprobs,  # log mass outside those events
+        "unmatched_counts": pa.list_(pa.int16()),
+        "unmatched_logprobs": _logprobs,
+    }
+)
+
+STEPS = pa.schema(
+    {
+        "step": pa.int32(),  # counted over the whole run
+        "round": pa.int32(),
+        "loss": pa.float64(),  # nats a unit
+        "grad_norm": pa.float64(),
+        "learning_rate": pa.float64(),
+        "rows": pa.int32(),
+        "units": pa.int64(),
+        "tokens": pa.int64(),  # student tokens, prompt and completion
+        "seconds": pa.float64(),
+    }
+)
+
+EVALS = pa.schema(
+    {
+        "model": pa.string(),  # student, teacher
+        "round": pa.int32(),
+        "decoding": pa.string(),  # greedy, sampled
+        "prompt_id": pa.string(),
+        "sample": pa.int32(),
+        "text": pa.string(),
+        "reference": pa.string(),
+        "score": pa.float64(),
+        "correct": pa.bool_(),
+        "finish_reason": pa.string(),
+        "tokens": pa.int32(),
+        "bytes": pa.int32(),
+        "logprob": pa.float64(),  # of the completion under the model that wrote it
+        "teacher_logprob": pa.float64(),  # under the teacher; null where it was not scored
+        "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats a byte
+    }
+)
+
+SCHEMAS = {
+    "vocab": VOCAB,
+    "prompts": PROMPTS,
+    "rollouts": ROLLOUTS,
+    "scores": SCORES,
+    "aligned": ALIGNED,
+    "steps": STEPS,
+    "evals": EVALS,
+}

@@ -1,0 +1,295 @@
+"""A run's folder: where things lie, and how they are committed.
+
+Everything a stage makes goes through `Run.build_table` and `Run.build_files`: the same inputs, committed here or in another run under the same
+root, are not made again. A file is written under `_tmp/`, closed, fsynced and renamed into place, and its manifest
+last; so a data folder holds finished Parquet only, and a reader who goes by manifests sees whole artifacts only.
+"""
+
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from configs.errors import BadInput
+from configs.load import differences, dumps, validate
+from configs.schema import Recipe
+from storage.lineage import digest_file, digest_folder, digest_json, versions
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed file or folder: the small reference that passes between tasks."""
+
+    path: str
+    digest: str
+    rows: int = 0
+
+
+def round_slot(number: int, *parts: str) -> str:
+    """`round=0003/rollouts/part-00000` and the like."""
+    return posixpath.join(f"round={number:04d}", *parts)
+
+
+def part(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+class Run:
+    """One run's folder under a root, on any fsspec filesystem.
+
+    A *slot* is where an artifact lives, relative to the run and without its ending:
+    `round=0001/scores/part-00000` is that file with `.parquet`, and `_manifests/….json` beside it.
+    """
+
+    def __init__(self, root: str, name: str):
+        self.fs, base = fsspec.url_to_fs(root)
+        self.root, self.name = base.rstrip("/"), name
+        self.path = posixpath.join(self.root, name)
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    # -- what is there --------------------------------------------------------------------------------------------
+
+    def find(self, slot: str, key: str | None = None) -> Artifact | None:
+        """The artifact committed at `slot`, if it is there and (when given) was made under `key`."""
+        manifest = self.manifest(slot)
+        if manifest is None or (key is not None and manifest["key"] != key):
+            return None
+        path = posixpath.join(self.path, manifest["path"])
+        if not self.fs.exists(path):
+            return None
+        return Artifact(self.fs.unstrip_protocol(path) if not self.local else path, manifest["digest"], manifest["rows"])
+
+    def manifest(self, slot: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.fs.cat_file(self._manifest_path(slot)))
+        except FileNotFoundError:
+            return None
+
+    def manifests(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every committed slot of the run with its manifest, in order of the slots."""
+        folder = posixpath.join(self.path, "_manifests")
+        for path in sorted(self.fs.find(folder)) if self.fs.exists(folder) else []:
+            yield posixpath.relpath(path, folder).removesuffix(".json"), json.loads(self.fs.cat_file(path))
+
+    def rounds_done(self) -> int:
+        """How many rounds are complete: a round is, when the student it trained has been evaluated."""
+        number = 0
+        while self.find(round_slot(number + 1, "evals", "student")) is not None:
+            number += 1
+        return number
+
+    # -- making things --------------------------------------------------------------------------------------------
+
+    def build_table(
+        self, slot: str, inputs: dict[str, Any], make: Callable[[], pa.Table], log: Callable[[str], None] = print
+    ) -> Artifact:
+        """The table that `make` gives for `inputs`, committed at `slot`; taken over where the same was made before.
+
+        `inputs` is JSON and names everything that can change the result (digests, options, versions of code).
+        """
+
+        def write(folder: Path) -> dict[str, int]:
+            table = make()
+            write_parquet(table, folder / "table.parquet")
+            return {"table.parquet": table.num_rows}
+
+        return self.build_files({"table.parquet": slot}, inputs, write, log)["table.parquet"]
+
+    def build_files(
+        self,
+        slots: dict[str, str],
+        inputs: dict[str, Any],
+        make: Callable[[Path], dict[str, int]],
+        log: Callable[[str], None] = print,
+    ) -> dict[str, Artifact]:
+        """As `build_table`, for what one piece of work makes at once.
+
+        `make` gets an empty local folder, writes the files and folders named by `slots`, and returns the rows in each.
+        """
+        key = digest_json(inputs)
+        found = {name: self.find(slot, key) or self._take_over(slot, key, log) for name, slot in slots.items()}
+        if complete := {name: artifact for name, artifact in found.items() if artifact is not None}:
+            if len(complete) == len(slots):
+                return complete
+        started = time.monotonic()
+        with self._workspace() as folder:
+            rows = make(folder)
+            seconds = round(time.monotonic() - started, 3)
+            for name, slot in slots.items():
+                made = folder / name
+                digest = digest_folder(made) if made.is_dir() else digest_file(made)
+                place = slot + made.suffix * made.is_file()
+                self._commit(made, place)
+                manifest = {"key": key, "path": place, "digest": digest, "rows": rows[name], "seconds": seconds}
+                self._write_manifest(slot, {**manifest, "inputs": inputs, "versions": versions()})
+        log(f"{', '.join(slots.values())}: {max(rows.values())} rows, {seconds:.1f} s")
+        return {name: artifact for name, slot in slots.items() if (artifact := self.find(slot, key))}
+
+    def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
+        """Link (or copy) what another run under this root committed at the same slot under the same key."""
+        for path in sorted(self.fs.ls(self.root, detail=False)) if self.fs.exists(self.root) else []:
+            other = Run.__new__(Run)
+            other.__dict__ = {**self.__dict__, "name": posixpath.basename(path), "path": path}
+            if other.name == self.name or (found := other.find(slot, key)) is None:
+                continue
+            manifest = other.manifest(slot)
+            assert manifest is not None
+            with self._workspace() as folder:
+                copy = folder / "copy"
+                source = posixpath.join(other.path, manifest["path"])
+                if self.local:
+                    link = shutil.copytree if os.path.isdir(source) else _link
+                    link(source, copy, **({"copy_function": _link} if os.path.isdir(source) else {}))
+                else:
+                    self.fs.get(source, str(copy), recursive=self.fs.isdir(source))
+                self._commit(copy, manifest["path"])
+            self._write_manifest(slot, {**manifest, "taken_from": other.name})
+            log(f"{slot}: {found.rows} rows, taken over from {other.name}")
+            return self.find(slot, key)
+        return None
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Path]:
+        """A folder for half-made things: on the run's own disk where it has one, so that a rename is atomic."""
+        parent = None
+        if self.local:
+            parent = Path(self.path) / "_tmp"
+            parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if parent is not None and not any(parent.iterdir()):
+                parent.rmdir()
+
+    def _commit(self, made: Path, place: str) -> None:
+        target = posixpath.join(self.path, place)
+        if self.local:
+            for file in [made] if made.is_file() else sorted(f for f in made.rglob("*") if f.is_file()):
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            if os.path.isdir(target):
+                os.rename(target, made.parent / "replaced")  # goes with the workspace
+            os.replace(made, target)
+            _fsync_folder(Path(target).parent)
+        else:
+            self.fs.put(str(made), target, recursive=made.is_dir())
+
+    def _write_manifest(self, slot: str, manifest: dict[str, Any]) -> None:
+        self.write_text(posixpath.relpath(self._manifest_path(slot), self.path), json.dumps(manifest, indent=1))
+
+    def _manifest_path(self, slot: str) -> str:
+        return posixpath.join(self.path, "_manifests", slot + ".json")
+
+    # -- small files ----------------------------------------------------------------------------------------------
+
+    def write_text(self, place: str, text: str) -> None:
+        """Write a small file of the run atomically."""
+        with self._workspace() as folder:
+            file = folder / "text"
+            file.write_text(text, encoding="utf-8")
+            self._commit(file, place)
+
+    def read_text(self, place: str) -> str:
+        return self.fs.cat_file(posixpath.join(self.path, place)).decode()
+
+    def frozen_recipe(self) -> Recipe | None:
+        """The recipe this run was started with; None where there is no run yet."""
+        import tomllib
+
+        path = posixpath.join(self.path, "run.toml")
+        if not self.fs.exists(path):
+            return None
+        return validate(tomllib.loads(self.read_text("run.toml")), path)
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse a run folder that belongs to another recipe, or a root that cannot be written. Writes nothing."""
+        if self.fs.exists(self.path) and (frozen := self.frozen_recipe()) is None and self.fs.ls(self.path):
+            raise BadInput(f"{self.path}: not a run folder (no run.toml in it); choose another name or root")
+        frozen = self.frozen_recipe()
+        if frozen is not None and (lines := differences(frozen, recipe)):
+            raise BadInput(
+                f"{self.path}: this run belongs to another recipe: "
+                + "; ".join(lines)
+                + "; give this recipe another name (--set name=…) or go on with the old one"
+            )
+        if self.local:
+            existing = next(p for p in (Path(self.path), *Path(self.path).parents) if p.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK) or _read_only(existing):
+                raise BadInput(f"{self.root}: cannot be written ({existing} is read-only); set root to a folder of yours")
+
+    def freeze(self, recipe: Recipe) -> None:
+        """Write `run.toml`, once."""
+        if self.frozen_recipe() is None:
+            self.write_text("run.toml", dumps(recipe))
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """zstd Parquet with the settings that fit token tables: float values split by byte, ids by dictionary."""
+    floats = [
+        field.name + (".list.element" if pa.types.is_list(field.type) else "")
+        for field in table.schema
+        if pa.types.is_floating(field.type.value_type if pa.types.is_list(field.type) else field.type)
+    ]
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=[f.name for f in table.schema if not pa.types.is_list(f.type) and not pa.types.is_floating(f.type)],
+        column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
+    )
+
+
+def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
+    """A committed table, whole: one shard."""
+    fs, path = fsspec.url_to_fs(artifact.path)
+    with fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=columns)
+
+
+def local_folder(artifact: Artifact) -> str:
+    """A committed folder as a local path; fetched once where the run lies on a remote filesystem."""
+    fs, path = fsspec.url_to_fs(artifact.path)
+    if isinstance(fs, LocalFileSystem):
+        return path
+    target = Path(tempfile.gettempdir()) / f"potstill-{os.getuid()}" / artifact.digest
+    if not target.exists():
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            fs.get(path, f"{folder}/fetched", recursive=True)
+            os.replace(f"{folder}/fetched", target)
+    return str(target)
+
+
+def _link(source: str, target: str | Path) -> None:
+    """A hard link: committed files are never changed. A copy where the disk cannot link."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Generate completions and score sequences, behind one small protocol."""

@@ -1,0 +1,49 @@
+"""Sampling that depends on a seed and a position only, never on the batch."""
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from tasks.engines.base import Sampling
+
+MASK32 = 0xFFFFFFFF
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Murmur3's 32-bit finaliser on int64 tensors that hold 32-bit values."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK32
+    return x ^ (x >> 16)
+
+
+def gumbel(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
+    """Standard Gumbel noise `[rows, size]`, float32: a counter-based function of (seed, position, id)."""
+    row = _mix(_mix(seeds & MASK32) ^ ((seeds >> 32) & MASK32)) + 0x9E3779B9 * (position + 1)
+    ids = torch.arange(size, device=seeds.device) * 0x85EBCA77
+    bits = _mix(_mix((row & MASK32)[:, None] ^ (ids & MASK32)[None, :]) + (row & MASK32)[:, None] & MASK32)
+    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24  # never 0 or 1
+    return -torch.log(-torch.log(uniform))
+
+
+class SeededSampler(LogitsProcessor):
+    """Makes greedy search sample: adds each row's own Gumbel noise, whose maximum is a sample (Gumbel-max).
+
+    Keeps the log-prob of every token it chose; `size` is the vocabulary without padded rows of the head.
+    """
+
+    def __init__(self, seeds: torch.Tensor, sampling: Sampling, size: int):
+        self.seeds, self.greedy, self.size = seeds, sampling.temperature == 0, size
+        self.warpers = LogitsProcessorList()
+        if not self.greedy and sampling.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if not self.greedy and sampling.top_k:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if not self.greedy and sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logprobs = self.warpers(input_ids, scores[:, : self.size].float()).log_softmax(-1)
+        noisy = logprobs if self.greedy else logprobs + gumbel(self.seeds, len(self.logprobs), self.size)
+        chosen = noisy.argmax(-1, keepdim=True)
+        self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)

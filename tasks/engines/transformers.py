@@ -1,0 +1,114 @@
+"""The embedded engine: a transformers model in this process, on the CPU or one GPU."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import transformers
+from transformers import GenerationConfig
+
+from tasks.engines.base import Completion, Sampling, TokenScores
+from tasks.engines.sampling import SeededSampler
+from tasks.models import ModelRef, check_head, device_of, hidden_states, load_weights, logits_of, side
+
+SCORE_CHUNK = 1024  # positions whose full logits exist at once
+
+
+class TransformersEngine:
+    def __init__(self, ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384):
+        """`batch_size` sequences are generated at once; `batch_tokens`, padding included, are scored at once."""
+        self.name = f"transformers-{transformers.__version__}"
+        self.side, self.batch_size, self.batch_tokens = side(ref), batch_size, batch_tokens
+        self.device = device_of(ref)
+        self.model = load_weights(ref).eval().to(self.device)  # type: ignore[arg-type]
+        self.model.generation_config = GenerationConfig()  # a model's own top_k and penalties are not the recipe's
+        self.size = min(len(self.side.beta.values), self.model.get_output_embeddings().weight.shape[0])
+        check_head(self.model, ref.path, self.size)
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+        results: list[Completion | None] = [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            width = max(len(prompts[i]) for i in rows)
+            pad = self.side.pad_id
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in rows], device=self.device)
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=self.device)
+            sampler = SeededSampler(torch.tensor([seeds[i] for i in rows], device=self.device), sampling, self.size)
+            config = GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.side.stop_ids, pad_token_id=pad
+            )
+            output = self.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=[sampler])
+            sampled = output[:, width:].cpu().numpy()
+            logprobs = torch.stack(sampler.logprobs, 1).cpu().numpy()
+            stopped = np.isin(sampled, self.side.stop_ids)
+            lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, sampled.shape[1])
+            for row, i in enumerate(rows):
+                n = lengths[row]
+                results[i] = Completion(sampled[row, :n].tolist(), logprobs[row, :n].tolist())
+        return [result for result in results if result is not None]
+
+    @torch.inference_mode()
+    def score(self, prompts: list[list[int]], completions: list[list[int]], k: int, top_p: float) -> list[TokenScores]:
+        results: list[TokenScores | None] = [None] * len(prompts)
+        lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+        for rows in length_batches(lengths, self.batch_tokens):
+            width = max(lengths[i] for i in rows)
+            pad = self.side.pad_id
+            ids = torch.tensor([prompts[i] + completions[i] + [pad] * (width - lengths[i]) for i in rows], device=self.device)
+            hidden = hidden_states(self.model, ids)
+            row = torch.tensor([r for r, i in enumerate(rows) for _ in completions[i]], device=self.device)
+            time = torch.tensor([len(prompts[i]) + t for i in rows for t in range(len(completions[i]))], device=self.device)
+            actual = ids[row, time]
+            parts = [
+                self._score_positions(hidden[row[at], time[at] - 1], actual[at], k, top_p)
+                for at in torch.arange(len(row), device=self.device).split(SCORE_CHUNK)
+            ]
+            logprobs, top_ids, top_logprobs, counts, rest = (np.concatenate(column) for column in zip(*parts, strict=True))
+            tokens = np.cumsum([0, *(len(completions[i]) for i in rows)])
+            entries = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            for r, i in enumerate(rows):
+                low, high = tokens[r], tokens[r + 1]
+                span = slice(entries[low], entries[high])
+                results[i] = TokenScores(
+                    logprobs[low:high], top_ids[span], top_logprobs[span], counts[low:high], rest[low:high]
+                )
+        return [result for result in results if result is not None]
+
+    def _score_positions(self, hidden: torch.Tensor, actual: torch.Tensor, k: int, top_p: float) -> tuple[np.ndarray, ...]:
+        logits = logits_of(self.model, hidden, self.size)
+        logprobs = logits - logits.logsumexp(-1, keepdim=True)
+        stops = torch.tensor(self.side.stop_ids, device=self.device)
+        chosen = logprobs.gather(1, actual[:, None])[:, 0]
+        chosen = torch.where(torch.isin(actual, stops), logprobs[:, stops].logsumexp(-1), chosen)
+        top, top_ids = logprobs.topk(min(k, self.size))
+        cumulative = top.exp().cumsum(-1)
+        counts = (cumulative < top_p).sum(-1).add(1).clamp(max=top.shape[1])
+        keep = torch.arange(top.shape[1], device=self.device) < counts[:, None]
+        # The rest is summed itself where it is small, so that it does not drown in 1 - (almost 1).
+        rest = logprobs.scatter(1, top_ids.where(keep, top_ids[:, :1]), -torch.inf).logsumexp(-1)
+        return (
+            chosen.cpu().numpy(),
+            top_ids[keep].to(torch.int32).cpu().numpy(),
+            top[keep].to(torch.float16).cpu().numpy(),
+            counts.to(torch.int16).cpu().numpy(),
+            rest.float().cpu().numpy(),
+        )
+
+
+def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows in batches of similar length, each at most `budget` tokens with padding (a longer row stands alone)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@lru_cache(maxsize=1)
+def engine(ref: ModelRef, batch_size: int, batch_tokens: int) -> TransformersEngine:
+    """The engine for a model; one at a time stays loaded, so the shards of a stage share it."""
+    return TransformersEngine(ref, batch_size, batch_tokens)

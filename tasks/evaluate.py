@@ -1,0 +1,155 @@
+"""The evaluation stage: greedy and sampled accuracy on held-out prompts, and the distance to the teacher."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.schema import Recipe
+from storage.schemas import EVALS
+from storage.store import Artifact, Run, read_table, round_slot
+from tasks.engines.base import Sampling
+from tasks.engines.transformers import engine
+from tasks.models import ModelRef, side
+from tasks.progress import logger, progress
+from tasks.prompts import gym_dataset
+from tasks.rollout import ENGINE
+from tasks.score import teacher_ids
+from tasks.seeds import derive
+from tasks.tokens.token_bytes import split_completion
+
+CODE = 1
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate_model(
+    recipe: Recipe, number: int, role: str, model: ModelRef, teacher: ModelRef | None, prompts: Artifact
+) -> Artifact:
+    """`round=…/evals/student` (or `teacher`): completions of the eval prompts, their scores, their divergence."""
+    run = Run(recipe.root, recipe.name)
+    inputs = {
+        "stage": "evals",
+        "code": CODE,
+        "engine": ENGINE,
+        "model": model.identity,
+        "teacher": teacher.identity if teacher else None,
+        "prompts": prompts.digest,
+        "recipe": recipe.evaluate.model_dump(),
+        "rollout": recipe.rollout.model_dump(),
+        "seed": recipe.seed,
+        "role": role,
+        "round": number,
+    }
+
+    def make() -> pa.Table:
+        rows = read_table(prompts).to_pylist()
+        records = completions(recipe, number, role, model, rows)
+        if teacher is not None:
+            _teacher_logprobs(recipe, records, model, teacher, {row["prompt_id"]: row["messages"] for row in rows})
+        return pa.Table.from_pylist(records, EVALS)
+
+    return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
+
+
+def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One greedy and `evaluate.samples` sampled completions of every prompt, graded."""
+    config, text_side = recipe.rollout, side(model)
+    stops, score = set(text_side.stop_ids), scorer(recipe.evaluate.scorer)
+    rendered = [text_side.render(row["messages"]) for row in rows]
+    generator = engine(model, config.batch_size, recipe.score.batch_tokens)
+    records = []
+    with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:
+        for decoding, samples in (("greedy", 1), ("sampled", recipe.evaluate.samples)):
+            temperature = 0.0 if decoding == "greedy" else config.temperature
+            sampling = Sampling(config.max_new_tokens, temperature, config.top_p, config.top_k)
+            for sample in range(samples):
+                # The same seeds in every round: the figures differ by the model alone.
+                seeds = [derive(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
+                for row, completion in zip(rows, generator.generate(rendered, seeds, sampling), strict=True):
+                    text, _ = split_completion(text_side.beta, completion.ids, stops)
+                    value = score(text, row)
+                    records.append(
+                        {
+                            "model": role,
+                            "round": number,
+                            "decoding": decoding,
+                            "prompt_id": row["prompt_id"],
+                            "sample": sample,
+                            "text": text,
+                            "reference": row["reference"],
+                            "score": value,
+                            "correct": value >= 1.0,
+                            "finish_reason": "stop" if completion.ids[-1] in stops else "length",
+                            "tokens": len(completion.ids),
+                            "bytes": len(text.encode()),
+                            "logprob": float(np.sum(completion.logprobs, dtype=np.float64)),
+                            "token_ids": completion.ids,
+                        }
+                    )
+                advance(len(rows))
+    return records
+
+
+def _teacher_logprobs(
+    recipe: Recipe, records: list[dict[str, Any]], model: ModelRef, teacher: ModelRef, messages: dict[str, Any]
+) -> None:
+    own, other = side(model), side(teacher)
+    ids = teacher_ids(records, other, own.vocabulary.same_as(other.vocabulary))
+    able = [i for i, completion in enumerate(ids) if completion]
+    grader = engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
+    prompts = [other.render(messages[records[i]["prompt_id"]]) for i in able]
+    for i, scores in zip(able, grader.score(prompts, [ids[i] or [] for i in able], 1, 1.0), strict=True):
+        record = records[i]
+        record["teacher_logprob"] = float(scores.logprobs.sum(dtype=np.float64))
+        record["divergence"] = (record["logprob"] - record["teacher_logprob"]) / max(record["bytes"], 1)
+
+
+def scorer(kind: str):
+    """`score(text, prompt row) -> float`: the task's own scorer where the prompt knows its task, else exact match."""
+    datasets: dict[str, Any] = {}
+
+    def score(text: str, row: dict[str, Any]) -> float:
+        metadata = json.loads(row["metadata"] or "{}")
+        if kind == "task" and "entry" in metadata:
+            from reasoning_gym.utils import extract_answer
+
+            name = json.dumps([metadata["task"], metadata["options"]])
+            dataset = datasets.get(name) or datasets.setdefault(name, gym_dataset(metadata["task"], metadata["options"]))
+            return float(dataset.score_answer(extract_answer(text) or text.strip(), metadata["entry"]))
+        return float(text.strip() == (row["reference"] or "").strip())
+
+    return score
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A share with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def accuracy(evals: pl.DataFrame) -> Estimate:
+    """Share of correct completions, with a Wilson interval for as many independent draws as the prompts amount to.
+
+    Samples of one prompt are not independent: the effective number is p(1-p) over the variance of the mean of the
+    prompts' own shares.
+    """
+    shares = evals.group_by("prompt_id").agg(pl.col("correct").mean())["correct"].to_numpy()
+    n, p = len(shares), float(shares.mean())
+    variance = float(shares.var(ddof=1)) / n if n > 1 else 0.0
+    effective = max(p * (1 - p) / variance, n) if variance > 0 else n
+    z = 1.959964
+    centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * math.sqrt(p * (1 - p) / effective + z * z / (4 * effective**2))
+    return Estimate(p, max(centre - half, 0.0), min(centre + half, 1.0))

@@ -1,0 +1,189 @@
+"""Load models and tokenizers. The one place that decides on device, dtype and attention."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from configs.errors import BadInput
+from configs.schema import Model
+from storage.lineage import digest_folder, digest_json
+from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
+from tasks.tokens.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as stages are told of it: where it lies, what it is, how to use it."""
+
+    path: str
+    digest: str
+    rendering: str = "chat"
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+    def at(self, path: str, digest: str) -> "ModelRef":
+        """The same use of another checkpoint."""
+        return replace(self, path=path, digest=digest)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of it can change a result, for keys: not the path, not the device."""
+        return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
+
+
+def reference(config: Model, path: str) -> ModelRef:
+    """A ModelRef for the weights at `path` (a folder or hub id), used as `config` says."""
+    use = {k: getattr(config, k) for k in ("rendering", "dtype", "device", "attention", "trust_remote_code")}
+    if Path(path).is_dir():
+        return ModelRef(path, digest_folder(path), **use)
+    return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+
+
+def _hub_commit(name: str, trust_remote_code: bool) -> str | None:
+    from transformers import AutoConfig
+
+    with _explained(name):
+        return getattr(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), "_commit_hash", None)
+
+
+class _explained:
+    """Turns transformers' ways of failing to load into one message."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError)):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BadInput(
+                f"{self.name}: no such model, or not one that transformers can load ({reason[:300]}); "
+                "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
+            ) from None
+
+
+class Side:
+    """A model's text side, without its weights: tokenizer, bytes, stop ids, rendering of prompts."""
+
+    def __init__(self, ref: ModelRef):
+        self.ref = ref
+        with _explained(ref.path):
+            self.tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+        if ref.rendering == "chat" and not self.tokenizer.chat_template:
+            raise BadInput(
+                f"{ref.path}: its tokenizer has no chat template, and the prompts are chats; "
+                "set rendering = 'plain' for this model, or choose one with a template"
+            )
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Ids that end a completion, the tokenizer's own end token first."""
+        try:
+            configured = GenerationConfig.from_pretrained(self.ref.path).eos_token_id
+        except OSError:
+            configured = None
+        ids = [self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+        stops = list(dict.fromkeys(i for i in ids if i is not None))
+        if not stops:
+            raise BadInput(f"{self.ref.path}: no end token in its tokenizer or generation config; set eos_token there")
+        return stops
+
+    @cached_property
+    def beta(self) -> TokenBytes:
+        return token_bytes(self.tokenizer, self.stop_ids, self.ref.path)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        pieces = self.tokenizer.convert_ids_to_tokens(list(range(len(self.beta.values))))
+        return Vocabulary(self.beta, self.stop_ids, [piece or "" for piece in pieces])
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.beta)
+
+    @property
+    def pad_id(self) -> int:
+        return self.stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids of a prompt, up to where the completion starts."""
+        if self.ref.rendering == "plain":
+            return self.tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+@lru_cache(maxsize=8)
+def side(ref: ModelRef) -> Side:
+    """The text side of a model, loaded once a process."""
+    return Side(ref)
+
+
+def device_of(ref: ModelRef) -> torch.device:
+    if ref.device != "auto":
+        return torch.device(ref.device)
+    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def dtype_of(ref: ModelRef) -> torch.dtype:
+    if ref.dtype != "auto":
+        return getattr(torch, ref.dtype)
+    device = device_of(ref)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the CPU in `dtype` (default: what the reference says for use outside training)."""
+    with _explained(ref.path):
+        return AutoModelForCausalLM.from_pretrained(
+            ref.path,
+            dtype=dtype or dtype_of(ref),
+            attn_implementation=ref.attention,
+            trust_remote_code=ref.trust_remote_code,
+            use_safetensors=True,
+        )
+
+
+def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden states `[batch, time, hidden]` of right-padded `ids`.
+
+    Causal attention never looks at padding on the right, so no mask is passed and the fast kernels stay available.
+    """
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def logits_of(model: PreTrainedModel, hidden: torch.Tensor, size: int) -> torch.Tensor:
+    """float32 logits `[…, size]` of hidden states: padded rows of the head are not ids and are cut off."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)[..., :size].float()
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def check_head(model: PreTrainedModel, name: str, size: int) -> None:
+    """Refuse a model whose own logits are not `logits_of` its hidden states: some families post-process them."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.inference_mode():
+        own = model(input_ids=ids, use_cache=False).logits[..., :size].float()
+        ours = logits_of(model, hidden_states(model, ids), size)
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
+        raise BadInput(
+            f"{name}: the model changes its logits behind the head in a way this version does not know "
+            f"(largest difference {float((own - ours).abs().max()):.3g}); choose another model"
+        )
+
+
+def as_json(ref: ModelRef) -> dict[str, Any]:
+    return asdict(ref)

@@ -1,0 +1,119 @@
+"""What objectives share: both sides of a shard's rows going in, terms with targets coming out.
+
+A *term* is one summand of the loss: a unit, a position or a byte. It reads the student's next-token distributions at
+the tokens `start … end - 1` and has a target: log masses on a few events, and the log mass of the rest.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from tasks.tokens.align import Units, offsets_of
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The rows of one shard, both sides flat. Dropped rows have no tokens. Stops are among the tokens, last in a row."""
+
+    student_ids: np.ndarray
+    student_offsets: np.ndarray  # [rows + 1]
+    teacher_ids: np.ndarray
+    teacher_offsets: np.ndarray
+    stops: np.ndarray  # bool [rows]: the last token of both sides is a stop
+    teacher_logprobs: np.ndarray  # float64, of teacher_ids
+    top_ids: np.ndarray  # teacher ids, flat; the signal of teacher token j is top_offsets[j]:top_offsets[j + 1]
+    top_logprobs: np.ndarray  # float64; with `rest` they sum to 1 exactly
+    top_offsets: np.ndarray
+    rest: np.ndarray
+    units: Units
+
+    @property
+    def rows(self) -> int:
+        return len(self.stops)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Terms of all rows with their targets, flat; row r's terms are `offsets[r]:offsets[r + 1]`."""
+
+    offsets: np.ndarray
+    starts: np.ndarray  # first student token read, counted in the row
+    ends: np.ndarray  # exclusive
+    counts: np.ndarray  # explicit events of each term's target
+    ids: np.ndarray  # those events, flat: student ids or classes of bytes
+    logprobs: np.ndarray
+    rest: np.ndarray  # log mass outside them
+    supervised: np.ndarray  # [rows] bytes that a term speaks of
+    inside: np.ndarray | None = None  # bytes of the last token that are already read (`bytes` only)
+    unmatched_counts: np.ndarray | None = None  # sorted log masses that have no event (`gold` only)
+    unmatched_logprobs: np.ndarray | None = None
+
+    def columns(self) -> dict[str, pa.Array]:
+        """The `aligned` columns that training reads."""
+        events = offsets_of(self.counts)[self.offsets]
+        columns = {
+            "units": pa.array(np.diff(self.offsets), pa.int32()),
+            "term_starts": ragged(self.starts, self.offsets, pa.int32()),
+            "term_ends": ragged(self.ends, self.offsets, pa.int32()),
+            "target_counts": ragged(self.counts, self.offsets, pa.int16()),
+            "target_ids": ragged(self.ids, events, pa.int32()),
+            "target_logprobs": ragged(self.logprobs, events, pa.float32()),
+            "target_rest": ragged(self.rest, self.offsets, pa.float32()),
+        }
+        if self.inside is not None:
+            columns["term_inside"] = ragged(self.inside, self.offsets, pa.int32())
+        if self.unmatched_counts is not None and self.unmatched_logprobs is not None:
+            bounds = offsets_of(self.unmatched_counts)[self.offsets]
+            columns["unmatched_counts"] = ragged(self.unmatched_counts, self.offsets, pa.int16())
+            columns["unmatched_logprobs"] = ragged(self.unmatched_logprobs, bounds, pa.float32())
+        return columns
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A chunk of terms as tensors; positions count from the chunk's first."""
+
+    actual: torch.Tensor  # [positions] the student's tokens
+    start: torch.Tensor  # [terms]
+    end: torch.Tensor  # [terms], exclusive
+    inside: torch.Tensor  # [terms]
+    ids: torch.Tensor  # [terms, K], padded with 0
+    logprobs: torch.Tensor  # [terms, K], padded with -inf
+    rest: torch.Tensor  # [terms]
+    unmatched: torch.Tensor  # [terms, K'], padded with -inf
+
+
+class ObjectiveModule(nn.Module):
+    """One objective for one pair of vocabularies. A module, so that its tables move to the device with the student."""
+
+    def project(self, pairing: Pairing) -> Projection:
+        """The terms and targets of a shard (the align stage)."""
+        raise NotImplementedError
+
+    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """Loss of each term in nats, `[terms]`, from the student's log-probs `[positions, V]` (the train stage)."""
+        raise NotImplementedError
+
+
+def ragged(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    """A list column from flat values and row bounds."""
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).cast(kind))
+
+
+def expand(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All indices of the ranges `[start, end)` one after another, and which range each is from."""
+    counts = np.maximum(ends - starts, 0)
+    owner = np.repeat(np.arange(len(starts)), counts)
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + starts[owner], owner
+
+
+def add_up(owner: np.ndarray, ids: np.ndarray, masses: np.ndarray, owners: int) -> tuple[np.ndarray, ...]:
+    """Sum masses that fall on the same (owner, id). Returns counts an owner, ids, masses, in order of owner and id."""
+    if not len(ids):
+        return np.zeros(owners, np.int64), ids, masses
+    width = int(ids.max()) + 1
+    keys, inverse = np.unique(owner * width + ids, return_inverse=True)
+    return np.bincount(keys // width, minlength=owners), keys % width, np.bincount(inverse, masses, len(keys))

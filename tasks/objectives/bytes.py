@@ -1,0 +1,154 @@
+"""`bytes`: the divergence of both models' next-byte laws, where the teacher stands on a boundary (MATHS.md §5).
+
+Whatever their tokens are, both models say something about the next byte of the completion. On a boundary of its own
+tokens a model's law is read from the first bytes of its next token; but the text so far could also have been on its way
+through a longer token, so tokens that start with the last token's bytes and go on are added (the *cover*). Inside a
+token the law is that of the tokens that share the bytes read so far and go on.
+Classes: 0…255 the next byte, 256 the stop; ids that are neither (control, padding) are the rest.
+"""
+
+import numpy as np
+import torch
+
+from configs.schema import Bytes
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand
+from tasks.objectives.divergences import bucketed
+from tasks.tokens.align import byte_ends, offsets_of, rows_of, within
+from tasks.tokens.vocabulary import Vocabulary
+
+STOP, REST, CLASSES = 256, 257, 258
+TINY = 1e-12
+
+
+def first_classes(vocabulary: Vocabulary) -> np.ndarray:
+    """The class of each id at a boundary, int64 `[V]`."""
+    classes = np.full(vocabulary.size, REST, np.int64)
+    classes[vocabulary.order] = vocabulary.byte_at(vocabulary.order, np.zeros(len(vocabulary.order), np.int64))
+    classes[vocabulary.stop_ids] = STOP
+    return classes
+
+
+class BytesObjective(ObjectiveModule):
+    def __init__(self, config: Bytes, student: Vocabulary, teacher: Vocabulary):
+        super().__init__()
+        self.config, self.student, self.teacher = config, student, teacher
+        self.register_buffer("first", torch.tensor(first_classes(student)), persistent=False)
+        self.register_buffer("order", torch.tensor(student.order), persistent=False)
+        self.register_buffer("flat", torch.tensor(student.flat.astype(np.int64)), persistent=False)
+        self.register_buffer("starts", torch.tensor(student.starts), persistent=False)
+        self.register_buffer("lengths", torch.tensor(student.lengths.astype(np.int64)), persistent=False)
+        for name, table in zip(("low", "equal", "high"), student.prefix_ranges, strict=True):
+            self.register_buffer(name, torch.tensor(table), persistent=False)
+
+    # -- the teacher's side, in the align stage ------------------------------------------------------------------------
+
+    def project(self, pairing: Pairing) -> Projection:
+        counts, classes, masses = self.teacher_laws(pairing)
+        row = rows_of(pairing.teacher_offsets)
+        ends = byte_ends(self.teacher.lengths[pairing.teacher_ids], pairing.teacher_offsets)
+        begins = ends - self.teacher.lengths[pairing.teacher_ids]  # where the teacher stands before each of its tokens
+        token, inside = self._student_place(pairing, row, begins)
+        keep = token >= 0
+
+        # Where the student is inside a token, it cannot stop: the teacher's law is taken given that it does not.
+        owner = np.repeat(np.arange(len(row)), counts)
+        wanted = keep[owner] & (classes != REST) & ~((inside[owner] > 0) & (classes == STOP))
+        stop_mass = np.bincount(owner[classes == STOP], masses[classes == STOP], len(row)) * (inside > 0)
+        masses = masses / np.maximum(1 - stop_mass, TINY)[owner]
+        covered = np.bincount(owner[wanted], masses[wanted], len(row))
+        # Terms read the distribution that chose the last token, for its cover, and the one after it.
+        starts = np.where((inside == 0) & (token > 0), token - 1, token)
+        with np.errstate(divide="ignore"):
+            return Projection(
+                offsets_of(np.bincount(row[keep], minlength=pairing.rows)),
+                starts[keep],
+                token[keep] + 1,
+                np.bincount(owner[wanted], minlength=len(row))[keep],
+                classes[wanted],
+                np.log(masses[wanted]),
+                np.log(np.maximum(1 - covered, 0))[keep],
+                np.bincount(row[keep & (self.teacher.lengths[pairing.teacher_ids] > 0)], minlength=pairing.rows),
+                inside=inside[keep],
+            )
+
+    def teacher_laws(self, pairing: Pairing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The law before each teacher token, covers applied: counts a token, classes, masses (sparse)."""
+        vocabulary, ids = self.teacher, pairing.teacher_ids
+        owner = np.repeat(np.arange(len(ids)), np.diff(pairing.top_offsets))
+        mass = np.exp(pairing.top_logprobs)
+        classes = first_classes(vocabulary)[pairing.top_ids]
+        rest = np.exp(pairing.rest)
+
+        # The cover of token j, read from the distribution that chose token j - 1.
+        after = np.flatnonzero(within(pairing.teacher_offsets) > 0)
+        previous = ids[after - 1]
+        low, equal, high = vocabulary.prefix_range(previous, vocabulary.lengths[previous])
+        entries, boundary = expand(pairing.top_offsets[after - 1], pairing.top_offsets[after])
+        rank = vocabulary.rank[pairing.top_ids[entries]]
+        longer = (rank >= equal[boundary]) & (rank < high[boundary])
+        same = (rank >= low[boundary]) & (rank < equal[boundary])
+        path = np.ones(len(ids))
+        path[after] = np.maximum(
+            np.bincount(boundary[same], mass[entries[same]], len(after)), np.exp(pairing.teacher_logprobs[after - 1])
+        )
+        cover, at = entries[longer], boundary[longer]
+        cover_class = vocabulary.byte_at(pairing.top_ids[cover], vocabulary.lengths[previous[at]]).astype(np.int64)
+        total = path + np.bincount(after[at], mass[cover], len(ids))
+        tokens = np.arange(len(ids))
+        where = np.concatenate([owner, tokens, after[at]])
+        masses = np.concatenate([mass * path[owner], rest * path, mass[cover]]) / total[where]
+        return add_up(where, np.concatenate([classes, np.full(len(ids), REST), cover_class]), masses, len(ids))
+
+    def _student_place(self, pairing: Pairing, row: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For byte `at` of each row: the student token that holds the next byte, and how many of its bytes come before.
+
+        A token of -1 where the student has none there. The stop stands behind the last byte, on both sides.
+        """
+        lengths = self.student.lengths[pairing.student_ids]
+        ends = byte_ends(lengths, pairing.student_offsets)
+        span = max(int(ends.max(initial=0)), int(at.max(initial=0))) + 2
+        s_row = rows_of(pairing.student_offsets)
+        # A stop has no bytes: give it one, so that it holds the place behind the last.
+        found = np.searchsorted(s_row * span + ends + (lengths == 0), row * span + at, side="right")
+        held = (found < len(ends)) & (np.append(s_row, -1)[found] == row)
+        found = np.minimum(found, len(ends) - 1)
+        inside = at - (ends - lengths)[found]
+        return np.where(held, found - pairing.student_offsets[row], -1), np.where(held, inside, 0)
+
+    # -- the student's side, in the train stage ------------------------------------------------------------------------
+
+    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        law = self.student_laws(logprobs, terms)
+        student = law.gather(1, terms.ids).clamp(min=TINY).log().masked_fill(terms.logprobs.isneginf(), -torch.inf)
+        return bucketed(terms.logprobs, terms.rest, student, self.config.beta)
+
+    def student_laws(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """The student's law at each term, `[terms, 258]`: (cover + path · first) / (Σ cover + path)."""
+        mass = logprobs.exp()
+        last = terms.end - 1
+        covered = terms.end - terms.start == 2  # on a boundary behind a token
+        read = covered | (terms.inside > 0)  # bytes of a token have been read that a longer token may share
+        token = terms.actual[terms.start]
+        at = self.starts[token] + torch.where(covered, self.lengths[token], terms.inside) - 1
+        at = at.clamp(min=0)
+        low, equal, high = (torch.where(read, table[at], 0) for table in (self.low, self.equal, self.high))
+
+        cover = mass.new_zeros(len(last), CLASSES)
+        place, term = _ragged(equal, high)
+        longer = self.order[place]
+        byte = self.flat[self.starts[longer] + (at - self.starts[token])[term] + 1]
+        cover = cover.view(-1).index_add(0, term * CLASSES + byte, mass[terms.start[term], longer]).view_as(cover)
+
+        place, term = _ragged(torch.where(covered, low, 0), torch.where(covered, equal, 0))
+        path = (~read).to(mass.dtype).index_add(0, term, mass[terms.start[term], self.order[place]])
+        first = mass.new_zeros(len(mass), CLASSES).index_add(1, self.first, mass)
+        law = cover + path[:, None] * first[last]
+        return law / law.sum(-1, keepdim=True).clamp(min=TINY)
+
+
+def _ragged(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All indices of the ranges one after another, and which range each is from."""
+    counts = (ends - starts).clamp(min=0)
+    owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
+    before = counts.cumsum(0) - counts
+    return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner

@@ -1,0 +1,48 @@
+"""Divergences between two distributions over the same few events, and the bucket for the rest (MATHS.md §4)."""
+
+from typing import Literal
+
+import torch
+
+# Log masses below this count as this: what one side calls impossible costs the other at most 20 nats, not infinity.
+FLOOR = -20.0
+
+
+def jsd(t: torch.Tensor, s: torch.Tensor, beta: float) -> torch.Tensor:
+    """JSD_β(T‖S) = β·KL(T‖M) + (1-β)·KL(S‖M) with M = βT + (1-β)S, over the last dimension, in nats.
+
+    `t` and `s` are log masses of the same events; -inf on both sides pads. β = 0 is forward KL(T‖S) and β = 1 reverse
+    KL(S‖T), by convention: as β → 0 it is JSD_β / β that tends to KL(T‖S). (GKD, arXiv 2306.13649)
+    """
+    t_mass, s_mass = t.exp(), s.exp()
+    t, s = t.clamp(min=FLOOR), s.clamp(min=FLOOR)
+    if beta == 0:
+        return (t_mass * (t - s)).sum(-1)
+    if beta == 1:
+        return (s_mass * (s - t)).sum(-1)
+    mixed = (beta * t_mass + (1 - beta) * s_mass).clamp(min=torch.finfo(t.dtype).tiny).log().clamp(min=FLOOR)
+    return (beta * t_mass * (t - mixed) + (1 - beta) * s_mass * (s - mixed)).sum(-1)
+
+
+def log_rest(s: torch.Tensor) -> torch.Tensor:
+    """log(1 - Σ exp s) over the last dimension, kept: the mass that is on none of the events."""
+    return (1 - s.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(s.dtype).eps).log()
+
+
+def bucketed(
+    t: torch.Tensor,
+    t_rest: torch.Tensor,
+    s: torch.Tensor,
+    beta: float,
+    rest: Literal["bucket", "drop", "renormalise"] = "bucket",
+) -> torch.Tensor:
+    """JSD_β on a truncated support `[…, K]`, with one more event for the mass outside it.
+
+    `t_rest` `[…]` is the teacher's log mass outside; the student's is what `s` leaves of 1. With the bucket it is a
+    divergence of two distributions: never negative, a lower bound of the full one, exact where the support is all.
+    """
+    if rest == "renormalise":
+        return jsd(t.log_softmax(-1), s.log_softmax(-1), beta)
+    if rest == "drop":
+        return jsd(t, s, beta)
+    return jsd(torch.cat([t, t_rest[..., None]], -1), torch.cat([s, log_rest(s)], -1), beta)

@@ -1,0 +1,120 @@
+"""`gold`: units merged on both sides, and `gkd`, which it is exactly where both sides have one tokenizer.
+
+"Unlocking On-Policy Distillation for Any Model Family"; the merges are MATHS.md §5's.
+"""
+
+import numpy as np
+import torch
+
+from configs.schema import Gold
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand
+from tasks.objectives.divergences import bucketed
+from tasks.tokens.align import rows_of, unit_starts
+from tasks.tokens.vocabulary import Vocabulary, match
+
+IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
+
+
+class GoldObjective(ObjectiveModule):
+    def __init__(self, config: Gold, student: Vocabulary, teacher: Vocabulary):
+        super().__init__()
+        self.config = config
+        self.to_student = match(teacher, student).ids
+        self.teacher_size = teacher.size
+        matched = np.zeros(student.size, bool)
+        matched[self.to_student[self.to_student >= 0]] = True
+        unmatched = np.flatnonzero(~matched & (student.representative == np.arange(student.size)))
+        self.register_buffer("unmatched", torch.tensor(unmatched), persistent=False)
+        self.register_buffer("duplicates", torch.tensor(student.duplicates), persistent=False)
+        self.register_buffer("stand_in", torch.tensor(student.representative[student.duplicates].astype(np.int64)), False)
+
+    def project(self, pairing: Pairing) -> Projection:
+        units = pairing.units
+        row = rows_of(units.offsets)
+        first = pairing.teacher_offsets[row] + unit_starts(units.teacher_ends, units.offsets)
+        last = pairing.teacher_offsets[row] + units.teacher_ends - 1
+        total = np.concatenate([[0.0], np.cumsum(pairing.teacher_logprobs)])
+        if self.config.merge == "sum":
+            teacher_ids, logprobs, unit = self._sum(pairing, first, last)
+        else:
+            at = last if self.config.merge == "chain" else first
+            path = total[last + 1] - total[first] - pairing.teacher_logprobs[at]  # the unit's other tokens
+            entries, unit = expand(pairing.top_offsets[at], pairing.top_offsets[at + 1])
+            logprobs = pairing.top_logprobs[entries] + path[unit]
+            teacher_ids = pairing.top_ids[entries]
+
+        ids, mass = self.to_student[teacher_ids], np.exp(logprobs)
+        hit = ids >= 0
+        counts, target_ids, masses = add_up(unit[hit], ids[hit].astype(np.int64), mass[hit], len(row))
+        owner = np.repeat(np.arange(len(row)), counts)
+        covered = np.bincount(owner, masses, len(row))
+        order = np.lexsort((-mass[~hit], unit[~hit]))
+        starts = unit_starts(units.student_ends, units.offsets)
+        byte_starts = unit_starts(units.byte_ends, units.offsets)
+        with np.errstate(divide="ignore"):
+            return Projection(
+                units.offsets,
+                starts,
+                units.student_ends,
+                counts,
+                target_ids,
+                np.log(masses),
+                np.log(np.maximum(1 - covered, 0)),
+                np.bincount(row, (units.byte_ends - byte_starts) * (counts > 0), pairing.rows).astype(np.int64),
+                unmatched_counts=np.bincount(unit[~hit], minlength=len(row)),
+                unmatched_logprobs=logprobs[~hit][order],
+            )
+
+    def _sum(self, pairing: Pairing, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, ...]:
+        """softmax(Σ_i log p_i) a unit. An id outside a token's top k counts there with an even share of its rest.
+
+        Exact where the top k is the vocabulary. Returns teacher ids, log masses and their units.
+        """
+        tokens, unit_of_token = expand(first, last + 1)
+        sizes = np.diff(pairing.top_offsets)[tokens]
+        with np.errstate(divide="ignore"):
+            floor = pairing.rest[tokens] - np.log(np.maximum(self.teacher_size - sizes, 1))
+        floor = np.maximum(floor, IMPOSSIBLE)
+        entries, token = expand(pairing.top_offsets[tokens], pairing.top_offsets[tokens + 1])
+        lift = pairing.top_logprobs[entries] - floor[token]
+        counts, ids, lifts = add_up(unit_of_token[token], pairing.top_ids[entries].astype(np.int64), lift, len(first))
+        unit = np.repeat(np.arange(len(first)), counts)
+        base = np.bincount(unit_of_token, floor, len(first))
+        logits = lifts + base[unit]
+        outside = (self.teacher_size - counts) * np.exp(base)
+        normaliser = np.log(np.bincount(unit, np.exp(logits), len(first)) + outside)
+        return ids, logits - normaliser[unit], unit
+
+    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        unit = torch.repeat_interleave(torch.arange(len(terms.start), device=logprobs.device), terms.end - terms.start)
+        if self.config.merge == "sum":
+            merged = logprobs.new_zeros(len(terms.start), logprobs.shape[1]).index_add(0, unit, logprobs)
+            law = self._fold(merged.log_softmax(-1))
+        else:
+            at = terms.end - 1 if self.config.merge == "chain" else terms.start
+            path = logprobs.gather(1, terms.actual[:, None])[:, 0]
+            others = path.new_zeros(len(at)).index_add(0, unit, path) - path[at]  # the unit's other tokens
+            law = self._fold(logprobs[at]) + others[:, None]
+        student = law.gather(1, terms.ids).masked_fill(terms.logprobs.isneginf(), -torch.inf)
+        loss = bucketed(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
+        loss = self.config.matched_weight * loss
+        if self.config.unmatched_weight and len(self.unmatched):
+            loss = loss + self.config.unmatched_weight * self._sorted_l1(law[:, self.unmatched].exp(), terms.unmatched.exp())
+        return loss
+
+    def _fold(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Move the mass of ids that another id stands for onto that id."""
+        if not len(self.duplicates):
+            return logprobs
+        mass = logprobs.exp().index_add(1, self.stand_in, logprobs[:, self.duplicates].exp())
+        folded = mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+        return folded.index_fill(1, self.duplicates, -torch.inf)
+
+    @staticmethod
+    def _sorted_l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Σ_k |s_(k) - t_(k)| of two sets of masses, the shorter padded with zeros; `teacher` comes sorted."""
+        k = min(student.shape[1], teacher.shape[1])
+        top = student.topk(k).values
+        apart = (top - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
+        return apart + (student.sum(-1) - top.sum(-1)).clamp(min=0)
+

@@ -1,0 +1,47 @@
+"""`uld`: sorted L1 between positions paired by index (Universal Logit Distillation, arXiv 2402.12030)."""
+
+import numpy as np
+import torch
+
+from configs.schema import Uld
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand
+from tasks.tokens.align import byte_ends, offsets_of, within
+from tasks.tokens.vocabulary import Vocabulary
+
+
+class UldObjective(ObjectiveModule):
+    def __init__(self, config: Uld, student: Vocabulary):
+        super().__init__()
+        self.config, self.lengths = config, student.lengths
+
+    def project(self, pairing: Pairing) -> Projection:
+        pairs = np.minimum(np.diff(pairing.student_offsets), np.diff(pairing.teacher_offsets))
+        offsets = offsets_of(pairs)
+        position = within(offsets)
+        teacher, _ = expand(pairing.teacher_offsets[:-1], pairing.teacher_offsets[:-1] + pairs)
+        entries, _ = expand(pairing.top_offsets[teacher], pairing.top_offsets[teacher + 1])
+        ends = byte_ends(self.lengths[pairing.student_ids], pairing.student_offsets)
+        last = np.maximum(pairing.student_offsets[:-1] + pairs - 1, 0)
+        return Projection(
+            offsets,
+            position,
+            position + 1,
+            np.diff(pairing.top_offsets)[teacher],
+            pairing.top_ids[entries],
+            pairing.top_logprobs[entries],
+            pairing.rest[teacher],
+            np.where(pairs > 0, np.append(ends, 0)[last], 0),
+        )
+
+    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """Σ_k |s_(k) - t_(k)| over the teacher's k largest, and the rests as one more pair; exact where k is all."""
+        at = logprobs[terms.start]
+        k = min(terms.logprobs.shape[1], at.shape[1])
+        given = ~terms.logprobs.isneginf()
+        student = at.topk(k).values.exp() * given[:, :k]
+        teacher = terms.logprobs.exp()
+        loss = (student - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
+        loss = loss + (1 - student.sum(-1) - terms.rest.exp()).abs()
+        if self.config.cross_entropy:
+            loss = loss - self.config.cross_entropy * at.gather(1, terms.actual[terms.start][:, None])[:, 0]
+        return loss

@@ -1,0 +1,171 @@
+"""The prompts stage: where prompts come from, and their split into training and held-out ones."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.errors import BadInput
+from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, Recipe
+from storage.lineage import digest_file, digest_json
+from storage.schemas import PROMPTS
+from storage.store import Artifact, Run
+from tasks.progress import logger
+from tasks.seeds import derive
+
+CODE = 1
+ATTEMPTS = 20  # procedural items drawn for each prompt wanted, before their supply counts as exhausted
+
+
+@task(name="prompts", cache_policy=NO_CACHE)
+def make_prompts(recipe: Recipe) -> dict[str, Artifact]:
+    """`prompts/train` and `prompts/eval`, disjoint."""
+    run, config = Run(recipe.root, recipe.name), recipe.prompts
+    inputs = {"stage": "prompts", "code": CODE, "recipe": config.model_dump(mode="json"), "seed": recipe.seed}
+    if isinstance(config, FilePrompts):
+        inputs["file"] = digest_file(config.path)
+    tables: dict[str, pa.Table] = {}
+
+    def make(split: str) -> pa.Table:
+        if not tables:
+            tables.update(split_prompts(config, recipe.seed))
+        return tables[split]
+
+    return {
+        split: run.build_table(f"prompts/{split}", inputs | {"split": split}, lambda s=split: make(s), logger.info)
+        for split in ("train", "eval")
+    }
+
+
+def check_prompts(config: Prompts, seed: int) -> None:
+    """Raise BadInput where `config` cannot give any prompt; reads little."""
+    if next(iter(_rows(config, seed)), None) is None:
+        raise BadInput(f"prompts.{_where(config)}: no prompts in it; give rows with `messages` or `prompt`")
+
+
+def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
+    """Distinct prompts, dealt to train and eval by a hash of their content, so that no prompt is in both."""
+    wanted = {"train": config.train, "eval": config.eval}
+    found: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+    seen: set[str] = set()
+    share = config.eval / (config.eval + config.train)
+    for row in _rows(config, seed):
+        identity = digest_json(row["messages"])[:16]
+        if identity in seen:
+            continue
+        seen.add(identity)
+        split = "eval" if int(identity, 16) / 16**16 < share else "train"
+        if len(found[split]) < wanted[split]:
+            found[split].append({"prompt_id": identity, "split": split, **row})
+        elif all(len(found[s]) == wanted[s] for s in wanted):
+            break
+    for split, rows in found.items():
+        if not rows:
+            raise BadInput(f"prompts.{_where(config)}: only {len(seen)} distinct prompts, none of them for {split}; give more")
+        if len(rows) < wanted[split]:
+            logger.warning("prompts: %s has %d distinct prompts, prompts.%s asks for %d", split, len(rows), split, wanted[split])
+    return {split: pa.Table.from_pylist(rows, PROMPTS) for split, rows in found.items()}
+
+
+def _where(config: Prompts) -> str:
+    match config:
+        case GymPrompts():
+            return f"task: {config.task}"
+        case FilePrompts():
+            return f"path: {config.path}"
+        case HubPrompts():
+            return f"dataset: {config.dataset}"
+
+
+def _rows(config: Prompts, seed: int) -> Iterator[dict[str, Any]]:
+    match config:
+        case GymPrompts():
+            return _gym_rows(config, seed)
+        case FilePrompts():
+            return _table_rows(config, read_rows(Path(config.path)))
+        case HubPrompts():
+            return _table_rows(config, _hub_rows(config))
+
+
+def gym_dataset(name: str, options: dict[str, Any], seed: int = 0, size: int = 1) -> Any:
+    """A reasoning-gym dataset; BadInput names an unknown task or option."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        near = ", ".join(sorted(d for d in DATASETS if set(name.split("_")) & set(d.split("_"))) or sorted(DATASETS)[:10])
+        raise BadInput(f"prompts.task: reasoning-gym has no task '{name}'; near it: {near}")
+    try:
+        return reasoning_gym.create_dataset(name, **options, seed=seed, size=size)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise BadInput(f"prompts.options: {name} does not take {options}: {error}") from None
+
+
+def _gym_rows(config: GymPrompts, seed: int) -> Iterator[dict[str, Any]]:
+    size = ATTEMPTS * (config.train + config.eval)
+    for entry in gym_dataset(config.task, config.options, derive(seed, "prompts") % 2**31, size):
+        fields = {**entry["metadata"], "question": entry["question"]}
+        metadata = {"task": config.task, "options": config.options, "entry": entry}
+        yield {
+            "messages": [{"role": "user", "content": _fill(config.template, fields)}],
+            "reference": entry["answer"],
+            "metadata": json.dumps(metadata, default=str),
+        }
+
+
+def read_rows(path: Path) -> Iterable[dict[str, Any]]:
+    """Rows of a JSONL or Parquet file; BadInput says what is wrong with it."""
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path).iter_rows(named=True)
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines if line.strip()]
+    except FileNotFoundError:
+        raise BadInput(f"prompts.path: {path}: no such file; give a .jsonl or .parquet file") from None
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise BadInput(f"prompts.path: {path}: cannot be read as {path.suffix[1:]}: {error}") from None
+    raise BadInput(f"prompts.path: {path}: neither .jsonl nor .parquet")
+
+
+def _hub_rows(config: HubPrompts) -> Iterable[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise BadInput("prompts.source: 'hub' needs the datasets package: pip install -e '.[hub]'") from None
+    try:
+        return load_dataset(config.dataset, config.subset, split=config.hub_split)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"prompts.dataset: {config.dataset} cannot be loaded: {error}") from None
+
+
+def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    where = _where(config)
+    for number, row in enumerate(rows, 1):
+        messages = row.get("messages")
+        if messages is None:
+            if not isinstance(row.get("prompt"), str):
+                raise BadInput(f"prompts.{where}: row {number} has neither `messages` nor a text `prompt`; it has {sorted(row)}")
+            messages = [{"role": "user", "content": _fill(config.template, {**row, "question": row["prompt"]})}]
+        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise BadInput(f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}")
+        reference = row.get("reference")
+        rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "reference")}
+        yield {
+            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+            "reference": None if reference is None else str(reference),
+            "metadata": json.dumps(rest, default=str),
+        }
+
+
+def _fill(template: str, fields: dict[str, Any]) -> str:
+    try:
+        return template.format_map(fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        known = ", ".join(sorted(fields))
+        raise BadInput(f"prompts.template: {template!r} cannot be filled ({error!r}); fields here: {known}") from None

@@ -1,0 +1,178 @@
+"""The rollout stage: completions of a round, sampled by the current student or taken from elsewhere by λ."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import transformers
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.schema import Recipe, Rollout
+from storage.schemas import ROLLOUTS
+from storage.store import Artifact, Run, part, read_table, round_slot
+from tasks.engines.base import Completion, Engine, Sampling
+from tasks.engines.transformers import engine
+from tasks.models import ModelRef, Side, side
+from tasks.progress import logger, progress
+from tasks.seeds import derive, uniform
+from tasks.tokens.token_bytes import split_completion
+
+CODE = 1
+ENGINE = f"transformers-{transformers.__version__}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rollout to be made."""
+
+    prompt: int  # index in prompts/train
+    sample: int
+    source: str
+    seed: int
+    rollout_id: str
+
+
+@task(name="rollouts", cache_policy=NO_CACHE)
+def roll_out(
+    recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef | None, prompts: Artifact
+) -> Artifact:
+    """`round=…/rollouts/part-…`: one shard of a round."""
+    run, config = Run(recipe.root, recipe.name), recipe.rollout
+    inputs = {
+        "stage": "rollouts",
+        "code": CODE,
+        "engine": ENGINE,
+        "policy": student.identity,
+        "teacher": teacher.identity if teacher and uses_teacher(config) else None,
+        "prompts": prompts.digest,
+        "recipe": config.model_dump(),
+        "seed": recipe.seed,
+        "round": number,
+        "part": shard,
+    }
+
+    def make() -> pa.Table:
+        table = read_table(prompts)
+        rows = plan(config, recipe.seed, number, shard, table["prompt_id"].to_pylist())
+        return rollouts_table(rows, table, config, number, student, teacher)
+
+    return run.build_table(round_slot(number, "rollouts", part(shard)), inputs, make, logger.info)
+
+
+def shards(config: Rollout) -> int:
+    """How many shards a round has."""
+    return -(-config.prompts * config.samples // config.shard_rows)
+
+
+def uses_teacher(config: Rollout) -> bool:
+    return config.off_policy == "teacher" and config.on_policy < 1
+
+
+def plan(config: Rollout, seed: int, number: int, shard: int, prompt_ids: list[str]) -> list[Row]:
+    """The rows of a shard. Prompts are gone through in a new random order each epoch, over the rounds."""
+    total = config.prompts * config.samples
+    rows = []
+    for at in range(shard * config.shard_rows, min((shard + 1) * config.shard_rows, total)):
+        turn, sample = divmod(at, config.samples)
+        epoch, place = divmod((number - 1) * config.prompts + turn, len(prompt_ids))
+        prompt = int(_order(seed, epoch, len(prompt_ids))[place])
+        key = (seed, number, prompt_ids[prompt], turn, sample)
+        own = uniform("source", *key) < config.on_policy
+        source = "student" if own else config.off_policy
+        rows.append(Row(prompt, sample, source, derive("rollout", *key), f"{number:04d}-{turn:06d}-{sample:03d}"))
+    return rows
+
+
+_orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _order(seed: int, epoch: int, prompts: int) -> np.ndarray:
+    key = (seed, epoch, prompts)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = np.random.default_rng(derive("order", seed, epoch)).permutation(prompts)
+    return _orders[key]
+
+
+def rollouts_table(
+    rows: list[Row], prompts: pa.Table, config: Rollout, number: int, student: ModelRef, teacher: ModelRef | None
+) -> pa.Table:
+    """Fill in the completions of `rows` from where each comes from."""
+    chosen = prompts.take(np.array([row.prompt for row in rows]))
+    messages, references = chosen["messages"].to_pylist(), chosen["reference"].to_pylist()
+    text_side = side(student)
+    rendered = [text_side.render(m) for m in messages]
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    made: dict[int, dict[str, Any]] = {}
+
+    own = [i for i, row in enumerate(rows) if row.source == "student"]
+    if own:
+        with progress(f"round {number} rollouts", len(own)) as advance:
+            generator = engine(student, config.batch_size, 16_384)
+            for start in range(0, len(own), config.batch_size):
+                batch = own[start : start + config.batch_size]
+                seeds = [rows[i].seed for i in batch]
+                completions = generator.generate([rendered[i] for i in batch], seeds, sampling)
+                for i, completion in zip(batch, completions, strict=True):
+                    made[i] = _sampled(completion, text_side)
+                advance(len(batch))
+    for i, row in enumerate(rows):
+        if row.source == "reference":
+            made[i] = _given(references[i] or "", text_side, config.max_new_tokens)
+    others = [i for i, row in enumerate(rows) if row.source == "teacher"]
+    if others and teacher is not None:
+        seeds = [rows[i].seed for i in others]
+        texts = completions_text(engine(teacher, config.batch_size, 16_384), side(teacher), [messages[i] for i in others], seeds, sampling)
+        made |= {i: _given(text, text_side, config.max_new_tokens) for i, text in zip(others, texts, strict=True)}
+
+    policies = {"student": student.digest, "teacher": teacher.digest if teacher else "", "reference": ""}
+    return pa.Table.from_pylist(
+        [
+            {
+                "rollout_id": row.rollout_id,
+                "prompt_id": prompt_id,
+                "round": number,
+                "sample": row.sample,
+                "source": row.source,
+                "policy": policies[row.source],
+                "prompt_token_ids": rendered[i],
+                "seed": row.seed,
+                "engine": ENGINE if row.source != "reference" else "",
+                **made[i],
+            }
+            for i, (row, prompt_id) in enumerate(zip(rows, chosen["prompt_id"].to_pylist(), strict=True))
+        ],
+        ROLLOUTS,
+    )
+
+
+def completions_text(generator: Engine, text_side: Side, messages: list[Any], seeds: list[int], sampling: Sampling) -> list[str]:
+    """Texts of completions sampled by a model under its own rendering of the prompts."""
+    completions = generator.generate([text_side.render(m) for m in messages], seeds, sampling)
+    return [split_completion(text_side.beta, c.ids, set(text_side.stop_ids))[0] for c in completions]
+
+
+def _sampled(completion: Completion, text_side: Side) -> dict[str, Any]:
+    stops = set(text_side.stop_ids)
+    return {
+        "token_ids": completion.ids,
+        "logprobs": completion.logprobs,
+        "text": split_completion(text_side.beta, completion.ids, stops)[0],
+        "finish_reason": "stop" if completion.ids[-1] in stops else "length",
+    }
+
+
+def _given(text: str, text_side: Side, limit: int) -> dict[str, Any]:
+    """A text that the student did not sample, as it would have had to; cut at the limit like a sample.
+
+    A text that the tokenizer cannot spell byte for byte has no ids: the align stage drops and counts it.
+    """
+    ids = text_side.encoder.encode([text])[0]
+    if ids is None:
+        return {"token_ids": [], "logprobs": None, "text": text, "finish_reason": "length"}
+    ids = [*ids, text_side.stop_ids[0]][:limit]
+    stopped = ids[-1] == text_side.stop_ids[0]
+    kept = text if stopped else split_completion(text_side.beta, ids, set())[0]
+    return {"token_ids": ids, "logprobs": None, "text": kept, "finish_reason": "stop" if stopped else "length"}

@@ -1,0 +1,77 @@
+"""A new student: a byte-level BPE tokenizer trained on the run's prompts, and a Llama-shaped model with fresh weights."""
+
+from pathlib import Path
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from configs.errors import BadInput
+from configs.schema import Recipe, Scratch
+from storage.store import Artifact, Run, read_table, round_slot
+from tasks.progress import logger
+from tasks.seeds import derive
+
+CODE = 1
+SPECIAL = ["<pad>", "<s>", "<end>", "<system>", "<user>", "<assistant>"]
+TEMPLATE = (
+    "<s>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@task(name="new-model", cache_policy=NO_CACHE)
+def make_scratch(recipe: Recipe, prompts: Artifact) -> Artifact:
+    """`round=0000/student`: the untrained model of a recipe with `student.scratch`."""
+    config = recipe.student.scratch
+    assert config is not None
+    run = Run(recipe.root, recipe.name)
+    inputs = {"stage": "scratch", "code": CODE, "recipe": config.model_dump(), "prompts": prompts.digest, "seed": recipe.seed}
+
+    def make(folder: Path) -> dict[str, int]:
+        table = read_table(prompts, ["messages", "reference"])
+        texts = [text for text in table["reference"].to_pylist() if text]
+        if config.tokenizer_text == "all":
+            texts += [m["content"] for messages in table["messages"].to_pylist() for m in messages]
+        tokenizer = new_tokenizer(config, texts)
+        tokenizer.save_pretrained(folder / "student")
+        new_model(config, tokenizer, derive(recipe.seed, "scratch")).save_pretrained(folder / "student")
+        return {"student": len(texts)}
+
+    return run.build_files({"student": round_slot(0, "student")}, inputs, make, logger.info)["student"]
+
+
+def new_tokenizer(config: Scratch, texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with all 256 bytes, so that no text is lost; merges from `texts`."""
+    if not texts:
+        raise BadInput("student.scratch: the prompts have no reference, so there is no text to train a tokenizer on")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="<end>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def new_model(config: Scratch, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.width,
+        intermediate_size=config.feed_forward,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(shape)

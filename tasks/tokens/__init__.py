@@ -1,0 +1,1 @@
+"""Token bytes, vocabulary matching, and the alignment of two tokenizations into units."""

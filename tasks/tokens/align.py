@@ -1,0 +1,99 @@
+"""Bring two tokenizations of the same bytes onto common units (MATHS.md §3)."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+
+class Kind(IntEnum):
+    """How many tokens a unit has on each side."""
+
+    STOP = 0
+    ONE_TO_ONE = 1
+    MANY_TO_ONE = 2  # several student tokens, one teacher token
+    ONE_TO_MANY = 3
+    MANY_TO_MANY = 4
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units of many rows, flat and ordered by row; row r's are `offsets[r]:offsets[r + 1]`. Ends are exclusive."""
+
+    offsets: np.ndarray
+    student_ends: np.ndarray
+    teacher_ends: np.ndarray
+    byte_ends: np.ndarray
+    kind: np.ndarray
+
+
+def offsets_of(counts: np.ndarray) -> np.ndarray:
+    """`[0, c0, c0 + c1, …]`, int64."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def rows_of(offsets: np.ndarray) -> np.ndarray:
+    """The row that each flat element belongs to."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
+def within(offsets: np.ndarray) -> np.ndarray:
+    """Each flat element's index in its own row."""
+    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+
+
+def byte_ends(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Cumulative byte ends of tokens within their rows, from flat token `lengths`."""
+    total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
+
+
+def align(
+    student_lengths: np.ndarray,
+    student_offsets: np.ndarray,
+    teacher_lengths: np.ndarray,
+    teacher_offsets: np.ndarray,
+    stops: np.ndarray,
+) -> Units:
+    """The minimal common units of two tokenizations, for all rows at once.
+
+    `*_lengths` are the bytes of each token (at least 1), flat; `*_offsets` the rows' bounds in them. `stops[r]` says
+    whether row r ended with a stop on both sides; that stop, which is not among the tokens, becomes its last unit.
+    A unit's ends are the members of E_S ∩ E_T; bytes behind the last common end are in no unit.
+    """
+    rows = len(student_offsets) - 1
+    s_rows, t_rows = rows_of(student_offsets), rows_of(teacher_offsets)
+    s_ends, t_ends = byte_ends(student_lengths, student_offsets), byte_ends(teacher_lengths, teacher_offsets)
+    span = max(int(s_ends.max(initial=0)), int(t_ends.max(initial=0))) + 1
+    # (row, byte end) as one sorted number a token: common ends of all rows in one intersection.
+    _, s_at, t_at = np.intersect1d(s_rows * span + s_ends, t_rows * span + t_ends, assume_unique=True, return_indices=True)
+
+    stop_rows = np.flatnonzero(stops)
+    row = np.concatenate([s_rows[s_at], stop_rows])
+    order = np.argsort(row, kind="stable")  # a row's stop unit goes behind its others
+    s_counts, t_counts = np.diff(student_offsets), np.diff(teacher_offsets)
+    ends = [
+        np.concatenate([own, at_stop])[order]
+        for own, at_stop in (
+            (within(student_offsets)[s_at] + 1, s_counts[stop_rows] + 1),
+            (within(teacher_offsets)[t_at] + 1, t_counts[stop_rows] + 1),
+            (s_ends[s_at], np.bincount(s_rows, student_lengths, rows).astype(np.int64)[stop_rows]),
+        )
+    ]
+    offsets = offsets_of(np.bincount(row, minlength=rows))
+    is_stop = np.concatenate([np.zeros(len(s_at), bool), np.ones(len(stop_rows), bool)])[order]
+    s_many, t_many = (unit_sizes(end, offsets) > 1 for end in ends[:2])
+    kind = np.where(is_stop, Kind.STOP, Kind.ONE_TO_ONE + s_many + 2 * t_many).astype(np.int8)
+    return Units(offsets, *(end.astype(np.int32) for end in ends), kind)
+
+
+def unit_sizes(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Tokens in each unit, from exclusive ends that count from each row's start."""
+    return ends - unit_starts(ends, offsets)
+
+
+def unit_starts(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Inclusive starts of units: the end of the unit before, 0 at a row's first."""
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    starts[offsets[:-1][np.diff(offsets) > 0]] = 0
+    return starts

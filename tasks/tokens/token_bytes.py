@@ -1,0 +1,171 @@
+"""The exact bytes that each token id adds to a text (MATHS.md §1), from the tokenizer's own data."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from configs.errors import BadInput
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Spaces, cases, digits, accents, scripts, an emoji of several code points, line ends: what tokenizers treat specially.
+PROBES = (
+    "The quick  brown fox, isn't it? 3.14159 + 1000000 = x\n\tif (a[0] != b) { return; }\r\n\r\n",
+    " leading and trailing  ",
+    "naïve café ÅÄÖ ß Ω Привет, мир! 你好,世界 こんにちは 안녕 שלום مرحبا ไทย",
+    "👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u00a0\u200b\ufffd «»",
+)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's character for each byte, inverted: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """β of a whole vocabulary.
+
+    `values[i]` is β(i), or None for ids without bytes; `roles[i]` is text, stop, bos, pad or control.
+    """
+
+    values: list[bytes | None]
+    roles: list[str]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Bytes of each id, int32 `[V]`; 0 for ids without bytes."""
+        return np.fromiter((len(value or b"") for value in self.values), np.int32, len(self.values))
+
+    def join(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.values[i] or b"" for i in ids)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = (), name: str = "") -> TokenBytes:
+    """β for every id that `tokenizer` knows.
+
+    `stop_ids` are the ids that end a completion. Raises BadInput, by `name`, for a tokenizer that is neither
+    byte-level BPE nor SentencePiece-like.
+    """
+    name = name or tokenizer.name_or_path
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(f"{name}: needs a tokenizer.json (a fast tokenizer); this one has only a slow tokenizer")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    to_bytes = _piece_decoder(spec, name)
+    size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    values: list[bytes | None] = [None] * size
+    roles = ["control"] * size
+    for piece, i in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).items():
+        values[i] = to_bytes(piece)
+        roles[i] = "text"
+    for token in spec["added_tokens"]:
+        i = token["id"]
+        values[i] = None if token["special"] else token["content"].encode()
+        roles[i] = "control" if token["special"] else "text"
+    for role, ids in (("pad", [tokenizer.pad_token_id]), ("bos", [tokenizer.bos_token_id]), ("stop", stop_ids)):
+        for i in ids:
+            if i is not None:
+                values[i], roles[i] = None, role
+    for i, value in enumerate(values):
+        if roles[i] == "text" and not value:
+            values[i], roles[i] = None, "control"  # an empty piece adds nothing, as a special token does
+    return TokenBytes(values, roles)
+
+
+def _piece_decoder(spec: dict, name: str):
+    kinds = {part["type"] for key in ("decoder", "pre_tokenizer", "normalizer") for part in _parts(spec.get(key))}
+    if "ByteLevel" in kinds:
+        alphabet = _byte_alphabet()
+
+        def byte_level(piece: str) -> bytes | None:
+            try:
+                return bytes(alphabet[char] for char in piece)
+            except KeyError:
+                return piece.encode()  # a literal piece that never went through the byte alphabet
+
+        return byte_level
+    if kinds & {"Metaspace", "ByteFallback"}:
+
+        def sentencepiece(piece: str) -> bytes | None:
+            byte = BYTE_TOKEN.fullmatch(piece)
+            return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+        return sentencepiece
+    raise BadInput(
+        f"{name}: the tokenizer is neither byte-level BPE nor SentencePiece-like ({spec['model']['type']}), "
+        "so its tokens have no exact bytes; choose a model with such a tokenizer"
+    )
+
+
+def _parts(component: dict | None) -> list[dict]:
+    if component is None:
+        return []
+    nested = next((component[k] for k in ("decoders", "pretokenizers", "normalizers") if k in component), None)
+    return [component] if nested is None else [part for item in nested for part in _parts(item)]
+
+
+class Encoder:
+    """Text to ids such that the ids' bytes are the text's bytes, for text that follows a prompt.
+
+    A tokenizer that puts a dummy space before a text is asked behind an anchor, whose ids are then cut off.
+    Special tokens spelled out in a text are text, not special tokens.
+    """
+
+    ANCHORS = ("\n", "a\n", ":")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, beta: TokenBytes):
+        self.tokenizer, self.beta = tokenizer, beta
+        self.anchor, self.anchor_ids = "", []
+        if beta.join(self._ids(["a"])[0]) != b"a":
+            self.anchor, self.anchor_ids = next(
+                ((anchor, ids) for anchor in self.ANCHORS if (ids := self._safe_anchor(anchor))), ("", [])
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int] | None]:
+        """Ids of each text; None where they would not spell the text byte for byte (a normalising tokenizer)."""
+        cut = len(self.anchor_ids)
+        result: list[list[int] | None] = []
+        for text, ids in zip(texts, self._ids([self.anchor + text for text in texts]), strict=True):
+            exact = ids[:cut] == self.anchor_ids and self.beta.join(ids[cut:]) == text.encode()
+            result.append(ids[cut:] if exact else None)
+        return result
+
+    def check(self, name: str, probes: Sequence[str] = PROBES) -> None:
+        """Refuse a tokenizer whose β does not reproduce `probes`, with the text that broke it."""
+        for text, ids in zip(probes, self.encode(probes), strict=True):
+            if ids is None:
+                got = self.beta.join(self._ids([self.anchor + text])[0][len(self.anchor_ids) :])
+                raise BadInput(
+                    f"{name}: the tokenizer does not keep the bytes of a text: {text!r} comes back as "
+                    f"{got.decode(errors='replace')!r}; choose a model with a lossless tokenizer"
+                )
+
+    def _safe_anchor(self, anchor: str) -> list[int]:
+        alone, followed = self._ids([anchor, anchor + "a"])
+        return alone if followed[: len(alone)] == alone and self.beta.join(followed[len(alone) :]) == b"a" else []
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def split_completion(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -> tuple[str, bool]:
+    """The text that sampled `ids` spell, and whether that is all of them.
+
+    A stop id at the end is not part of the text. The text ends before the first other id without bytes
+    (a sampled control token) and before bytes that are not valid UTF-8; then the second value is False.
+    """
+    body = ids[:-1] if ids and ids[-1] in stop_ids else ids
+    pieces = [beta.values[i] for i in body]
+    whole = None not in pieces
+    data = b"".join(piece for piece in (pieces if whole else pieces[: pieces.index(None)]) if piece)
+    try:
+        return data.decode(), whole
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode(), False

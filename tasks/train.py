@@ -1,0 +1,212 @@
+"""The training stage: one round's optimizer steps, from the last round's student to this one's."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, get_scheduler
+
+from configs.errors import BadInput
+from configs.schema import Recipe, Sft
+from storage.schemas import STEPS
+from storage.store import Artifact, Run, local_folder, part, round_slot, write_parquet
+from tasks import objectives
+from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches
+from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
+from tasks.objectives.base import ObjectiveModule
+from tasks.progress import logger, progress
+from tasks.seeds import derive
+
+CODE = 1
+
+
+@task(name="train", cache_policy=NO_CACHE)
+def train_round(
+    recipe: Recipe,
+    number: int,
+    student: ModelRef,
+    teacher: ModelRef | None,
+    rollouts: list[Artifact],
+    aligned: list[Artifact],
+    trainer: Artifact | None,
+) -> dict[str, Artifact]:
+    """`round=…/student`, `…/trainer` and `…/steps/part-00000`: what a round's training makes at once."""
+    run = Run(recipe.root, recipe.name)
+    inputs = {
+        "stage": "train",
+        "code": CODE,
+        "student": student.identity,
+        "trainer": trainer.digest if trainer else None,
+        "rollouts": [artifact.digest for artifact in rollouts],
+        "aligned": [artifact.digest for artifact in aligned],
+        "recipe": recipe.train.model_dump(mode="json"),
+        "objective": recipe.objective.model_dump(),
+        "horizon": horizon(recipe),
+        "seed": recipe.seed,
+        "round": number,
+    }
+    slots = {
+        "student": round_slot(number, "student"),
+        "trainer": round_slot(number, "trainer"),
+        "steps.parquet": round_slot(number, "steps", part(0)),
+    }
+
+    def make(folder: Path) -> dict[str, int]:
+        state = local_folder(trainer) if trainer else None
+        steps = Trainer(recipe, number, student, teacher, state).run(list(zip(rollouts, aligned, strict=True)), folder)
+        write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
+        return dict.fromkeys(slots, len(steps))
+
+    return run.build_files(slots, inputs, make, logger.info)
+
+
+def horizon(recipe: Recipe) -> int:
+    """Optimizer steps of a complete run: what the learning rate's schedule is laid over."""
+    rows = recipe.rollout.prompts * recipe.rollout.samples
+    return recipe.rounds * recipe.train.epochs * -(-rows // recipe.train.batch_size)
+
+
+class Student(nn.Module):
+    """The student and the objective as one module, so that wrappers (DDP, FSDP, autocast) see one forward pass."""
+
+    def __init__(self, model: PreTrainedModel, objective: ObjectiveModule, size: int, chunk_positions: int):
+        super().__init__()
+        self.model, self.objective, self.size, self.chunk_positions = model, objective, size, chunk_positions
+
+    def forward(self, ids: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Sum of the batch's terms, in nats.
+
+        Logits exist for one chunk of positions at a time: a chunk's are computed again in the backward pass.
+        """
+        hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
+        chunks = list(batch.chunks(self.chunk_positions))
+
+        def chunk_loss(at: slice, terms: Any) -> torch.Tensor:
+            return self.objective(logits_of(self.model, hidden[at], self.size).log_softmax(-1), terms).sum()
+
+        if len(chunks) == 1:
+            return chunk_loss(*chunks[0])
+        losses = [checkpoint(chunk_loss, at, terms, use_reentrant=False) for at, terms in chunks]
+        return torch.stack(losses).sum()
+
+
+class Trainer:
+    """Optimizer steps of one round; the optimizer goes on from the state that the last round left."""
+
+    def __init__(self, recipe: Recipe, number: int, student: ModelRef, teacher: ModelRef | None, state: str | None):
+        self.recipe, self.number, self.ref = recipe, number, student
+        config = recipe.train
+        torch.manual_seed(derive(recipe.seed, "train", number))
+        device, half = device_of(student), dtype_of(student) == torch.bfloat16
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")
+        own, other = side(student), side(teacher or student)
+        model = load_weights(student, torch.float32).train()
+        size = min(len(own.beta.values), model.get_output_embeddings().weight.shape[0])
+        objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
+        module = Student(model, objective, size, config.chunk_positions)
+        matrices = [p for p in module.parameters() if p.ndim >= 2]
+        vectors = [p for p in module.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+        )
+        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.step = self._restore(state) if state else 0
+        self.scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, horizon(recipe))
+        for _ in range(self.step):
+            self.scheduler.step()
+
+    def run(self, shards: list[tuple[Artifact, Artifact]], folder: Path) -> list[dict[str, Any]]:
+        """Train over the shards, write `student` and `trainer` under `folder`, return one record a step."""
+        config, steps = self.recipe.train, []
+        rows = sum(aligned.rows for _, aligned in shards)
+        with progress(f"round {self.number} train", config.epochs * -(-rows // config.batch_size)) as advance:
+            for epoch in range(config.epochs):
+                seed = derive(self.recipe.seed, "batches", self.number, epoch)
+                for table in optimizer_batches(shards, config.batch_size, seed):
+                    steps.append(self._optimize(table))
+                    advance(1, f"loss {steps[-1]['loss']:.4f}")
+        if not steps:
+            raise BadInput(
+                f"round {self.number}: no row of {rows} can be trained on; "
+                "the `status` column of the aligned table says why each was dropped"
+            )
+        self._save(folder)
+        return steps
+
+    def _optimize(self, table: pa.Table) -> dict[str, Any]:
+        started = time.monotonic()
+        accelerator, size = self.accelerator, self.recipe.train.micro_batch_size
+        units = sum(table["units"].to_pylist())
+        mine = table.take(list(range(accelerator.process_index, len(table), accelerator.num_processes)))
+        micro = [mine.slice(start, size) for start in range(0, len(mine), size)]
+        loss, tokens = torch.zeros((), device=accelerator.device), 0
+        for index, rows in enumerate(micro):
+            batch = collate(rows, side(self.ref).pad_id, accelerator.device)
+            # DDP averages gradients over processes: the loss is a sum over all their terms.
+            scale = accelerator.num_processes / units
+            if index + 1 < len(micro):
+                with accelerator.no_sync(self.module):
+                    part_loss = self.module(self._inputs(batch, index), batch) * scale
+                    accelerator.backward(part_loss)
+            else:
+                part_loss = self.module(self._inputs(batch, index), batch) * scale
+                accelerator.backward(part_loss)
+            loss, tokens = loss + part_loss.detach(), tokens + batch.tokens
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.train.grad_clip)
+        rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return {
+            "step": self.step,
+            "round": self.number,
+            "loss": float(accelerator.reduce(loss, "mean")),
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "rows": len(table),
+            "units": units,
+            "tokens": int(accelerator.reduce(torch.tensor(tokens, device=accelerator.device), "sum")),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _inputs(self, batch: MicroBatch, index: int) -> torch.Tensor:
+        objective = self.recipe.objective
+        if not isinstance(objective, Sft) or not objective.corrupt_rows:
+            return batch.ids
+        seed = derive(self.recipe.seed, "corrupt", self.step, index, self.accelerator.process_index)
+        return corrupted(batch, objective.corrupt_rows, objective.corrupt_tokens, seed)
+
+    # No pickle: tensors go to safetensors, numbers to JSON.
+
+    def _save(self, folder: Path) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+        state = get_optimizer_state_dict(self.module, self.optimizer, options=options)
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+        numbers = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        (folder / "trainer").mkdir()
+        save_file(tensors, folder / "trainer" / "optimizer.safetensors")
+        (folder / "trainer" / "state.json").write_text(json.dumps({"step": self.step, "optimizer": numbers}, indent=1))
+        self.accelerator.unwrap_model(self.module).model.save_pretrained(folder / "student")
+        side(self.ref).tokenizer.save_pretrained(folder / "student")
+
+    def _restore(self, folder: str) -> int:
+        saved = json.loads((Path(folder) / "state.json").read_text())
+        state = saved["optimizer"] | load_file(Path(folder) / "optimizer.safetensors")
+        options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+        set_optimizer_state_dict(self.module, self.optimizer, state, options=options)
+        return saved["step"]

@@ -1,0 +1,61 @@
+"""The vocabulary stage: both sides' token bytes, and what of them matches."""
+
+import numpy as np
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.schema import Recipe
+from storage.lineage import digest_json
+from storage.schemas import VOCAB
+from storage.store import Artifact, Run
+from tasks.models import ModelRef, Side, side
+from tasks.progress import logger
+from tasks.tokens.vocabulary import Vocabulary, match
+
+CODE = 1
+
+
+@task(name="vocab", cache_policy=NO_CACHE)
+def match_vocabularies(recipe: Recipe, student: ModelRef, teacher: ModelRef | None) -> dict[str, Artifact]:
+    """`vocab/student` and `vocab/teacher`; a student without a teacher is matched with itself."""
+    run, own, other = Run(recipe.root, recipe.name), side(student), side(teacher or student)
+    own.encoder.check(student.path)
+    other.encoder.check((teacher or student).path)
+    identities = {"student": tokenizer_digest(own), "teacher": tokenizer_digest(other)}
+    artifacts = {}
+    for role, this, that in (("student", own, other), ("teacher", other, own)):
+        inputs = {"stage": "vocab", "code": CODE, "role": role, **identities}
+        artifacts[role] = run.build_table(
+            f"vocab/{role}", inputs, lambda a=this, b=that: vocab_table(a.vocabulary, b.vocabulary), logger.info
+        )
+    if teacher is not None:
+        logger.info("vocab: %s", describe(own.vocabulary, other.vocabulary))
+    return artifacts
+
+
+def tokenizer_digest(text_side: Side) -> str:
+    return digest_json([text_side.tokenizer.backend_tokenizer.to_str(), text_side.stop_ids])
+
+
+def vocab_table(own: Vocabulary, other: Vocabulary) -> pa.Table:
+    matching = match(own, other)
+    return pa.table(
+        {
+            "token_id": np.arange(own.size, dtype=np.int32),
+            "bytes": pa.array(own.beta.values, pa.binary()),
+            "role": own.beta.roles,
+            "match_id": matching.ids,
+            "prefix_id": matching.prefix,
+        },
+        VOCAB,
+    )
+
+
+def describe(student: Vocabulary, teacher: Vocabulary) -> str:
+    shared = len(student.by_bytes.keys() & teacher.by_bytes.keys())
+    total = len(student.by_bytes.keys() | teacher.by_bytes.keys())
+    return (
+        f"{shared} tokens shared by bytes: {shared / len(student.by_bytes):.1%} of the student's {len(student.by_bytes)}, "
+        f"{shared / len(teacher.by_bytes):.1%} of the teacher's {len(teacher.by_bytes)} (Jaccard {shared / total:.3f})"
+    )
