@@ -73,7 +73,7 @@ def aligned_table(
         "teacher_ends": ragged(units.teacher_ends, units.offsets, pa.int32()),
         "byte_ends": ragged(units.byte_ends, units.offsets, pa.int32()),
         "kind": ragged(units.kind, units.offsets, pa.int8()),
-        "student_logprobs": _per_unit(units, units.student_ends, behaviour, pairing.student_offsets),
+        "student_logprobs": _per_unit(units, units.student_ends, behaviour, student[1]),
         "teacher_logprobs": _per_unit(units, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets),
         "status": pa.array(status),
         "supervised_bytes": np.where(ok, projection.supervised, 0),

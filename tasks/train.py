@@ -28,6 +28,7 @@ from tasks.progress import logger, progress
 from tasks.seeds import derive
 
 CODE = 1
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -122,10 +123,8 @@ class Trainer:
             betas=config.adam_betas,
         )
         self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.step = self._restore(state) if state else 0
         self.scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, horizon(recipe))
-        for _ in range(self.step):
-            self.scheduler.step()
+        self.step = self._restore(state) if state else 0
 
     def run(self, shards: list[tuple[Artifact, Artifact]], folder: Path) -> list[dict[str, Any]]:
         """Train over the shards, write `student` and `trainer` under `folder`, return one record a step."""
@@ -189,24 +188,28 @@ class Trainer:
         seed = derive(self.recipe.seed, "corrupt", self.step, index, self.accelerator.process_index)
         return corrupted(batch, objective.corrupt_rows, objective.corrupt_tokens, seed)
 
-    # No pickle: tensors go to safetensors, numbers to JSON.
+    # No pickle: the optimizer's tensors, by parameter name, go to safetensors, and the rest to JSON.
 
     def _save(self, folder: Path) -> None:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-        state = get_optimizer_state_dict(self.module, self.optimizer, options=options)
+        state = get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=FULL)
         if not self.accelerator.is_main_process:
             return
-        tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
-        numbers = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
         (folder / "trainer").mkdir()
+        tensors = {f"{name}/{key}": value for name, values in state["state"].items() for key, value in values.items()}
         save_file(tensors, folder / "trainer" / "optimizer.safetensors")
-        (folder / "trainer" / "state.json").write_text(json.dumps({"step": self.step, "optimizer": numbers}, indent=1))
+        saved = {"step": self.step, "param_groups": state["param_groups"]}
+        (folder / "trainer" / "state.json").write_text(json.dumps(saved, indent=1))
         self.accelerator.unwrap_model(self.module).model.save_pretrained(folder / "student")
         side(self.ref).tokenizer.save_pretrained(folder / "student")
 
     def _restore(self, folder: str) -> int:
         saved = json.loads((Path(folder) / "state.json").read_text())
-        state = saved["optimizer"] | load_file(Path(folder) / "optimizer.safetensors")
-        options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-        set_optimizer_state_dict(self.module, self.optimizer, state, options=options)
+        state: dict[str, dict[str, torch.Tensor]] = {}
+        for path, tensor in load_file(Path(folder) / "optimizer.safetensors").items():
+            name, key = path.rsplit("/", 1)
+            state.setdefault(name, {})[key] = tensor
+        saved_state = {"state": state, "param_groups": saved["param_groups"]}
+        set_optimizer_state_dict(self.module, self.optimizer.optimizer, saved_state, options=FULL)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | {"last_epoch": saved["step"], "_last_lr": rates})
         return saved["step"]
