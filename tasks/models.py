@@ -1,18 +1,21 @@
 """Load models and tokenizers. The one place that decides on device, dtype and attention."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
 from configs.schema import Model
 from storage.lineage import digest_folder, digest_json
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
+
+transformers_logging.disable_progress_bar()  # a bar for every shard of weights would drown ours
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,6 @@ class ModelRef:
     device: str = "auto"
     attention: str = "sdpa"
     trust_remote_code: bool = False
-
-    def at(self, path: str, digest: str) -> "ModelRef":
-        """The same use of another checkpoint."""
-        return replace(self, path=path, digest=digest)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -129,7 +128,7 @@ def side(ref: ModelRef) -> Side:
 def device_of(ref: ModelRef) -> torch.device:
     if ref.device != "auto":
         return torch.device(ref.device)
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def dtype_of(ref: ModelRef) -> torch.dtype:
@@ -183,7 +182,3 @@ def check_head(model: PreTrainedModel, name: str, size: int) -> None:
             f"{name}: the model changes its logits behind the head in a way this version does not know "
             f"(largest difference {float((own - ours).abs().max()):.3g}); choose another model"
         )
-
-
-def as_json(ref: ModelRef) -> dict[str, Any]:
-    return asdict(ref)

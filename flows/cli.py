@@ -1,0 +1,117 @@
+"""The `potstill` command."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
+from configs.errors import BadInput
+
+app = App(name="potstill", help="On-policy distillation of a large language model into a small one of any family.")
+out = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit status 2."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except (BadInput, CycloptsError) as error:
+        print(f"potstill: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("potstill: stopped; the same command goes on from what is committed", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command
+def run(
+    config: Path,
+    *,
+    rounds: int | None = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+) -> None:
+    """Run, or go on with, the run of a recipe until it has N rounds. A second identical call does nothing.
+
+    Parameters
+    ----------
+    config
+        The recipe: a TOML file, such as configs/quickstart.toml.
+    rounds
+        Go on until the run has so many rounds; the recipe's own number if left out.
+    set_
+        Set a field of the recipe, as `--set train.learning_rate=1e-4`; may be repeated.
+    """
+    if rounds is not None and rounds < 0:
+        raise BadInput(f"--rounds {rounds}: give 0 or more")
+    _plain_logs()
+    from configs.load import load
+
+    recipe = load(config, set_)
+    from flows.distill import check, distill
+
+    check(recipe)  # before a server is started for nothing
+    result = distill(str(config), rounds=rounds, overrides=list(set_))
+    _print("Rounds", result["table"])
+    out.print(f"Everything lies in {result['run']}; the last student in {result['student']}", soft_wrap=True, highlight=False)
+
+
+@app.command
+def inspect(run: str, *, round: int | None = None, rollout: str | None = None) -> None:
+    """Show the tables of a run, of one of its rounds, or one rollout token by token.
+
+    Parameters
+    ----------
+    run
+        A run's folder or URI, such as runs/quickstart.
+    round
+        Show this round: byte accounts and some of its rollouts.
+    rollout
+        Show the rollout with this `rollout_id`: each token's bytes, both models' log-probs, its unit.
+    """
+    from tasks import inspect as show
+    from tasks.report import records, rounds_table
+
+    show.check_run(run)
+    if rollout is not None:
+        for title, rows in show.one_rollout(run, rollout).items():
+            _print(title, rows)
+    elif round is not None:
+        for title, rows in show.one_round(run, round).items():
+            _print(title, rows)
+    else:
+        _print("Rounds", records(rounds_table(run)))
+        _print("Tables", show.tables(run))
+
+
+def _plain_logs() -> None:
+    """Our lines on standard error; of Prefect's only what it cannot go on with."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("potstill")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _print(title: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        out.print(f"{title}: none")
+        return
+    table = Table(title=title, title_justify="left", highlight=False)
+    for column in rows[0]:
+        numeric = all(isinstance(row[column], int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    out.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What `potstill inspect` shows, as rows; everything comes from the run's tables, no model is loaded."""
+
+import posixpath
+from typing import Any
+
+import fsspec
+import polars as pl
+
+from configs.errors import BadInput
+from storage.read import scan
+from storage.store import Run
+from tasks.tokens.align import Kind
+
+SHOWN = 10  # rollouts in the view of a round
+
+
+def check_run(run: str) -> None:
+    """BadInput where `run` is not a run's folder."""
+    fs, path = fsspec.url_to_fs(run)
+    if not fs.exists(posixpath.join(path, "run.toml")):
+        raise BadInput(f"{run}: not a run (no run.toml in it); give a run's folder, such as runs/quickstart")
+
+
+def tables(run: str) -> list[dict[str, Any]]:
+    """One row a committed table or folder, its shards added up."""
+    root, name = posixpath.split(run.rstrip("/"))
+    rows: dict[str, dict[str, Any]] = {}
+    for slot, manifest in Run(root or ".", name).manifests():
+        place = posixpath.dirname(slot) if "/part-" in slot else slot
+        row = rows.setdefault(place, {"artifact": place, "files": 0, "rows": 0, "seconds": 0.0, "taken from": ""})
+        row["files"] += 1
+        row["rows"] += manifest["rows"]
+        row["seconds"] = round(row["seconds"] + manifest["seconds"], 1)
+        row["taken from"] = manifest.get("taken_from", row["taken from"])
+    return list(rows.values())
+
+
+def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
+    """A round's byte accounts by status, its units by kind, and its first rollouts."""
+    try:
+        aligned = scan(run, "aligned").filter(pl.col("round") == number).collect()
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        aligned = pl.DataFrame()
+    if not len(aligned):
+        raise BadInput(f"{run}: no round {number} with aligned rollouts; rounds are counted from 1")
+    rollouts = scan(run, "rollouts").filter(pl.col("round") == number).collect()
+    counts = [pl.col(f"{name}_bytes").sum() for name in ("supervised", "unmatched", "dropped", "tail")]
+    kinds = aligned.select(pl.col("kind").explode(empty_as_null=False)).drop_nulls().group_by("kind").len().sort("kind")
+    first = rollouts.join(aligned, on="rollout_id").head(SHOWN)
+    gap = pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()
+    shown = first.select(
+        "rollout_id", "source", pl.col("text").str.head(60), "finish_reason", "status",
+        units=pl.col("byte_ends").list.len(), log_ratio=gap.round(3),
+    )  # fmt: skip
+    return {
+        "Bytes of the completions": aligned.group_by("status").agg(pl.len().alias("rollouts"), *counts).to_dicts(),
+        "Units": [
+            {"kind": Kind(row["kind"]).name.lower(), "units": row["len"], "share": f"{row['len'] / kinds['len'].sum():.1%}"}
+            for row in kinds.to_dicts()
+        ],
+        f"The first {len(shown)} of {len(rollouts)} rollouts (log_ratio: log student - log teacher)": shown.to_dicts(),
+    }
+
+
+def one_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
+    """One rollout token by token, a unit after the other: both sides' pieces and log-probs."""
+    wanted = pl.col("rollout_id") == rollout_id
+    rollout = scan(run, "rollouts").filter(wanted).collect()
+    if not len(rollout):
+        some = ", ".join(scan(run, "rollouts").select("rollout_id").head(3).collect()["rollout_id"])
+        raise BadInput(f"{run}: no rollout '{rollout_id}'; there are {some}, …")
+    row = rollout.to_dicts()[0]
+    aligned = scan(run, "aligned").filter(wanted).collect().to_dicts()[0]
+    student = _pieces(run, "student", row["token_ids"], row["logprobs"])
+    teacher: list[tuple[str, float | None]] = []
+    if aligned["teacher_logprobs"] is not None:
+        scores = scan(run, "scores").filter(wanted).collect().to_dicts()[0]
+        teacher = _pieces(run, "teacher", scores["token_ids"], scores["logprobs"])
+    lines: list[dict[str, Any]] = []
+    s_start = t_start = 0
+    for unit, (s_end, t_end, kind) in enumerate(
+        zip(aligned["student_ends"], aligned["teacher_ends"], aligned["kind"], strict=True)
+    ):
+        lines += _unit_lines(str(unit), Kind(kind).name.lower(), student[s_start:s_end], teacher[t_start:t_end])
+        s_start, t_start = s_end, t_end
+    lines += _unit_lines("-", "not aligned", student[s_start:], teacher[t_start:])
+    prompt = scan(run, "prompts").filter(pl.col("prompt_id") == row["prompt_id"]).collect().to_dicts()[0]
+    about = {
+        "rollout": rollout_id,
+        "source": row["source"],
+        "prompt": " | ".join(m["content"] for m in prompt["messages"]),
+        "text": row["text"],
+        "reference": prompt["reference"],
+        "finish": row["finish_reason"],
+        "status": aligned["status"],
+    }
+    return {"Rollout": [about], "Tokens": lines}
+
+
+def _pieces(run: str, role: str, ids: list[int], logprobs: list[float] | None) -> list[tuple[str, float | None]]:
+    vocab = pl.read_parquet(f"{run.rstrip('/')}/vocab/{role}.parquet", columns=["token_id", "bytes", "role"])
+    found = {r["token_id"]: r for r in vocab.filter(pl.col("token_id").is_in(ids)).to_dicts()}
+    pieces = [
+        f"<{found[i]['role']}>" if found[i]["bytes"] is None else repr(found[i]["bytes"].decode(errors="backslashreplace"))
+        for i in ids
+    ]
+    return list(zip(pieces, logprobs or [None] * len(ids), strict=True))
+
+
+def _unit_lines(unit: str, kind: str, student: list, teacher: list) -> list[dict[str, Any]]:
+    lines = []
+    for i in range(max(len(student), len(teacher))):
+        s_piece, s_logprob = student[i] if i < len(student) else ("", None)
+        t_piece, t_logprob = teacher[i] if i < len(teacher) else ("", None)
+        lines.append(
+            {
+                "unit": unit if i == 0 else "",
+                "kind": kind if i == 0 else "",
+                "student": s_piece,
+                "log s": None if s_logprob is None else round(s_logprob, 3),
+                "teacher": t_piece,
+                "log t": None if t_logprob is None else round(t_logprob, 3),
+            }
+        )
+    return lines
