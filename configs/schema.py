@@ -208,8 +208,7 @@ class Recipe(Table):
             raise ValueError("teacher.scratch: a teacher cannot be a new model; give teacher.model or teacher.recipe")
         if self.objective.name == "sft" and self.rollout.on_policy > 0:
             raise ValueError(
-                "objective.name = 'sft' learns from given text: set rollout.on_policy = 0 "
-                f"(found {self.rollout.on_policy})"
+                f"objective.name = 'sft' learns from given text: set rollout.on_policy = 0 (found {self.rollout.on_policy})"
             )
         if self.rollout.off_policy == "teacher" and self.rollout.on_policy < 1 and self.teacher is None:
             raise ValueError("rollout.off_policy = 'teacher' needs a [teacher]")

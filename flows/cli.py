@@ -56,7 +56,7 @@ def run(
     from flows.distill import check, distill
 
     check(recipe)  # before a server is started for nothing
-    result = distill(str(config), rounds=rounds, overrides=list(set_))
+    result = distill(str(config), rounds=rounds, overrides=set_)
     _print("Rounds", result["table"])
     out.print(f"Everything lies in {result['run']}; the last student in {result['student']}", soft_wrap=True, highlight=False)
 
@@ -96,7 +96,6 @@ def _plain_logs() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("potstill")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 

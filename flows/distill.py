@@ -1,10 +1,16 @@
 """The rounds: each samples from the student that the last one trained."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect import flow, runtime
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from pydantic import Field
 
 from configs.errors import BadInput
@@ -24,12 +30,16 @@ from tasks.train import train_round
 from tasks.vocab import match_vocabularies
 
 
-@flow(name="distill", flow_run_name="distill-{config}", validate_parameters=True)
+def _flow_run_name() -> str:
+    return f"distill-{Path(runtime.flow_run.parameters['config']).stem}"
+
+
+@flow(name="distill", flow_run_name=_flow_run_name, validate_parameters=True)
 def distill(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
     rounds: Annotated[int | None, Field(ge=0, description="go on until the run has so many; default: the recipe's")] = None,
     at_most: Annotated[int | None, Field(ge=1, description="add at most so many rounds now; for a schedule")] = None,
-    overrides: Annotated[list[str], Field(description="recipe fields to set, each as a.b=c")] = [],
+    overrides: Annotated[tuple[str, ...], Field(description="recipe fields to set, each as a.b=c")] = (),
 ) -> dict[str, Any]:
     """Run, or go on with, the run of a recipe. What is committed is not made again; a complete run is left as it is."""
     recipe = load(config, overrides)
@@ -99,10 +109,10 @@ def _made(recipe: Recipe, config: Model) -> ModelRef:
     return _local(config, made)
 
 
-def inherited(recipe: Recipe, path: str) -> list[str]:
+def inherited(recipe: Recipe, path: str) -> tuple[str, ...]:
     """What a recipe that makes a model takes from the one that asks for it: the root and the seed."""
     name = load(path).name
-    return [f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}"]
+    return (f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}")
 
 
 def _local(config: Model, made: Artifact) -> ModelRef:
@@ -142,10 +152,10 @@ def check_pair(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | Non
 
 
 def _headline(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {row[key]}" for key in ("sampled", "greedy", "recovered", "divergence") if row.get(key) is not None)
+    return ", ".join(
+        f"{key} {row[key]}" for key in ("sampled", "greedy", "recovered", "divergence") if row.get(key) is not None
+    )
 
 
 def _slug(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
-
-

@@ -2,7 +2,9 @@
 
 from glob import has_magic
 
+import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from storage.schemas import SCHEMAS
 
@@ -35,31 +37,26 @@ def scan(run: str, table: str) -> pl.LazyFrame:
 
 def unpack_topk(scores: pl.LazyFrame) -> pl.LazyFrame:
     """`scores` with one row a teacher token: `position`, `token_id`, `logprob`, `rest`, and lists `ids`, `logprobs`."""
-    tokens = (
-        scores.filter(pl.col("status") == "ok")
-        .select("round", "rollout_id", "token_ids", "logprobs", "rest", "top_counts")
-        .with_columns(position=pl.int_ranges(pl.col("token_ids").list.len()))
-        .explode("token_ids", "logprobs", "rest", "top_counts", "position")
-        .rename({"token_ids": "token_id", "logprobs": "logprob"})
-    )
-    entries = (
-        scores.filter(pl.col("status") == "ok")
-        .select(
-            "round",
-            "rollout_id",
-            pl.col("top_ids"),
-            pl.col("top_logprobs").list.eval(pl.element().cast(pl.Float32)),
-            position=pl.int_ranges(pl.col("top_counts").list.len()).list.eval(pl.element()),
-            counts="top_counts",
-        )
-        .with_columns(
-            position=pl.struct("position", "counts").map_elements(
-                lambda row: [p for p, n in zip(row["position"], row["counts"], strict=True) for _ in range(n)],
-                return_dtype=pl.List(pl.Int64),
-            )
-        )
-        .explode("top_ids", "top_logprobs", "position")
-        .group_by("round", "rollout_id", "position", maintain_order=True)
-        .agg(ids="top_ids", logprobs="top_logprobs")
-    )
-    return tokens.join(entries, on=["round", "rollout_id", "position"], how="left").drop("top_counts")
+    given = scores.collect_schema()
+    keys = [name for name in ("run", "round", "rollout_id") if name in given]
+    cut = {"ids": ("top_ids", pl.Int32), "logprobs": ("top_logprobs", pl.Float32)}
+
+    def unpack(rows: pl.DataFrame) -> pl.DataFrame:
+        tokens = rows.select(
+            *keys,
+            pl.int_ranges(pl.col("token_ids").list.len()).alias("position"),
+            pl.col("token_ids").alias("token_id"),
+            pl.col("logprobs").alias("logprob"),
+            "rest",
+        ).explode("position", "token_id", "logprob", "rest")
+        # All tokens' entries lie one after another, in the tokens' order: `top_counts` says where each token's end.
+        offsets = np.append(0, rows["top_counts"].explode().to_numpy().cumsum(dtype=np.int64))
+        for name, (column, kind) in cut.items():
+            entries = rows[column].explode().cast(kind).to_arrow()
+            tokens = tokens.with_columns(pl.Series(name, pa.LargeListArray.from_arrays(offsets, entries)))
+        return tokens
+
+    schema = {name: given[name] for name in keys}
+    schema |= {"position": pl.Int64, "token_id": pl.Int32, "logprob": pl.Float32, "rest": pl.Float32}
+    schema |= {name: pl.List(kind) for name, (_, kind) in cut.items()}
+    return scores.filter(pl.col("status") == "ok").map_batches(unpack, schema=schema, streamable=True)

@@ -115,7 +115,7 @@ EVALS = pa.schema(
         "tokens": pa.int32(),
         "bytes": pa.int32(),
         "logprob": pa.float64(),  # of the completion under the model that wrote it
-        "teacher_logprob": pa.float64(),  # under the teacher; null where it was not scored
+        "teacher_logprob": pa.float64(),  # under the teacher; null where the text is not all that was sampled
         "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats a byte
     }
 )

@@ -1,8 +1,9 @@
 """A run's folder: where things lie, and how they are committed.
 
-Everything a stage makes goes through `Run.build_table` and `Run.build_files`: the same inputs, committed here or in another run under the same
-root, are not made again. A file is written under `_tmp/`, closed, fsynced and renamed into place, and its manifest
-last; so a data folder holds finished Parquet only, and a reader who goes by manifests sees whole artifacts only.
+Everything a stage makes goes through `Run.build_table` and `Run.build_files`: what was made from the same inputs, here
+or in another run under the same root, is not made again. A file is written under `_tmp/`, closed, fsynced and renamed
+into place, and its manifest last; so a data folder holds finished Parquet only, and a reader who goes by manifests sees
+whole artifacts only.
 """
 
 import json
@@ -55,7 +56,7 @@ class Run:
 
     def __init__(self, root: str, name: str):
         self.fs, base = fsspec.url_to_fs(root)
-        self.root, self.name = base.rstrip("/"), name
+        self.uri, self.root, self.name = root, base.rstrip("/"), name
         self.path = posixpath.join(self.root, name)
         self.local = isinstance(self.fs, LocalFileSystem)
 
@@ -120,9 +121,9 @@ class Run:
         """
         key = digest_json(inputs)
         found = {name: self.find(slot, key) or self._take_over(slot, key, log) for name, slot in slots.items()}
-        if complete := {name: artifact for name, artifact in found.items() if artifact is not None}:
-            if len(complete) == len(slots):
-                return complete
+        complete = {name: artifact for name, artifact in found.items() if artifact is not None}
+        if len(complete) == len(slots):
+            return complete
         started = time.monotonic()
         with self._workspace() as folder:
             rows = make(folder)
@@ -140,20 +141,20 @@ class Run:
     def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
         """Link (or copy) what another run under this root committed at the same slot under the same key."""
         for path in sorted(self.fs.ls(self.root, detail=False)) if self.fs.exists(self.root) else []:
-            other = Run.__new__(Run)
-            other.__dict__ = {**self.__dict__, "name": posixpath.basename(path), "path": path}
+            other = Run(self.uri, posixpath.basename(path))
             if other.name == self.name or (found := other.find(slot, key)) is None:
                 continue
             manifest = other.manifest(slot)
             assert manifest is not None
+            source = posixpath.join(other.path, manifest["path"])
             with self._workspace() as folder:
                 copy = folder / "copy"
-                source = posixpath.join(other.path, manifest["path"])
-                if self.local:
-                    link = shutil.copytree if os.path.isdir(source) else _link
-                    link(source, copy, **({"copy_function": _link} if os.path.isdir(source) else {}))
-                else:
+                if not self.local:
                     self.fs.get(source, str(copy), recursive=self.fs.isdir(source))
+                elif os.path.isdir(source):
+                    shutil.copytree(source, copy, copy_function=_link)
+                else:
+                    _link(source, copy)
                 self._commit(copy, manifest["path"])
             self._write_manifest(slot, {**manifest, "taken_from": other.name})
             log(f"{slot}: {found.rows} rows, taken over from {other.name}")
@@ -250,7 +251,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         path,
         compression="zstd",
         use_dictionary=[f.name for f in table.schema if not pa.types.is_list(f.type) and not pa.types.is_floating(f.type)],
-        column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
+        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
     )
 
 
@@ -275,12 +276,13 @@ def local_folder(artifact: Artifact) -> str:
     return str(target)
 
 
-def _link(source: str, target: str | Path) -> None:
+def _link(source: str, target: str | Path) -> object:
     """A hard link: committed files are never changed. A copy where the disk cannot link."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+    return target
 
 
 def _read_only(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from tasks.tokens.align import Units, align, offsets_of, rows_of, unit_starts
 CODE = 1
 
 
-@task(name="aligned", cache_policy=NO_CACHE)
+@task(name="aligned", task_run_name="aligned-{number}-{shard}", cache_policy=NO_CACHE)
 def align_shard(
     recipe: Recipe,
     number: int,
@@ -48,9 +48,7 @@ def align_shard(
     return run.build_table(round_slot(number, "aligned", part(shard)), inputs, make, logger.info)
 
 
-def aligned_table(
-    rollouts: pa.Table, scores: pa.Table | None, own: Side, other: Side, objective: ObjectiveModule
-) -> pa.Table:
+def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other: Side, objective: ObjectiveModule) -> pa.Table:
     """Align a shard of rollouts with its scores (None: the rows are their own teacher, without a signal)."""
     total_bytes = _row_sums(own.vocabulary.lengths, rollouts["token_ids"])
     status, student, stopped, behaviour = _student_tokens(rollouts, own)

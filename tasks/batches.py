@@ -72,15 +72,18 @@ class MicroBatch:
             last = max(first + 1, int(np.searchsorted(self.ends, begin + positions, side="right")))
             end = int(self.ends[last - 1])
             span = slice(first, last)
-            yield slice(begin, end), Terms(
-                actual=self.actual[begin:end],
-                start=self._tensor(self.starts[span] - begin),
-                end=self._tensor(self.ends[span] - begin),
-                inside=self._tensor(self.inside[span]),
-                ids=self._padded(self.target_ids, events[first : last + 1], 0),
-                logprobs=self._padded(self.target_logprobs, events[first : last + 1], -np.inf),
-                rest=self._tensor(self.rest[span]),
-                unmatched=self._padded(self.unmatched_logprobs, unmatched[first : last + 1], -np.inf),
+            yield (
+                slice(begin, end),
+                Terms(
+                    actual=self.actual[begin:end],
+                    start=self._tensor(self.starts[span] - begin),
+                    end=self._tensor(self.ends[span] - begin),
+                    inside=self._tensor(self.inside[span]),
+                    ids=self._padded(self.target_ids, events[first : last + 1], 0),
+                    logprobs=self._padded(self.target_logprobs, events[first : last + 1], -np.inf),
+                    rest=self._tensor(self.rest[span]),
+                    unmatched=self._padded(self.unmatched_logprobs, unmatched[first : last + 1], -np.inf),
+                ),
             )
             first = last
 

@@ -27,7 +27,7 @@ from tasks.tokens.token_bytes import split_completion
 CODE = 1
 
 
-@task(name="evaluate", cache_policy=NO_CACHE)
+@task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE)
 def evaluate_model(
     recipe: Recipe, number: int, role: str, model: ModelRef, teacher: ModelRef | None, prompts: Artifact
 ) -> Artifact:
@@ -72,7 +72,7 @@ def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: l
                 # The same seeds in every round: the figures differ by the model alone.
                 seeds = [derive(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
                 for row, completion in zip(rows, generator.generate(rendered, seeds, sampling), strict=True):
-                    text, _ = split_completion(text_side.beta, completion.ids, stops)
+                    text, whole = split_completion(text_side.beta, completion.ids, stops)
                     value = score(text, row)
                     records.append(
                         {
@@ -90,6 +90,7 @@ def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: l
                             "bytes": len(text.encode()),
                             "logprob": float(np.sum(completion.logprobs, dtype=np.float64)),
                             "token_ids": completion.ids,
+                            "whole": whole,
                         }
                     )
                 advance(len(rows))
@@ -101,7 +102,8 @@ def _teacher_logprobs(
 ) -> None:
     own, other = side(model), side(teacher)
     ids = teacher_ids(records, other, own.vocabulary.same_as(other.vocabulary))
-    able = [i for i, completion in enumerate(ids) if completion]
+    # A text that is cut before the student's last token has no counterpart on the teacher's side.
+    able = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
     grader = engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
     prompts = [other.render(messages[records[i]["prompt_id"]]) for i in able]
     for i, scores in zip(able, grader.score(prompts, [ids[i] or [] for i in able], 1, 1.0), strict=True):

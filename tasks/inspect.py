@@ -1,5 +1,6 @@
 """What `potstill inspect` shows, as rows; everything comes from the run's tables, no model is loaded."""
 
+import itertools
 import posixpath
 from typing import Any
 
@@ -104,7 +105,7 @@ def _pieces(run: str, role: str, ids: list[int], logprobs: list[float] | None) -
         f"<{found[i]['role']}>" if found[i]["bytes"] is None else repr(found[i]["bytes"].decode(errors="backslashreplace"))
         for i in ids
     ]
-    return list(zip(pieces, logprobs or [None] * len(ids), strict=True))
+    return list(zip(pieces, itertools.repeat(None) if logprobs is None else logprobs))
 
 
 def _unit_lines(unit: str, kind: str, student: list, teacher: list) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
@@ -75,7 +75,10 @@ class Side:
     def __init__(self, ref: ModelRef):
         self.ref = ref
         with _explained(ref.path):
-            self.tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise BadInput(f"{ref.path}: its tokenizer has no tokenizer.json; choose a model that has one (a fast tokenizer)")
+        self.tokenizer = tokenizer
         if ref.rendering == "chat" and not self.tokenizer.chat_template:
             raise BadInput(
                 f"{ref.path}: its tokenizer has no chat template, and the prompts are chats; "
@@ -116,7 +119,8 @@ class Side:
         """The ids of a prompt, up to where the completion starts."""
         if self.ref.rendering == "plain":
             return self.tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS itself
 
 
 @lru_cache(maxsize=8)

@@ -31,15 +31,15 @@ def make_prompts(recipe: Recipe) -> dict[str, Artifact]:
         inputs["file"] = digest_file(config.path)
     tables: dict[str, pa.Table] = {}
 
-    def make(split: str) -> pa.Table:
-        if not tables:
-            tables.update(split_prompts(config, recipe.seed))
-        return tables[split]
+    def build(split: str) -> Artifact:
+        def make() -> pa.Table:
+            if not tables:
+                tables.update(split_prompts(config, recipe.seed))
+            return tables[split]
 
-    return {
-        split: run.build_table(f"prompts/{split}", inputs | {"split": split}, lambda s=split: make(s), logger.info)
-        for split in ("train", "eval")
-    }
+        return run.build_table(f"prompts/{split}", inputs | {"split": split}, make, logger.info)
+
+    return {split: build(split) for split in ("train", "eval")}
 
 
 def check_prompts(config: Prompts, seed: int) -> None:
@@ -68,7 +68,9 @@ def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
         if not rows:
             raise BadInput(f"prompts.{_where(config)}: only {len(seen)} distinct prompts, none of them for {split}; give more")
         if len(rows) < wanted[split]:
-            logger.warning("prompts: %s has %d distinct prompts, prompts.%s asks for %d", split, len(rows), split, wanted[split])
+            logger.warning(
+                "prompts: %s has %d distinct prompts, prompts.%s asks for %d", split, len(rows), split, wanted[split]
+            )
     return {split: pa.Table.from_pylist(rows, PROMPTS) for split, rows in found.items()}
 
 
@@ -150,7 +152,9 @@ def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]
         messages = row.get("messages")
         if messages is None:
             if not isinstance(row.get("prompt"), str):
-                raise BadInput(f"prompts.{where}: row {number} has neither `messages` nor a text `prompt`; it has {sorted(row)}")
+                raise BadInput(
+                    f"prompts.{where}: row {number} has neither `messages` nor a text `prompt`; it has {sorted(row)}"
+                )
             messages = [{"role": "user", "content": _fill(config.template, {**row, "question": row["prompt"]})}]
         if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
             raise BadInput(f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}")

@@ -12,8 +12,9 @@ def rounds_table(run: str) -> pl.DataFrame:
     """The teacher, the student before training, and the student after each round, with 95% intervals.
 
     `recovered` is the share of the teacher's lead in sampled accuracy that the student has gained since round 0.
-    `divergence` is nats a byte, `truncated` the share of completions cut at the limit, `supervised` the share of the
-    round's completion bytes that a term of the loss speaks of.
+    `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats a byte; `truncated` is the share of
+    completions cut at the limit; `supervised` is the share of the round's completion bytes that a term of the loss
+    speaks of.
     """
     evals = scan(run, "evals").collect()
     quality = _supervised(run)
@@ -27,7 +28,7 @@ def rounds_table(run: str) -> pl.DataFrame:
             {
                 "model": model,
                 "round": number,
-                "divergence": sampled["divergence"].mean(),
+                "divergence": _per_byte(sampled),
                 "tokens": sampled["tokens"].mean(),
                 "truncated": (sampled["finish_reason"] == "length").mean(),
             }
@@ -38,13 +39,23 @@ def rounds_table(run: str) -> pl.DataFrame:
         key = (row["model"], row["round"])
         for kind in ("greedy", "sampled"):
             estimate = estimates.get((*key, kind))
-            row |= {kind: estimate and estimate.value, f"{kind}_low": estimate and estimate.low, f"{kind}_high": estimate and estimate.high}
+            row |= {
+                kind: estimate and estimate.value,
+                f"{kind}_low": estimate and estimate.low,
+                f"{kind}_high": estimate and estimate.high,
+            }
         row["supervised"] = quality.get(row["round"]) if row["model"] == "student" else None
         row["recovered"] = None
         if row["model"] == "student" and row["round"] and before and teacher and teacher.value > before.value:
             row["recovered"] = (estimates[*key, decoding].value - before.value) / (teacher.value - before.value)
     rows.sort(key=lambda row: (row["model"] != "teacher", row["round"]))
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _per_byte(evals: pl.DataFrame) -> float | None:
+    scored = evals.filter(pl.col("teacher_logprob").is_not_null())
+    apart = float((scored["logprob"] - scored["teacher_logprob"]).sum())
+    return apart / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
 
 
 def _supervised(run: str) -> dict[int, float]:

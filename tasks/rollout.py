@@ -34,7 +34,7 @@ class Row:
     rollout_id: str
 
 
-@task(name="rollouts", cache_policy=NO_CACHE)
+@task(name="rollouts", task_run_name="rollouts-{number}-{shard}", cache_policy=NO_CACHE)
 def roll_out(
     recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef | None, prompts: Artifact
 ) -> Artifact:
@@ -124,7 +124,9 @@ def rollouts_table(
     others = [i for i, row in enumerate(rows) if row.source == "teacher"]
     if others and teacher is not None:
         seeds = [rows[i].seed for i in others]
-        texts = completions_text(engine(teacher, config.batch_size, 16_384), side(teacher), [messages[i] for i in others], seeds, sampling)
+        texts = completions_text(
+            engine(teacher, config.batch_size, 16_384), side(teacher), [messages[i] for i in others], seeds, sampling
+        )
         made |= {i: _given(text, text_side, config.max_new_tokens) for i, text in zip(others, texts, strict=True)}
 
     policies = {"student": student.digest, "teacher": teacher.digest if teacher else "", "reference": ""}
@@ -148,7 +150,9 @@ def rollouts_table(
     )
 
 
-def completions_text(generator: Engine, text_side: Side, messages: list[Any], seeds: list[int], sampling: Sampling) -> list[str]:
+def completions_text(
+    generator: Engine, text_side: Side, messages: list[Any], seeds: list[int], sampling: Sampling
+) -> list[str]:
     """Texts of completions sampled by a model under its own rendering of the prompts."""
     completions = generator.generate([text_side.render(m) for m in messages], seeds, sampling)
     return [split_completion(text_side.beta, c.ids, set(text_side.stop_ids))[0] for c in completions]

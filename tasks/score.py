@@ -19,7 +19,7 @@ CODE = 1
 ROWS_AT_ONCE = 1024  # between two steps of the progress bar
 
 
-@task(name="scores", cache_policy=NO_CACHE)
+@task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE)
 def score_shard(
     recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef, prompts: Artifact, rollouts: Artifact
 ) -> Artifact:

@@ -31,7 +31,7 @@ CODE = 1
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-@task(name="train", cache_policy=NO_CACHE)
+@task(name="train", task_run_name="train-{number}", cache_policy=NO_CACHE)
 def train_round(
     recipe: Recipe,
     number: int,
@@ -191,7 +191,7 @@ class Trainer:
     # No pickle: the optimizer's tensors, by parameter name, go to safetensors, and the rest to JSON.
 
     def _save(self, folder: Path) -> None:
-        state = get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=FULL)
+        state: dict[str, Any] = get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=FULL)
         if not self.accelerator.is_main_process:
             return
         (folder / "trainer").mkdir()

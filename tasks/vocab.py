@@ -23,12 +23,12 @@ def match_vocabularies(recipe: Recipe, student: ModelRef, teacher: ModelRef | No
     own.encoder.check(student.path)
     other.encoder.check((teacher or student).path)
     identities = {"student": tokenizer_digest(own), "teacher": tokenizer_digest(other)}
-    artifacts = {}
-    for role, this, that in (("student", own, other), ("teacher", other, own)):
+
+    def build(role: str, this: Side, that: Side) -> Artifact:
         inputs = {"stage": "vocab", "code": CODE, "role": role, **identities}
-        artifacts[role] = run.build_table(
-            f"vocab/{role}", inputs, lambda a=this, b=that: vocab_table(a.vocabulary, b.vocabulary), logger.info
-        )
+        return run.build_table(f"vocab/{role}", inputs, lambda: vocab_table(this.vocabulary, that.vocabulary), logger.info)
+
+    artifacts = {"student": build("student", own, other), "teacher": build("teacher", other, own)}
     if teacher is not None:
         logger.info("vocab: %s", describe(own.vocabulary, other.vocabulary))
     return artifacts

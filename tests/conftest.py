@@ -4,4 +4,4 @@ import os
 
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
 
-import flows  # noqa: E402,F401  (Prefect's defaults, before anything imports Prefect)
+import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)

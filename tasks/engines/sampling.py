@@ -41,9 +41,10 @@ class SeededSampler(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(sampling.top_p))
         self.logprobs: list[torch.Tensor] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         logprobs = self.warpers(input_ids, scores[:, : self.size].float()).log_softmax(-1)
         noisy = logprobs if self.greedy else logprobs + gumbel(self.seeds, len(self.logprobs), self.size)
         chosen = noisy.argmax(-1, keepdim=True)
         self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        # What greedy search takes the maximum of.
+        return scores.fill_(-torch.inf).scatter_(1, chosen, 0.0)  # type: ignore[return-value]

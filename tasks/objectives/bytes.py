@@ -29,6 +29,15 @@ def first_classes(vocabulary: Vocabulary) -> np.ndarray:
 
 
 class BytesObjective(ObjectiveModule):
+    first: torch.Tensor  # class of each id
+    order: torch.Tensor  # ids in byte order
+    flat: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    low: torch.Tensor
+    equal: torch.Tensor
+    high: torch.Tensor
+
     def __init__(self, config: Bytes, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
         self.config, self.student, self.teacher = config, student, teacher
@@ -71,7 +80,7 @@ class BytesObjective(ObjectiveModule):
                 inside=inside[keep],
             )
 
-    def teacher_laws(self, pairing: Pairing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def teacher_laws(self, pairing: Pairing) -> tuple[np.ndarray, ...]:
         """The law before each teacher token, covers applied: counts a token, classes, masses (sparse)."""
         vocabulary, ids = self.teacher, pairing.teacher_ids
         owner = np.repeat(np.arange(len(ids)), np.diff(pairing.top_offsets))

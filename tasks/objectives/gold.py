@@ -16,6 +16,10 @@ IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
 
 
 class GoldObjective(ObjectiveModule):
+    unmatched: torch.Tensor
+    duplicates: torch.Tensor
+    stand_in: torch.Tensor
+
     def __init__(self, config: Gold, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
         self.config = config
@@ -117,4 +121,3 @@ class GoldObjective(ObjectiveModule):
         top = student.topk(k).values
         apart = (top - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
         return apart + (student.sum(-1) - top.sum(-1)).clamp(min=0)
-

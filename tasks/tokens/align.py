@@ -81,10 +81,11 @@ def align(
         )
     ]
     offsets = offsets_of(np.bincount(row, minlength=rows))
+    student_ends, teacher_ends, common = (end.astype(np.int32) for end in ends)
     is_stop = np.concatenate([np.zeros(len(s_at), bool), np.ones(len(stop_rows), bool)])[order]
-    s_many, t_many = (unit_sizes(end, offsets) > 1 for end in ends[:2])
+    s_many, t_many = unit_sizes(student_ends, offsets) > 1, unit_sizes(teacher_ends, offsets) > 1
     kind = np.where(is_stop, Kind.STOP, Kind.ONE_TO_ONE + s_many + 2 * t_many).astype(np.int8)
-    return Units(offsets, *(end.astype(np.int32) for end in ends), kind)
+    return Units(offsets, student_ends, teacher_ends, common, kind)
 
 
 def unit_sizes(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:

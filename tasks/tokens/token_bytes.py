@@ -53,8 +53,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = ()
     byte-level BPE nor SentencePiece-like.
     """
     name = name or tokenizer.name_or_path
-    if not getattr(tokenizer, "is_fast", False):
-        raise BadInput(f"{name}: needs a tokenizer.json (a fast tokenizer); this one has only a slow tokenizer")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     to_bytes = _piece_decoder(spec, name)
     size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
@@ -120,7 +118,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, beta: TokenBytes):
         self.tokenizer, self.beta = tokenizer, beta
-        self.anchor, self.anchor_ids = "", []
+        self.anchor: str = ""
+        self.anchor_ids: list[int] = []
         if beta.join(self._ids(["a"])[0]) != b"a":
             self.anchor, self.anchor_ids = next(
                 ((anchor, ids) for anchor in self.ANCHORS if (ids := self._safe_anchor(anchor))), ("", [])

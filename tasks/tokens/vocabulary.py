@@ -45,8 +45,7 @@ class Vocabulary:
     @cached_property
     def order(self) -> np.ndarray:
         """Ids with bytes, sorted by them; int64."""
-        values = self.beta.values
-        return np.array(sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i]), np.int64)
+        return np.array([i for _, i in sorted((v, i) for i, v in enumerate(self.beta.values) if v is not None)], np.int64)
 
     @cached_property
     def flat(self) -> np.ndarray:

@@ -1,0 +1,228 @@
+"""Recipes: what a TOML file and `--set` become, and what a person reads when a recipe cannot be used."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from configs.errors import BadInput
+from configs.load import differences, dumps, load, validate
+from configs.schema import Bytes, FilePrompts, Gold
+
+CHECKOUT = Path(__file__).parents[2]
+RECIPES = sorted([*(CHECKOUT / "configs").rglob("*.toml"), *(CHECKOUT / "tests" / "recipes").rglob("*.toml")])
+TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
+
+PLAIN = """
+name = "plain"
+[student]
+model = "student"
+[teacher]
+model = "teacher"
+[prompts]
+source = "file"
+path = "prompts.jsonl"
+[objective]
+name = "bytes"
+"""
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """A small recipe with models and prompts that need not exist."""
+    path = tmp_path / "plain.toml"
+    path.write_text(PLAIN)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        load(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_every_recipe_of_the_checkout_loads(path):
+    assert load(path).name == tomllib.loads(path.read_text())["name"]
+
+
+def test_there_are_recipes_to_load():
+    assert {"quickstart.toml", "tiny.toml"} <= {path.name for path in RECIPES}
+
+
+def test_values_and_defaults(plain):
+    recipe = load(plain)
+    assert (recipe.rounds, recipe.seed, recipe.root) == (1, 0, "runs")
+    assert isinstance(recipe.objective, Bytes)
+    assert recipe.objective.beta == 1.0
+    assert recipe.train.adam_betas == (0.9, 0.999)
+
+
+def test_paths_are_relative_to_the_recipe(plain, tmp_path):
+    prompts = load(plain).prompts
+    assert isinstance(prompts, FilePrompts)
+    assert prompts.path == str(tmp_path / "prompts.jsonl")
+    tiny = load(TINY)
+    assert tiny.student.recipe == str(TINY.parent / "student.toml")
+    assert tiny.teacher is not None
+    assert tiny.teacher.recipe == str(TINY.parent / "teacher.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("seed=7", lambda r: r.seed, 7),
+        ("train.learning_rate=1e-4", lambda r: r.train.learning_rate, 1e-4),
+        ("train.learning_rate = 0.5", lambda r: r.train.learning_rate, 0.5),
+        ("train.adam_betas=[0.8, 0.95]", lambda r: r.train.adam_betas, (0.8, 0.95)),
+        ("train.schedule=constant", lambda r: r.train.schedule, "constant"),
+        ('train.schedule="linear"', lambda r: r.train.schedule, "linear"),
+        ("student.trust_remote_code=true", lambda r: r.student.trust_remote_code, True),
+        ("root=/data/my runs", lambda r: r.root, "/data/my runs"),
+        ("root=s3://bucket/runs", lambda r: r.root, "s3://bucket/runs"),
+        ("name=a.b-c_1", lambda r: r.name, "a.b-c_1"),
+        ("prompts.template=Q: {question} = ?", lambda r: r.prompts.template, "Q: {question} = ?"),
+        ("objective={name='gold', merge='sum'}", lambda r: r.objective, Gold(name="gold", merge="sum")),
+    ],
+)
+def test_set(plain, override, read, value):
+    """Values are TOML's; a bare word is a string, an equals sign may stand in a value."""
+    found = read(load(plain, [override]))
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_set_makes_tables_and_the_last_one_wins(plain):
+    recipe = load(plain, ["rollout.samples=2", "rollout.top_k=5", "rollout.samples=3"])
+    assert (recipe.rollout.samples, recipe.rollout.top_k) == (3, 5)
+
+
+def test_set_reaches_deep_tables(tmp_path):
+    path = CHECKOUT / "tests" / "recipes" / "student.toml"
+    recipe = load(path, ["student.scratch.layers=2", "prompts.options.max_word_len=9"])
+    assert recipe.student.scratch is not None
+    assert recipe.student.scratch.layers == 2
+    assert recipe.prompts.options == {"min_word_len": 3, "max_word_len": 9}
+
+
+# What is set in a recipe that is right otherwise; the field that the message names; what it says would be right.
+BAD = [
+    (["nam=1"], "nam", "known here: name, root, seed"),
+    (["rollot.prompts=3"], "rollot", "rollout"),
+    (["rollout.promts=3"], "rollout.promts", "prompts, samples"),
+    (["student.scratch.depth=3"], "student.scratch.depth", "layers, width"),
+    (["objective.merge=chain"], "objective.merge", "known here: beta"),
+    (["prompts.task=spell_backward"], "prompts.task", "path"),
+    (["rounds=0"], "rounds", "greater than or equal to 1"),
+    (["rounds=two"], "rounds", "integer"),
+    (["rounds=1.5"], "rounds", "integer"),
+    (['rounds="3"'], "rounds", "integer"),
+    (["rollout.samples=true"], "rollout.samples", "integer"),
+    (["seed=-1"], "seed", "greater than or equal to 0"),
+    (["seed=4294967296"], "seed", "less than 2147483648"),
+    (["name=a/b"], "name", "A-Za-z0-9"),
+    (["name=.."], "name", "A-Za-z0-9"),
+    (["name=123"], "name", "string"),
+    (['root=""'], "root", "at least 1 character"),
+    (["student=3"], "student", "Model"),
+    (["student.recipe=x.toml"], "student", "exactly one of model, recipe, scratch"),
+    (["student={}"], "student", "exactly one of model, recipe, scratch"),
+    (["student.rendering=html"], "student.rendering", "'chat' or 'plain'"),
+    (["student.dtype=int8"], "student.dtype", "'bfloat16'"),
+    (["student={scratch={width=10, heads=4}}"], "student.scratch", "divide width"),
+    (["teacher={scratch={}}"], "teacher", "give teacher.model or teacher.recipe"),
+    (["prompts=[]"], "prompts", "dictionary"),
+    (["prompts.source=web"], "prompts.source", "'reasoning-gym', 'file', 'hub'"),
+    (["prompts={train=3}"], "prompts.source", "reasoning-gym, file, hub"),
+    (["prompts={source='file'}"], "prompts.path", "missing"),
+    (["prompts.train=0"], "prompts.train", "greater than or equal to 1"),
+    (["rollout.on_policy=1.5"], "rollout.on_policy", "less than or equal to 1"),
+    (["rollout.on_policy=nan"], "rollout.on_policy", "less than or equal to 1"),
+    (["rollout.off_policy=student"], "rollout.off_policy", "'reference' or 'teacher'"),
+    (["rollout.temperature=0"], "rollout.temperature", "greater than 0"),
+    (["score.k=40000"], "score.k", "less than or equal to 32767"),
+    (["score.top_p=2"], "score.top_p", "less than or equal to 1"),
+    (["objective=gold"], "objective", "dictionary"),
+    (["objective.name=alm"], "objective.name", "'gkd', 'uld', 'gold', 'bytes', 'sft'"),
+    (["objective={beta=0.5}"], "objective.name", "gkd, uld, gold, bytes, sft"),
+    (["objective.beta=-1"], "objective.beta", "greater than or equal to 0"),
+    (["objective.name=sft"], "objective.name = 'sft'", "set rollout.on_policy = 0"),
+    (["train.micro_batch_size=128"], "train.micro_batch_size = 128", "larger than train.batch_size = 64"),
+    (["train.learning_rate=fast"], "train.learning_rate", "number"),
+    (["train.schedule=step"], "train.schedule", "'cosine', 'linear' or 'constant'"),
+    (["train.adam_betas=[0.9]"], "train.adam_betas", "missing"),
+    (["train.adam_betas=[0.9, 2.0]"], "train.adam_betas", "less than 1"),
+    (["train.grad_clip=0"], "train.grad_clip", "greater than 0"),
+    (["evaluate.samples=-1"], "evaluate.samples", "greater than or equal to 0"),
+    (["evaluate.scorer=judge"], "evaluate.scorer", "'task' or 'exact'"),
+    (["noequals"], "noequals", "field=value"),
+    (["=3"], "=3", "field=value"),
+    (["train..batch_size=1"], "train..batch_size", "field=value"),
+    (["name.x=3"], "name", "not a table"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "field", "right"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_recipes(plain, overrides, field, right):
+    """Each names the field and what would be right, in one line."""
+    text = message(plain, *overrides)
+    assert field in text
+    assert right in text
+    assert "\n" not in text
+    assert "pydantic" not in text
+
+
+def test_every_wrong_field_is_named(plain):
+    lines = message(plain, "rounds=0", "score.k=0", "wrong=1").splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{plain}: ") for line in lines)
+    assert {line.split(": ")[1] for line in lines} == {"rounds", "score.k", "wrong"}
+
+
+def test_a_teacher_is_needed_but_for_sft(tmp_path):
+    path = tmp_path / "alone.toml"
+    path.write_text(PLAIN.replace('[teacher]\nmodel = "teacher"\n', ""))
+    assert "objective.name = 'bytes' needs a [teacher]" in message(path)
+    assert load(path, ["objective.name=sft", "rollout.on_policy=0"]).teacher is None
+    text = message(path, "objective.name=sft", "rollout.on_policy=0", "rollout.off_policy=teacher")
+    assert "rollout.off_policy = 'teacher' needs a [teacher]" in text
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    missing = tmp_path / "missing.toml"
+    assert message(missing).startswith(f"{missing}: no such recipe")
+    assert "configs/quickstart.toml" in message(missing)
+    assert f"{tmp_path}: cannot be read" in message(tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name =\nrounds = 2\n")
+    assert f"{broken}: not valid TOML" in message(broken)
+    assert "line 1" in message(broken)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert f"{binary}: cannot be read" in message(binary)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_a_frozen_recipe_is_the_recipe(path):
+    """What `run.toml` holds reads back as the same recipe, with every default written out."""
+    recipe = load(path, ["seed=3", "rollout.top_p=0.9"])
+    text = dumps(recipe)
+    again = validate(tomllib.loads(text), "run.toml")
+    assert again == recipe
+    assert differences(again, recipe) == []
+    assert tomllib.loads(text)["train"]["weight_decay"] == 0.0
+
+
+def test_differences_name_both_values(plain):
+    old, new = load(plain), load(plain, ["train.batch_size=128", "objective={name='gold'}"])
+    lines = differences(old, new)
+    assert "train.batch_size is 64 there, 128 here" in lines
+    assert "objective.name is 'bytes' there, 'gold' here" in lines
+    assert "objective.merge is 'absent' there, 'chain' here" in lines
+    assert len(lines) == 6  # name, merge, rest and two weights beside the batch size
+
+
+def test_recipes_cannot_be_changed(plain):
+    recipe = load(plain)
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 3
