@@ -140,7 +140,8 @@ class Run:
 
     def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
         """Link (or copy) what another run under this root committed at the same slot under the same key."""
-        for path in sorted(self.fs.ls(self.root, detail=False)) if self.fs.exists(self.root) else []:
+        entries = self.fs.ls(self.root, detail=True) if self.fs.exists(self.root) else []
+        for path in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
             other = Run(self.uri, posixpath.basename(path))
             if other.name == self.name or (found := other.find(slot, key)) is None:
                 continue

@@ -110,6 +110,14 @@ def expand(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + starts[owner], owner
 
 
+def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`expand` for tensors."""
+    counts = (ends - starts).clamp(min=0)
+    owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
+    before = counts.cumsum(0) - counts
+    return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
+
+
 def add_up(owner: np.ndarray, ids: np.ndarray, masses: np.ndarray, owners: int) -> tuple[np.ndarray, ...]:
     """Sum masses that fall on the same (owner, id). Returns counts an owner, ids, masses, in order of owner and id."""
     if not len(ids):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from configs.schema import Bytes
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand, expand_ranges
 from tasks.objectives.divergences import bucketed
 from tasks.tokens.align import byte_ends, offsets_of, rows_of, within
 from tasks.tokens.vocabulary import Vocabulary
@@ -143,21 +143,13 @@ class BytesObjective(ObjectiveModule):
         low, equal, high = (torch.where(read, table[at], 0) for table in (self.low, self.equal, self.high))
 
         cover = mass.new_zeros(len(last), CLASSES)
-        place, term = _ragged(equal, high)
+        place, term = expand_ranges(equal, high)
         longer = self.order[place]
         byte = self.flat[self.starts[longer] + (at - self.starts[token])[term] + 1]
         cover = cover.view(-1).index_add(0, term * CLASSES + byte, mass[terms.start[term], longer]).view_as(cover)
 
-        place, term = _ragged(torch.where(covered, low, 0), torch.where(covered, equal, 0))
+        place, term = expand_ranges(torch.where(covered, low, 0), torch.where(covered, equal, 0))
         path = (~read).to(mass.dtype).index_add(0, term, mass[terms.start[term], self.order[place]])
         first = mass.new_zeros(len(mass), CLASSES).index_add(1, self.first, mass)
         law = cover + path[:, None] * first[last]
         return law / law.sum(-1, keepdim=True).clamp(min=TINY)
-
-
-def _ragged(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All indices of the ranges one after another, and which range each is from."""
-    counts = (ends - starts).clamp(min=0)
-    owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
-    before = counts.cumsum(0) - counts
-    return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from configs.schema import Gold
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand, expand_ranges
 from tasks.objectives.divergences import bucketed
 from tasks.tokens.align import rows_of, unit_starts
 from tasks.tokens.vocabulary import Vocabulary, match
@@ -90,14 +90,14 @@ class GoldObjective(ObjectiveModule):
         return ids, logits - normaliser[unit], unit
 
     def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        unit = torch.repeat_interleave(torch.arange(len(terms.start), device=logprobs.device), terms.end - terms.start)
+        position, unit = expand_ranges(terms.start, terms.end)
         if self.config.merge == "sum":
-            merged = logprobs.new_zeros(len(terms.start), logprobs.shape[1]).index_add(0, unit, logprobs)
+            merged = logprobs.new_zeros(len(terms.start), logprobs.shape[1]).index_add(0, unit, logprobs[position])
             law = self._fold(merged.log_softmax(-1))
         else:
             at = terms.end - 1 if self.config.merge == "chain" else terms.start
             path = logprobs.gather(1, terms.actual[:, None])[:, 0]
-            others = path.new_zeros(len(at)).index_add(0, unit, path) - path[at]  # the unit's other tokens
+            others = path.new_zeros(len(at)).index_add(0, unit, path[position]) - path[at]  # the unit's other tokens
             law = self._fold(logprobs[at]) + others[:, None]
         student = law.gather(1, terms.ids).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         loss = bucketed(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)

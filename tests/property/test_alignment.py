@@ -1,7 +1,6 @@
 """Alignment into units and the byte accounts (MATHS.md §3; properties 5 to 8 and 19)."""
 
-from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,8 @@ from hypothesis import strategies as st
 from toys import (
     SEEDS,
     TEXTS,
+    StubEncoder,
+    ToySide,
     byte_level,
     full_logprobs,
     random_bytes,
@@ -151,31 +152,6 @@ def test_unicode_across_tokenizer_families(text: str) -> None:
 # -- the aligned table -----------------------------------------------------------------------------------------------------
 
 
-class StubEncoder:
-    """Stands for a tokenizer whose canonical encoding is one letter a token."""
-
-    def __init__(self, toy: Vocabulary):
-        self.by_letter = {value: i for i, value in reversed(list(enumerate(toy.beta.values))) if value and len(value) == 1}
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [[self.by_letter.get(bytes([byte]), -1) for byte in text.encode()] for text in texts]
-
-
-@dataclass
-class ToySide:
-    """A model's text side as the align stage uses it, around a toy vocabulary."""
-
-    vocabulary: Vocabulary
-
-    @property
-    def stop_ids(self) -> list[int]:
-        return self.vocabulary.stop_ids
-
-    @property
-    def encoder(self) -> StubEncoder:
-        return StubEncoder(self.vocabulary)
-
-
 def toy_scores(rng: np.random.Generator, toy: Vocabulary, ids: list[int], k: int = 5) -> TokenScores:
     """A random teacher's scores of the ids."""
     table, k = random_logprobs(rng, len(ids), toy.size), min(k, toy.size - 1)
@@ -282,7 +258,7 @@ def test_bytes_that_are_supervised(seed: int) -> None:
     kinds: list[Objective] = [Gold(name="gold"), Bytes(name="bytes")]
     gold, by_bytes = (aligned_toys(rng, student, teacher, [s_ids], [t_ids], kind)[0] for kind in kinds)
     ends = [0, *gold["byte_ends"]]
-    per_unit = [end - start for start, end in zip(ends, ends[1:])]
+    per_unit = [end - start for start, end in pairwise(ends)]
     assert gold["supervised_bytes"] == sum(n for n, events in zip(per_unit, gold["target_counts"], strict=True) if events)
     assert by_bytes["supervised_bytes"] == len(t_ids) - 1
     own = ToySide(student)

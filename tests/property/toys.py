@@ -35,8 +35,8 @@ TEXTS = [
 OTHER_TEXTS = ["then he added that a cat and a dog sat there", "return the naïve result in 1 2 3 steps, мир 世界"]
 HARD_TEXTS = [
     "", " ", "  a", "a ", "\n", "\n\nx", "\r\n\r\n", "\t\tif x:\n", "👩‍👩‍👧‍👦", "🏳️‍🌈🏳️‍🌈", "e\u0301 é", "Å A\u030a \u212b",
-    "\ufffd", "\u00a0\u200b\u2028", "<end>", "a<s>b<pad><unk></s>", "<0x41>", "שלום مرحبا ไทย", "안녕하세요", "\U0010ffff\x00\x7f",
-    "ﬁ ½ Ⅳ", " the", "The", "the the  the",
+    "\ufffd", "\u00a0\u200b\u2028", "<end>", "a<s>b<pad><unk></s>", "<0x41>", "שלום مرحبا ไทย", "안녕하세요",
+    "\U0010ffff\x00\x7f", "ﬁ ½ Ⅳ", " the", "The", "the the  the",
 ]  # fmt: skip
 
 
@@ -177,6 +177,45 @@ def losses(objective: ObjectiveModule, rows: Rows, k: int | None = None, s: torc
     """Loss of every term, from the rows' own distributions or from log-probs `s` `[all tokens, V_S]`."""
     span, terms = terms_of(objective, rows, k)
     return objective((torch.from_numpy(np.concatenate(rows.s)) if s is None else s)[span], terms)
+
+
+class StubEncoder:
+    """Stands for a tokenizer whose canonical encoding is one letter a token."""
+
+    def __init__(self, toy: Vocabulary):
+        self.by_letter = {value: i for i, value in reversed(list(enumerate(toy.beta.values))) if value and len(value) == 1}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[self.by_letter.get(bytes([byte]), -1) for byte in text.encode()] for text in texts]
+
+
+@dataclass
+class ToySide:
+    """A model's text side as the align stage uses it, around a toy vocabulary."""
+
+    vocabulary: Vocabulary
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return self.vocabulary.stop_ids
+
+    @property
+    def encoder(self) -> StubEncoder:
+        return StubEncoder(self.vocabulary)
+
+
+def floored_jsd(t: Sequence[float] | np.ndarray, s: Sequence[float] | np.ndarray, beta: float) -> float:
+    """JSD_β by its definition, from masses; what one side calls impossible costs the other 20 nats, not infinity."""
+    masses_t, masses_s = np.asarray(t, float), np.asarray(s, float)
+    floor = np.exp(-20)
+
+    def kl(p: np.ndarray, q: np.ndarray) -> float:
+        return float((p * (np.log(np.maximum(p, floor)) - np.log(np.maximum(q, floor)))).sum())
+
+    if beta in (0, 1):
+        return kl(masses_t, masses_s) if beta == 0 else kl(masses_s, masses_t)
+    mixture = beta * masses_t + (1 - beta) * masses_s
+    return beta * kl(masses_t, mixture) + (1 - beta) * kl(masses_s, mixture)
 
 
 def with_student(rows: Rows, logprobs: list[np.ndarray]) -> Rows:
