@@ -143,9 +143,12 @@ def _pairing(own: Side, other: Side, student: Flat, teacher: Flat, stopped: np.n
     s_body = _lengths_without(own.vocabulary.lengths[ids], offsets)
     t_body = _lengths_without(other.vocabulary.lengths[z], z_offsets)
     units = align(*s_body, *t_body, stops)
-    s_keep = _kept(offsets, np.diff(s_body[1]) + stops)
-    t_keep = _kept(z_offsets, np.diff(t_body[1]) + stops)
-    s_offsets, t_offsets = offsets_of(np.diff(s_body[1]) + stops), offsets_of(np.diff(t_body[1]) + stops)
+    s_counts, t_counts = np.zeros(len(stops), np.int64), np.zeros(len(stops), np.int64)
+    some = np.diff(units.offsets) > 0
+    s_counts[some] = units.student_ends[units.offsets[1:][some] - 1]
+    t_counts[some] = units.teacher_ends[units.offsets[1:][some] - 1]
+    s_keep, t_keep = _kept(offsets, s_counts), _kept(z_offsets, t_counts)
+    s_offsets, t_offsets = offsets_of(s_counts), offsets_of(t_counts)
     if scores is None:
         none = np.zeros(0)
         empty = np.zeros(t_offsets[-1] + 1, np.int64)

@@ -20,7 +20,7 @@ def gumbel(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
     row = _mix(_mix(seeds & MASK32) ^ ((seeds >> 32) & MASK32)) + 0x9E3779B9 * (position + 1)
     ids = torch.arange(size, device=seeds.device) * 0x85EBCA77
     bits = _mix(_mix((row & MASK32)[:, None] ^ (ids & MASK32)[None, :]) + (row & MASK32)[:, None] & MASK32)
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24  # never 0 or 1
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # never 0 or 1
     return -torch.log(-torch.log(uniform))
 
 

@@ -42,6 +42,8 @@ def bucketed(
     divergence of two distributions: never negative, a lower bound of the full one, exact where the support is all.
     """
     if rest == "renormalise":
+        none = t.isneginf().all(-1, keepdim=True)  # no event at all: nothing to compare
+        t, s = t.masked_fill(none, 0.0), s.masked_fill(none, 0.0)
         return jsd(t.log_softmax(-1), s.log_softmax(-1), beta)
     if rest == "drop":
         return jsd(t, s, beta)

@@ -23,7 +23,8 @@ class GoldObjective(ObjectiveModule):
     def __init__(self, config: Gold, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
         self.config = config
-        self.to_student = match(teacher, student).ids
+        self.to_student = student.representative if student.same_as(teacher) else match(teacher, student).ids
+        self.teacher_class = teacher.representative
         self.teacher_size = teacher.size
         matched = np.zeros(student.size, bool)
         matched[self.to_student[self.to_student >= 0]] = True
@@ -52,7 +53,9 @@ class GoldObjective(ObjectiveModule):
         counts, target_ids, masses = add_up(unit[hit], ids[hit].astype(np.int64), mass[hit], len(row))
         owner = np.repeat(np.arange(len(row)), counts)
         covered = np.bincount(owner, masses, len(row))
-        order = np.lexsort((-mass[~hit], unit[~hit]))
+        classes = self.teacher_class[teacher_ids[~hit]].astype(np.int64)
+        other_counts, _, others = add_up(unit[~hit], classes, mass[~hit], len(row))
+        order = np.lexsort((-others, np.repeat(np.arange(len(row)), other_counts)))
         starts = unit_starts(units.student_ends, units.offsets)
         byte_starts = unit_starts(units.byte_ends, units.offsets)
         with np.errstate(divide="ignore"):
@@ -65,8 +68,8 @@ class GoldObjective(ObjectiveModule):
                 np.log(masses),
                 np.log(np.maximum(1 - covered, 0)),
                 np.bincount(row, (units.byte_ends - byte_starts) * (counts > 0), pairing.rows).astype(np.int64),
-                unmatched_counts=np.bincount(unit[~hit], minlength=len(row)),
-                unmatched_logprobs=logprobs[~hit][order],
+                unmatched_counts=other_counts,
+                unmatched_logprobs=np.log(others[order]),
             )
 
     def _sum(self, pairing: Pairing, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -118,27 +118,27 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, beta: TokenBytes):
         self.tokenizer, self.beta = tokenizer, beta
-        self.anchor: str = ""
-        self.anchor_ids: list[int] = []
+        self.anchors: list[tuple[str, list[int]]] = [("", [])]
         if beta.join(self._ids(["a"])[0]) != b"a":
-            self.anchor, self.anchor_ids = next(
-                ((anchor, ids) for anchor in self.ANCHORS if (ids := self._safe_anchor(anchor))), ("", [])
-            )
+            self.anchors = [(a, ids) for a in self.ANCHORS if (ids := self._safe_anchor(a))] or self.anchors
 
     def encode(self, texts: Sequence[str]) -> list[list[int] | None]:
         """Ids of each text; None where they would not spell the text byte for byte (a normalising tokenizer)."""
-        cut = len(self.anchor_ids)
-        result: list[list[int] | None] = []
-        for text, ids in zip(texts, self._ids([self.anchor + text for text in texts]), strict=True):
-            exact = ids[:cut] == self.anchor_ids and self.beta.join(ids[cut:]) == text.encode()
-            result.append(ids[cut:] if exact else None)
+        result: list[list[int] | None] = [None] * len(texts)
+        for anchor, anchor_ids in self.anchors:  # a text may merge with one anchor, and not with the next
+            missing = [i for i, ids in enumerate(result) if ids is None]
+            for i, ids in zip(missing, self._ids([anchor + texts[i] for i in missing]), strict=True):
+                cut = len(anchor_ids)
+                if ids[:cut] == anchor_ids and self.beta.join(ids[cut:]) == texts[i].encode():
+                    result[i] = ids[cut:]
         return result
 
     def check(self, name: str, probes: Sequence[str] = PROBES) -> None:
         """Refuse a tokenizer whose β does not reproduce `probes`, with the text that broke it."""
         for text, ids in zip(probes, self.encode(probes), strict=True):
             if ids is None:
-                got = self.beta.join(self._ids([self.anchor + text])[0][len(self.anchor_ids) :])
+                anchor, anchor_ids = self.anchors[0]
+                got = self.beta.join(self._ids([anchor + text])[0][len(anchor_ids) :])
                 raise BadInput(
                     f"{name}: the tokenizer does not keep the bytes of a text: {text!r} comes back as "
                     f"{got.decode(errors='replace')!r}; choose a model with a lossless tokenizer"

@@ -276,11 +276,13 @@ def test_another_objective_takes_over_rollouts_and_scores(tiny):
     result = distill(str(TINY), rounds=1, overrides=overrides)
     assert result["rounds"] == 1
     other = tiny.parent / "other"
-    taken = {slot for slot, manifest in manifests(other).items() if manifest.get("taken_from") == "tiny"}
+    sources = {slot: manifest["taken_from"] for slot, manifest in manifests(other).items() if "taken_from" in manifest}
+    taken = set(sources)
     shards = {f"round=0001/{name}/part-0000{part}" for name in ("rollouts", "scores") for part in (0, 1)}
     evals = {f"round=0000/evals/{role}" for role in ("student", "teacher")}
     assert taken == shards | evals | {"prompts/train", "prompts/eval", "vocab/student", "vocab/teacher"}
     assert all((other / f"{slot}.parquet").samefile(tiny / f"{slot}.parquet") for slot in taken)
+    assert all((tiny.parent / name / "run.toml").exists() and name != "other" for name in sources.values())
     assert digests(other)["round=0001/student"] != digests(tiny)["round=0001/student"]
     assert files(tiny) == before
 
@@ -337,7 +339,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(recipe, models, 
     run = tmp_path / "runs" / "tiny"
     assert scan(str(run), "steps").collect()["loss"].abs().max() < 1e-3
     evals = scan(str(run), "evals").filter(pl.col("round") == 0).collect()
-    assert evals["divergence"].null_count() == 0
+    assert evals["divergence"].count() > 0
     assert evals["divergence"].abs().max() < 1e-3
 
 
@@ -364,7 +366,7 @@ def test_the_teachers_text_can_be_off_policy(recipe, tmp_path):
 def test_models_that_do_not_fit_are_refused_once_they_are_made(tiny):
     """gkd with two tokenizers: nothing of the run itself is written, the models stay."""
     before = files(tiny.parent)
-    with pytest.raises(BadInput, match="objective.name = 'gkd' needs one tokenizer on both sides"):
+    with pytest.raises(BadInput, match=r"objective\.name = 'gkd' needs one tokenizer on both sides"):
         distill(str(TINY), overrides=(f"root={tiny.parent}", "name=refused", "objective={name='gkd'}"))
     assert files(tiny.parent) == before
     assert not (tiny.parent / "refused").exists()

@@ -45,7 +45,7 @@ class Prefect:
         return done.stdout
 
     def start(self, *args: str) -> None:
-        log = open(self.home / f"{args[0]}.log", "w")
+        log = open(self.home / f"{args[0]}.log", "w")  # noqa: SIM115
         self.children.append(
             subprocess.Popen([sys.executable, "-m", "prefect", *args], cwd=HOUSE, env=self.env, stdout=log, stderr=log)
         )
@@ -113,8 +113,6 @@ def test_scheduled_deployment_advances_a_run_by_one_round_each_time(prefect: Pre
 
     wait_until(advanced, "the schedule has made two rounds")
     assert sorted(set(seen)) == seen[:1] + [n for n in (1, 2) if n > seen[0]], "a firing skipped a round"
-    runs = prefect("flow-run", "ls", "--limit", "50", "--state", "Completed")
-    assert runs.count("distill-tiny") >= 2
 
     time.sleep(45)  # one more firing finds the recipe's rounds done
     assert run.rounds_done() == 2
