@@ -2,9 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+Int = Annotated[int, Strict()]  # TOML knows its types: neither "3" nor true is a number
+Float = Annotated[float, Strict()]
 
 
 class Table(BaseModel):
@@ -16,15 +20,15 @@ class Table(BaseModel):
 class Scratch(Table):
     """A new Llama-shaped model with its own byte-level BPE tokenizer, to be trained by an `sft` recipe."""
 
-    vocab_size: int = Field(384, ge=264, le=200_000, description="tokens, the 256 bytes and 6 special ones included")
+    vocab_size: Int = Field(384, ge=264, le=200_000, description="tokens, the 256 bytes and 6 special ones included")
     tokenizer_text: Literal["all", "references"] = Field(
         "all", description="what the tokenizer is trained on: prompts and references, or references alone"
     )
-    layers: int = Field(3, ge=1, le=200)
-    width: int = Field(96, ge=8, le=65_536, description="hidden size")
-    heads: int = Field(4, ge=1, le=512, description="attention heads; divides the width")
-    feed_forward: int = Field(256, ge=8, le=262_144, description="inner size of the MLP")
-    context: int = Field(256, ge=8, le=1_048_576, description="longest sequence, in tokens")
+    layers: Int = Field(3, ge=1, le=200)
+    width: Int = Field(96, ge=8, le=65_536, description="hidden size")
+    heads: Int = Field(4, ge=1, le=512, description="attention heads; divides the width")
+    feed_forward: Int = Field(256, ge=8, le=262_144, description="inner size of the MLP")
+    context: Int = Field(256, ge=8, le=1_048_576, description="longest sequence, in tokens")
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> "Scratch":
@@ -60,8 +64,8 @@ class Model(Table):
 
 
 class PromptSource(Table):
-    train: int = Field(1024, ge=1, description="training prompts")
-    eval: int = Field(128, ge=1, description="held-out prompts, disjoint from the training ones")
+    train: Int = Field(1024, ge=1, description="training prompts")
+    eval: Int = Field(128, ge=1, description="held-out prompts, disjoint from the training ones")
     template: str = Field(
         "{question}", min_length=1, description="the user message; names a row's fields in braces, {question} the plain one"
     )
@@ -97,28 +101,28 @@ Prompts = Annotated[GymPrompts | FilePrompts | HubPrompts, Field(discriminator="
 class Rollout(Table):
     """Completions: sampled by the current student, or taken from elsewhere by λ."""
 
-    on_policy: float = Field(1.0, ge=0, le=1, description="GKD's λ: probability that a row is the student's own sample")
+    on_policy: Float = Field(1.0, ge=0, le=1, description="GKD's λ: probability that a row is the student's own sample")
     off_policy: Literal["reference", "teacher"] = Field("reference", description="where the other rows come from")
-    prompts: int = Field(1024, ge=1, description="prompts a round")
-    samples: int = Field(1, ge=1, le=1024, description="completions a prompt")
-    shard_rows: int = Field(4096, ge=1, description="rollouts a file: the unit of work and resume")
-    max_new_tokens: int = Field(256, ge=1, description="longest completion, in student tokens, stop included")
-    temperature: float = Field(1.0, gt=0, le=10, description="divides the logits before the softmax")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens")
-    batch_size: int = Field(256, ge=1, description="sequences generated at once")
+    prompts: Int = Field(1024, ge=1, description="prompts a round")
+    samples: Int = Field(1, ge=1, le=1024, description="completions a prompt")
+    shard_rows: Int = Field(4096, ge=1, description="rollouts a file: the unit of work and resume")
+    max_new_tokens: Int = Field(256, ge=1, description="longest completion, in student tokens, stop included")
+    temperature: Float = Field(1.0, gt=0, le=10, description="divides the logits before the softmax")
+    top_p: Float = Field(1.0, gt=0, le=1)
+    top_k: Int = Field(0, ge=0, description="0: all tokens")
+    batch_size: Int = Field(256, ge=1, description="sequences generated at once")
 
 
 class Score(Table):
     """The teacher's signal: log-prob of the actual token, the top k, and the mass of the rest."""
 
-    k: int = Field(64, ge=1, le=32_767, description="most ids stored a token")
-    top_p: float = Field(1.0, gt=0, le=1, description="stop below k once this mass is reached")
-    batch_tokens: int = Field(16_384, ge=1, description="tokens scored at once, padding included")
+    k: Int = Field(64, ge=1, le=32_767, description="most ids stored a token")
+    top_p: Float = Field(1.0, gt=0, le=1, description="stop below k once this mass is reached")
+    batch_tokens: Int = Field(16_384, ge=1, description="tokens scored at once, padding included")
 
 
 class Divergence(Table):
-    beta: float = Field(1.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
+    beta: Float = Field(1.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
 
 
 class Gkd(Divergence):
@@ -132,7 +136,7 @@ class Uld(Table):
     """Sorted L1 over positions paired by index."""
 
     name: Literal["uld"]
-    cross_entropy: float = Field(0.0, ge=0, description="weight of cross-entropy on the rollout's own tokens")
+    cross_entropy: Float = Field(0.0, ge=0, description="weight of cross-entropy on the rollout's own tokens")
 
 
 class Gold(Divergence):
@@ -140,8 +144,8 @@ class Gold(Divergence):
 
     name: Literal["gold"]
     merge: Literal["chain", "sum", "observed"] = "chain"
-    matched_weight: float = Field(1.0, ge=0)
-    unmatched_weight: float = Field(1.0, ge=0)
+    matched_weight: Float = Field(1.0, ge=0)
+    unmatched_weight: Float = Field(1.0, ge=0)
     rest: Literal["bucket", "drop", "renormalise"] = "bucket"
 
 
@@ -155,8 +159,8 @@ class Sft(Table):
     """Cross-entropy on the rows' own tokens; no teacher signal."""
 
     name: Literal["sft"]
-    corrupt_rows: float = Field(0.0, ge=0, le=1, description="share of rows whose input is corrupted")
-    corrupt_tokens: float = Field(
+    corrupt_rows: Float = Field(0.0, ge=0, le=1, description="share of rows whose input is corrupted")
+    corrupt_tokens: Float = Field(
         0.3, ge=0, le=1, description="share of completion tokens replaced in such a row's input; the labels stay"
     )
 
@@ -164,21 +168,24 @@ class Sft(Table):
 Objective = Annotated[Gkd | Uld | Gold | Bytes | Sft, Field(discriminator="name")]
 
 
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
 class Train(Table):
-    batch_size: int = Field(64, ge=1, description="rollouts an optimizer step")
-    micro_batch_size: int = Field(64, ge=1, description="rollouts a forward pass")
-    epochs: int = Field(1, ge=1, description="passes over a round's rollouts")
-    learning_rate: float = Field(1e-5, gt=0, le=1)
+    batch_size: Int = Field(64, ge=1, description="rollouts an optimizer step")
+    micro_batch_size: Int = Field(64, ge=1, description="rollouts a forward pass")
+    epochs: Int = Field(1, ge=1, description="passes over a round's rollouts")
+    learning_rate: Float = Field(1e-5, gt=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="over all rounds of the recipe")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    chunk_positions: int = Field(1024, ge=1, description="positions whose logits exist at once")
+    warmup_steps: Int = Field(0, ge=0)
+    weight_decay: Float = Field(0.0, ge=0, le=1)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
+    chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
 
 
 class Evaluate(Table):
-    samples: int = Field(4, ge=0, le=1024, description="sampled completions an eval prompt, beside the greedy one")
+    samples: Int = Field(4, ge=0, le=1024, description="sampled completions an eval prompt, beside the greedy one")
     scorer: Literal["task", "exact"] = Field(
         "task", description="task: the source's own scorer (reasoning-gym), else exact match; exact: match with the reference"
     )
@@ -189,8 +196,8 @@ class Recipe(Table):
 
     name: str = Field(pattern=NAME, description="the run's folder under root; letters, digits, . _ -")
     root: str = Field("runs", min_length=1, description="folder or URI that holds the runs")
-    seed: int = Field(0, ge=0, lt=2**31)
-    rounds: int = Field(1, ge=1, le=9999, description="rounds of a complete run; the learning rate's horizon")
+    seed: Int = Field(0, ge=0, lt=2**31)
+    rounds: Int = Field(1, ge=1, le=9999, description="rounds of a complete run; the learning rate's horizon")
     student: Model
     teacher: Model | None = None
     prompts: Prompts

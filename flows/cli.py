@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput
@@ -108,7 +109,7 @@ def _print(title: str, rows: list[dict[str, Any]]) -> None:
         numeric = all(isinstance(row[column], int | float | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))  # text, not markup
     out.print(table)
 
 

@@ -19,7 +19,7 @@ from configs.schema import Gkd, Model, Recipe
 from storage.store import Artifact, Run, local_folder, round_slot
 from tasks.align import align_shard
 from tasks.evaluate import evaluate_model
-from tasks.models import ModelRef, reference, side
+from tasks.models import ModelRef, check_weights, reference, side
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
 from tasks.report import markdown, records, rounds_table
@@ -119,16 +119,24 @@ def _local(config: Model, made: Artifact) -> ModelRef:
     return reference(config, local_folder(made))
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse what cannot work before anything is written: the run's folder, the prompts, models that exist already."""
+def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
+    """Refuse what cannot work before anything is written: the run's folder, the prompts, models that exist already.
+
+    `above` are the recipes that ask for this one's model.
+    """
     Run(recipe.root, recipe.name).check_recipe(recipe)
-    check_prompts(recipe.prompts, recipe.seed)
+    scratch = recipe.student.scratch
+    check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef | None] = {}
     for role in ("student", "teacher"):
         config: Model | None = getattr(recipe, role)
         if config is not None and config.recipe is not None:
-            check(load(config.recipe, inherited(recipe, config.recipe)))
+            if config.recipe in above:
+                raise BadInput(f"{role}.recipe: {config.recipe} asks for itself; name a recipe that makes its own model")
+            check(load(config.recipe, inherited(recipe, config.recipe)), (*above, config.recipe))
         found[role] = reference(config, config.model) if config is not None and config.model is not None else None
+        if found[role] is not None:
+            check_weights(found[role])
     check_pair(recipe, found["student"], found["teacher"])
 
 

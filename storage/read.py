@@ -57,6 +57,6 @@ def unpack_topk(scores: pl.LazyFrame) -> pl.LazyFrame:
         return tokens
 
     schema = {name: given[name] for name in keys}
-    schema |= {"position": pl.Int64, "token_id": pl.Int32, "logprob": pl.Float32, "rest": pl.Float32}
+    schema |= {"position": pl.Int64(), "token_id": pl.Int32(), "logprob": pl.Float32(), "rest": pl.Float32()}
     schema |= {name: pl.List(kind) for name, (_, kind) in cut.items()}
     return scores.filter(pl.col("status") == "ok").map_batches(unpack, schema=pl.Schema(schema), streamable=True)

@@ -55,7 +55,10 @@ class Run:
     """
 
     def __init__(self, root: str, name: str):
-        self.fs, base = fsspec.url_to_fs(root)
+        try:
+            self.fs, base = fsspec.url_to_fs(root)
+        except (ValueError, ImportError) as error:
+            raise BadInput(f"root: {root} cannot be used: {error}; give a folder, or a URI such as s3://bucket/runs") from None
         self.uri, self.root, self.name = root, base.rstrip("/"), name
         self.path = posixpath.join(self.root, name)
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -75,7 +78,7 @@ class Run:
     def manifest(self, slot: str) -> dict[str, Any] | None:
         try:
             return json.loads(self.fs.cat_file(self._manifest_path(slot)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def manifests(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,6 +135,8 @@ class Run:
                 made = folder / name
                 digest = digest_folder(made) if made.is_dir() else digest_file(made)
                 place = slot + made.suffix * made.is_file()
+                if self.manifest(slot) is not None:
+                    self.fs.rm_file(self._manifest_path(slot))  # it does not speak of what comes
                 self._commit(made, place)
                 manifest = {"key": key, "path": place, "digest": digest, "rows": rows[name], "seconds": seconds}
                 self._write_manifest(slot, {**manifest, "inputs": inputs, "versions": versions()})
@@ -185,10 +190,12 @@ class Run:
                     os.fsync(handle.fileno())
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             if os.path.isdir(target):
-                os.rename(target, made.parent / "replaced")  # goes with the workspace
+                os.rename(target, tempfile.mkdtemp(dir=made.parent))  # goes with the workspace
             os.replace(made, target)
             _fsync_folder(Path(target).parent)
         else:
+            if self.fs.isdir(target):
+                self.fs.rm(target, recursive=True)  # put would go inside it
             self.fs.put(str(made), target, recursive=made.is_dir())
 
     def _write_manifest(self, slot: str, manifest: dict[str, Any]) -> None:
@@ -216,11 +223,16 @@ class Run:
         path = posixpath.join(self.path, "run.toml")
         if not self.fs.exists(path):
             return None
-        return validate(tomllib.loads(self.read_text("run.toml")), path)
+        try:
+            return validate(tomllib.loads(self.read_text("run.toml")), path)
+        except tomllib.TOMLDecodeError as error:
+            raise BadInput(f"{path}: not valid TOML: {error}; put it back, or choose another name or root") from None
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse a run folder that belongs to another recipe, or a root that cannot be written. Writes nothing."""
-        if self.fs.exists(self.path) and (frozen := self.frozen_recipe()) is None and self.fs.ls(self.path):
+        inside = self.fs.ls(self.path, detail=False) if self.fs.isdir(self.path) else []
+        left = posixpath.join(self.path, "_tmp")  # by a run that was killed at its start
+        if self.frozen_recipe() is None and any(path.rstrip("/") != left for path in inside):
             raise BadInput(f"{self.path}: not a run folder (no run.toml in it); choose another name or root")
         frozen = self.frozen_recipe()
         if frozen is not None and (lines := differences(frozen, recipe)):
@@ -231,8 +243,8 @@ class Run:
             )
         if self.local:
             existing = next(p for p in (Path(self.path), *Path(self.path).parents) if p.exists())
-            if not existing.is_dir() or not os.access(existing, os.W_OK) or _read_only(existing):
-                raise BadInput(f"{self.root}: cannot be written ({existing} is read-only); set root to a folder of yours")
+            if reason := _unwritable(existing):
+                raise BadInput(f"{self.root}: cannot be written ({existing} {reason}); set root to a folder of yours")
 
     def freeze(self, recipe: Recipe) -> None:
         """Write `run.toml`, once."""
@@ -286,8 +298,17 @@ def _link(source: str, target: str | Path) -> object:
     return target
 
 
-def _read_only(folder: Path) -> bool:
-    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+def _unwritable(folder: Path) -> str | None:
+    """Why no folder can be made in `folder`; tried out, because a superuser's permissions always say yes."""
+    if not folder.is_dir():
+        return "is a file"
+    if not os.access(folder, os.W_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return "is read-only"
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except OSError as error:
+        return f"takes no folders: {error.strerror}"
+    return None
 
 
 def _fsync_folder(folder: Path) -> None:

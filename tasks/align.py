@@ -115,7 +115,8 @@ def _student_tokens(rollouts: pa.Table, own: Side) -> tuple[np.ndarray, Flat, np
     bad = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row]
     keep = bad == 0
     stopped = np.bincount(row, is_stop & last & keep, rows) > 0
-    status = np.where(np.diff(offsets) > 0, "ok", "lossy_text").astype(object)
+    empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
+    status = np.where(np.diff(offsets) > 0, "ok", empty).astype(object)
     behaviour = None
     if rollouts["logprobs"].null_count < rows:
         given = np.full(len(ids), np.nan, np.float32)
@@ -209,5 +210,5 @@ def _canonical(rollouts: pa.Table, own: Side) -> pa.Array:
     """Whether the ids are those that encoding the text gives (retokenisation drift is the share that are not)."""
     stops = set(own.stop_ids)
     bodies = [ids[:-1] if ids and ids[-1] in stops else ids for ids in rollouts["token_ids"].to_pylist()]
-    encoded = own.encoder.encode(rollouts["text"].to_pylist())
+    encoded = own.encoder.encode(rollouts["text"].fill_null("").to_pylist())
     return pa.array([ids == body for ids, body in zip(encoded, bodies, strict=True)], pa.bool_())

@@ -51,7 +51,7 @@ def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
     gap = pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()
     shown = first.select(
         "rollout_id", "source", pl.col("text").str.head(60), "finish_reason", "status",
-        units=pl.col("byte_ends").list.len(), log_ratio=gap.round(3),
+        units=pl.col("byte_ends").list.len(), log_ratio=gap.cast(pl.Float64).round(3),
     )  # fmt: skip
     return {
         "Bytes of the completions": aligned.group_by("status").agg(pl.len().alias("rollouts"), *counts).to_dicts(),
@@ -66,12 +66,14 @@ def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
 def one_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
     """One rollout token by token, a unit after the other: both sides' pieces and log-probs."""
     wanted = pl.col("rollout_id") == rollout_id
-    rollout = scan(run, "rollouts").filter(wanted).collect()
-    if not len(rollout):
-        some = ", ".join(scan(run, "rollouts").select("rollout_id").head(3).collect()["rollout_id"])
-        raise BadInput(f"{run}: no rollout '{rollout_id}'; there are {some}, …")
-    row = rollout.to_dicts()[0]
-    aligned = scan(run, "aligned").filter(wanted).collect().to_dicts()[0]
+    rollout = _rows(run, "rollouts", wanted)
+    if not rollout:
+        some = ", ".join(row["rollout_id"] for row in _rows(run, "rollouts", pl.int_range(pl.len()) < 3))
+        raise BadInput(f"{run}: no rollout '{rollout_id}'; there are {some or 'none yet'}")
+    row = rollout[0]
+    if not (found := _rows(run, "aligned", wanted)):
+        raise BadInput(f"{run}: rollout '{rollout_id}' is not aligned yet; go on with the run")
+    aligned = found[0]
     student = _pieces(run, "student", row["token_ids"], row["logprobs"])
     teacher: list[tuple[str, float | None]] = []
     if aligned["teacher_logprobs"] is not None:
@@ -96,6 +98,14 @@ def one_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
         "status": aligned["status"],
     }
     return {"Rollout": [about], "Tokens": lines}
+
+
+def _rows(run: str, table: str, wanted: pl.Expr) -> list[dict[str, Any]]:
+    """Rows of a table; none where the run does not have the table yet."""
+    try:
+        return scan(run, table).filter(wanted).collect().to_dicts()
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        return []
 
 
 def _pieces(run: str, role: str, ids: list[int], logprobs: list[float] | None) -> list[tuple[str, float | None]]:

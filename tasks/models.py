@@ -154,6 +154,13 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
         )
 
 
+def check_weights(ref: ModelRef) -> None:
+    """Refuse a local folder without weights; reads none."""
+    folder = Path(ref.path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise BadInput(f"{ref.path}: no *.safetensors in it; give a folder with config.json, weights and tokenizer.json")
+
+
 def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states `[batch, time, hidden]` of right-padded `ids`.
 

@@ -42,14 +42,29 @@ def make_prompts(recipe: Recipe) -> dict[str, Artifact]:
     return {split: build(split) for split in ("train", "eval")}
 
 
-def check_prompts(config: Prompts, seed: int) -> None:
-    """Raise BadInput where `config` cannot give any prompt; reads little."""
+def check_prompts(config: Prompts, seed: int, references: bool = False) -> None:
+    """Raise BadInput where `config` cannot give prompts, or none with a reference where `references` are needed.
+
+    A file is read whole, of a task one item is made.
+    """
     if next(iter(_rows(config, seed)), None) is None:
         raise BadInput(f"prompts.{_where(config)}: no prompts in it; give rows with `messages` or `prompt`")
+    if isinstance(config, FilePrompts):
+        rows = _deal(config, seed)["train"]
+        if references and not any(row["reference"] for row in rows):
+            raise BadInput(f"prompts.{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
 
 
 def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
     """Distinct prompts, dealt to train and eval by a hash of their content, so that no prompt is in both."""
+    dealt = _deal(config, seed)
+    for split, wanted in (("train", config.train), ("eval", config.eval)):
+        if (found := len(dealt[split])) < wanted:
+            logger.warning("prompts: %s has %d distinct prompts, prompts.%s asks for %d", split, found, split, wanted)
+    return {split: pa.Table.from_pylist(rows, PROMPTS) for split, rows in dealt.items()}
+
+
+def _deal(config: Prompts, seed: int) -> dict[str, list[dict[str, Any]]]:
     wanted = {"train": config.train, "eval": config.eval}
     found: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     seen: set[str] = set()
@@ -67,11 +82,7 @@ def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
     for split, rows in found.items():
         if not rows:
             raise BadInput(f"prompts.{_where(config)}: only {len(seen)} distinct prompts, none of them for {split}; give more")
-        if len(rows) < wanted[split]:
-            logger.warning(
-                "prompts: %s has %d distinct prompts, prompts.%s asks for %d", split, len(rows), split, wanted[split]
-            )
-    return {split: pa.Table.from_pylist(rows, PROMPTS) for split, rows in found.items()}
+    return found
 
 
 def _where(config: Prompts) -> str:
@@ -126,13 +137,20 @@ def read_rows(path: Path) -> Iterable[dict[str, Any]]:
         if path.suffix == ".parquet":
             return pl.read_parquet(path).iter_rows(named=True)
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line.strip()]
+            lines = path.read_text(encoding="utf-8").split("\n")
+            return [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     except FileNotFoundError:
         raise BadInput(f"prompts.path: {path}: no such file; give a .jsonl or .parquet file") from None
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         raise BadInput(f"prompts.path: {path}: cannot be read as {path.suffix[1:]}: {error}") from None
     raise BadInput(f"prompts.path: {path}: neither .jsonl nor .parquet")
+
+
+def _parse(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
 
 
 def _hub_rows(config: HubPrompts) -> Iterable[dict[str, Any]]:
@@ -149,6 +167,8 @@ def _hub_rows(config: HubPrompts) -> Iterable[dict[str, Any]]:
 def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     where = _where(config)
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise BadInput(f"prompts.{where}: row {number} is {row!r:.60}; give objects with `messages` or `prompt`")
         messages = row.get("messages")
         if messages is None:
             if not isinstance(row.get("prompt"), str):
@@ -156,8 +176,8 @@ def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]
                     f"prompts.{where}: row {number} has neither `messages` nor a text `prompt`; it has {sorted(row)}"
                 )
             messages = [{"role": "user", "content": _fill(config.template, {**row, "question": row["prompt"]})}]
-        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-            raise BadInput(f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}")
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise BadInput(f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}, both text")
         reference = row.get("reference")
         rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "reference")}
         yield {
@@ -167,9 +187,13 @@ def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]
         }
 
 
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
 def _fill(template: str, fields: dict[str, Any]) -> str:
     try:
         return template.format_map(fields)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         known = ", ".join(sorted(fields))
         raise BadInput(f"prompts.template: {template!r} cannot be filled ({error!r}); fields here: {known}") from None

@@ -16,7 +16,10 @@ def rounds_table(run: str) -> pl.DataFrame:
     completions cut at the limit; `supervised` is the share of the round's completion bytes that a term of the loss
     speaks of.
     """
-    evals = scan(run, "evals").collect()
+    try:
+        evals = scan(run, "evals").collect()
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        return pl.DataFrame()  # a run that has only begun
     quality = _supervised(run)
     estimates: dict[tuple[str, int, str], Estimate] = {}
     rows = []

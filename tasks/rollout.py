@@ -120,14 +120,14 @@ def rollouts_table(
                 advance(len(batch))
     for i, row in enumerate(rows):
         if row.source == "reference":
-            made[i] = _given(references[i] or "", text_side, config.max_new_tokens)
+            made[i] = _given(references[i], True, text_side, config.max_new_tokens)
     others = [i for i, row in enumerate(rows) if row.source == "teacher"]
     if others and teacher is not None:
         seeds = [rows[i].seed for i in others]
-        texts = completions_text(
+        texts = completed_texts(
             engine(teacher, config.batch_size, 16_384), side(teacher), [messages[i] for i in others], seeds, sampling
         )
-        made |= {i: _given(text, text_side, config.max_new_tokens) for i, text in zip(others, texts, strict=True)}
+        made |= {i: _given(*text, text_side, config.max_new_tokens) for i, text in zip(others, texts, strict=True)}
 
     policies = {"student": student.digest, "teacher": teacher.digest if teacher else "", "reference": ""}
     return pa.Table.from_pylist(
@@ -150,12 +150,14 @@ def rollouts_table(
     )
 
 
-def completions_text(
+def completed_texts(
     generator: Engine, text_side: Side, messages: list[Any], seeds: list[int], sampling: Sampling
-) -> list[str]:
-    """Texts of completions sampled by a model under its own rendering of the prompts."""
+) -> list[tuple[str, bool]]:
+    """Texts of completions sampled by a model under its own rendering of the prompts, and whether it ended them."""
     completions = generator.generate([text_side.render(m) for m in messages], seeds, sampling)
-    return [split_completion(text_side.beta, c.ids, set(text_side.stop_ids))[0] for c in completions]
+    stops = set(text_side.stop_ids)
+    split = [split_completion(text_side.beta, c.ids, stops) for c in completions]
+    return [(text, whole and c.ids[-1] in stops) for (text, whole), c in zip(split, completions, strict=True)]
 
 
 def _sampled(completion: Completion, text_side: Side) -> dict[str, Any]:
@@ -168,15 +170,16 @@ def _sampled(completion: Completion, text_side: Side) -> dict[str, Any]:
     }
 
 
-def _given(text: str, text_side: Side, limit: int) -> dict[str, Any]:
+def _given(text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
     """A text that the student did not sample, as it would have had to; cut at the limit like a sample.
 
-    A text that the tokenizer cannot spell byte for byte has no ids: the align stage drops and counts it.
+    A prompt without a reference, or a text that the tokenizer cannot spell byte for byte, has no ids: the align stage
+    drops and counts it.
     """
-    ids = text_side.encoder.encode([text])[0]
-    if ids is None:
+    ids = None if text is None else text_side.encoder.encode([text])[0]
+    if text is None or ids is None:
         return {"token_ids": [], "logprobs": None, "text": text, "finish_reason": "length"}
-    ids = [*ids, text_side.stop_ids[0]][:limit]
-    stopped = ids[-1] == text_side.stop_ids[0]
+    ids = [*ids, *text_side.stop_ids[:ended]][:limit]
+    stopped = ended and ids[-1] == text_side.stop_ids[0]
     kept = text if stopped else split_completion(text_side.beta, ids, set())[0]
     return {"token_ids": ids, "logprobs": None, "text": kept, "finish_reason": "stop" if stopped else "length"}

@@ -56,7 +56,7 @@ def teacher_ids(rows: list[dict[str, Any]], text_side: Side, as_sampled: bool) -
     """
     if as_sampled:
         return [row["token_ids"] or None for row in rows]
-    encoded = text_side.encoder.encode([row["text"] for row in rows])
+    encoded = text_side.encoder.encode([row["text"] or "" for row in rows])
     stop = text_side.stop_ids[:1]
     return [
         None if ids is None else ids + stop * (row["finish_reason"] == "stop") for ids, row in zip(encoded, rows, strict=True)

@@ -238,7 +238,7 @@ def test_a_file_in_place_of_the_root(potstill, recipe, root):
     assert root.read_text() == "x"
 
 
-@pytest.mark.parametrize("root", ["/proc/potstill", "/sys/potstill"])
+@pytest.mark.parametrize("root", ["/proc/runs", "/sys/runs"])
 def test_a_root_where_no_folder_can_be_made(potstill, recipe, root):
     """Permissions say yes to a superuser there; only trying shows it."""
     refused(potstill("run", recipe()), root, "cannot be written", "set root")
