@@ -127,17 +127,17 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     Run(recipe.root, recipe.name).check_recipe(recipe)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
-    found: dict[str, ModelRef | None] = {}
+    found: dict[str, ModelRef] = {}
     for role in ("student", "teacher"):
         config: Model | None = getattr(recipe, role)
         if config is not None and config.recipe is not None:
             if config.recipe in above:
                 raise BadInput(f"{role}.recipe: {config.recipe} asks for itself; name a recipe that makes its own model")
             check(load(config.recipe, inherited(recipe, config.recipe)), (*above, config.recipe))
-        found[role] = reference(config, config.model) if config is not None and config.model is not None else None
-        if found[role] is not None:
-            check_weights(found[role])
-    check_pair(recipe, found["student"], found["teacher"])
+        if config is not None and config.model is not None:
+            found[role] = ref = reference(config, config.model)
+            check_weights(ref)
+    check_pair(recipe, found.get("student"), found.get("teacher"))
 
 
 def check_pair(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | None) -> None:

@@ -15,7 +15,7 @@ def scan(run: str, table: str) -> pl.LazyFrame:
     """A table of a run (or of several: `runs/*`) as a LazyFrame.
 
     `run` is a run's folder or URI. Tables of rounds have a `round` column; with a pattern for `run`, a `run` column
-    says where a row is from. Raises ValueError for an unknown table.
+    says where a row is from; `vocab` has a `side` column. Raises ValueError for an unknown table.
     """
     if table not in SCHEMAS:
         raise ValueError(f"unknown table '{table}'; one of {', '.join(SCHEMAS)}")
@@ -32,6 +32,8 @@ def scan(run: str, table: str) -> pl.LazyFrame:
     if has_magic(run):
         levels = 4 if per_round else 3
         frame = frame.with_columns(run=pl.col("file").str.split("/").list.get(-levels))
+    if table == "vocab":
+        frame = frame.with_columns(side=pl.col("file").str.extract(r"([^/]+)\.parquet$"))
     return frame.drop("file")
 
 

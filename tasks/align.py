@@ -11,9 +11,10 @@ from storage.schemas import ALIGNED
 from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks import objectives
 from tasks.models import ModelRef, Side, side
-from tasks.objectives.base import ObjectiveModule, Pairing, expand, ragged
+from tasks.objectives.base import ObjectiveModule, Pairing
 from tasks.progress import logger
-from tasks.tokens.align import Units, align, offsets_of, rows_of, unit_starts
+from tasks.ragged import Flat, expand, first_of, flat, keep_rows, offsets_of, ragged, rows_of
+from tasks.tokens.align import Units, align, unit_starts
 
 CODE = 1
 
@@ -56,7 +57,7 @@ def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other:
         pairing = _pairing(own, own, student, student, stopped, None)
     else:
         status = np.where(status == "ok", scores["status"].to_numpy(zero_copy_only=False), status)
-        pairing = _pairing(own, other, _only(student, status == "ok"), flat(scores["token_ids"]), stopped, scores)
+        pairing = _pairing(own, other, keep_rows(student, status == "ok"), flat(scores["token_ids"]), stopped, scores)
     units = pairing.units
     status = np.where((status == "ok") & (np.diff(units.offsets) == 0), "no_unit", status)
     projection = objective.project(pairing)
@@ -84,16 +85,6 @@ def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other:
     arrays = [pc.cast(pa.array(columns[f.name]) if isinstance(columns[f.name], np.ndarray) else columns[f.name], f.type)
               if f.name in columns else pa.nulls(pairing.rows, f.type) for f in ALIGNED]  # fmt: skip
     return pa.Table.from_arrays(arrays, schema=ALIGNED)
-
-
-Flat = tuple[np.ndarray, np.ndarray]  # values of all rows one after another, and the rows' bounds in them
-
-
-def flat(column: pa.ChunkedArray) -> Flat:
-    """A list column as flat values and `[rows + 1]` bounds that start at 0; null rows are empty."""
-    array = column.combine_chunks()
-    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy()
-    return pc.list_flatten(array).to_numpy(zero_copy_only=False), offsets_of(lengths)
 
 
 def _row_sums(lengths: np.ndarray, column: pa.ChunkedArray) -> np.ndarray:
@@ -126,11 +117,6 @@ def _student_tokens(rollouts: pa.Table, own: Side) -> tuple[np.ndarray, Flat, np
     return status, (ids[keep], offsets_of(np.bincount(row[keep], minlength=rows))), stopped, behaviour
 
 
-def _only(tokens: Flat, keep: np.ndarray) -> Flat:
-    ids, offsets = tokens
-    return ids[keep[rows_of(offsets)]], offsets_of(np.diff(offsets) * keep)
-
-
 def _pairing(own: Side, other: Side, student: Flat, teacher: Flat, stopped: np.ndarray, scores: pa.Table | None) -> Pairing:
     ids, offsets = student
     whole = np.bincount(rows_of(offsets), own.vocabulary.lengths[ids], len(stopped))
@@ -148,7 +134,7 @@ def _pairing(own: Side, other: Side, student: Flat, teacher: Flat, stopped: np.n
     some = np.diff(units.offsets) > 0
     s_counts[some] = units.student_ends[units.offsets[1:][some] - 1]
     t_counts[some] = units.teacher_ends[units.offsets[1:][some] - 1]
-    s_keep, t_keep = _kept(offsets, s_counts), _kept(z_offsets, t_counts)
+    s_keep, t_keep = first_of(offsets, s_counts), first_of(z_offsets, t_counts)
     s_offsets, t_offsets = offsets_of(s_counts), offsets_of(t_counts)
     if scores is None:
         none = np.zeros(0)
@@ -186,11 +172,6 @@ def _lengths_without(lengths: np.ndarray, offsets: np.ndarray) -> Flat:
     before = np.concatenate([[0], empty])[offsets[:-1]][row]
     keep = empty - before == 0
     return lengths[keep], offsets_of(np.bincount(row[keep], minlength=len(offsets) - 1))
-
-
-def _kept(offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """bool, flat: the first `counts[r]` elements of each row."""
-    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)) < np.repeat(counts, np.diff(offsets))
 
 
 def _per_unit(units: Units, ends: np.ndarray, logprobs: np.ndarray | None, offsets: np.ndarray) -> pa.Array:

@@ -9,9 +9,8 @@ import pyarrow.compute as pc
 import torch
 
 from storage.store import Artifact, read_table
-from tasks.align import flat
-from tasks.objectives.base import Terms, expand
-from tasks.tokens.align import offsets_of, rows_of
+from tasks.objectives.base import Terms
+from tasks.ragged import expand, flat, offsets_of, rows_of
 
 ROLLOUT_COLUMNS = ["prompt_token_ids", "token_ids"]
 ALIGNED_COLUMNS = [

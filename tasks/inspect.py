@@ -4,7 +4,6 @@ import itertools
 import posixpath
 from typing import Any
 
-import fsspec
 import polars as pl
 
 from configs.errors import BadInput
@@ -17,16 +16,19 @@ SHOWN = 10  # rollouts in the view of a round
 
 def check_run(run: str) -> None:
     """BadInput where `run` is not a run's folder."""
-    fs, path = fsspec.url_to_fs(run)
-    if not fs.exists(posixpath.join(path, "run.toml")):
+    if _run(run).frozen_recipe() is None:
         raise BadInput(f"{run}: not a run (no run.toml in it); give a run's folder, such as runs/quickstart")
+
+
+def _run(run: str) -> Run:
+    root, name = posixpath.split(run.rstrip("/"))
+    return Run(root or ".", name)
 
 
 def tables(run: str) -> list[dict[str, Any]]:
     """One row a committed table or folder, its shards added up."""
-    root, name = posixpath.split(run.rstrip("/"))
     rows: dict[str, dict[str, Any]] = {}
-    for slot, manifest in Run(root or ".", name).manifests():
+    for slot, manifest in _run(run).manifests():
         place = posixpath.dirname(slot) if "/part-" in slot else slot
         row = rows.setdefault(place, {"artifact": place, "files": 0, "rows": 0, "seconds": 0.0, "taken from": ""})
         row["files"] += 1
@@ -109,8 +111,8 @@ def _rows(run: str, table: str, wanted: pl.Expr) -> list[dict[str, Any]]:
 
 
 def _pieces(run: str, role: str, ids: list[int], logprobs: list[float] | None) -> list[tuple[str, float | None]]:
-    vocab = pl.read_parquet(f"{run.rstrip('/')}/vocab/{role}.parquet", columns=["token_id", "bytes", "role"])
-    found = {r["token_id"]: r for r in vocab.filter(pl.col("token_id").is_in(ids)).to_dicts()}
+    vocab = scan(run, "vocab").filter(pl.col("side") == role).select("token_id", "bytes", "role")
+    found = {r["token_id"]: r for r in vocab.filter(pl.col("token_id").is_in(ids)).collect().to_dicts()}
     pieces = [
         f"<{found[i]['role']}>" if found[i]["bytes"] is None else repr(found[i]["bytes"].decode(errors="backslashreplace"))
         for i in ids

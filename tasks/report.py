@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from storage.read import scan
-from tasks.evaluate import Estimate, accuracy
+from tasks.estimates import Estimate, accuracy
 
 
 def rounds_table(run: str) -> pl.DataFrame:

@@ -11,7 +11,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from tasks.tokens.align import Units, offsets_of
+from tasks.ragged import offsets_of, ragged
+from tasks.tokens.align import Units
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,9 @@ class ObjectiveModule(nn.Module):
         raise NotImplementedError
 
 
-def ragged(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.ListArray:
-    """A list column from flat values and row bounds."""
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values).cast(kind))
-
-
-def expand(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All indices of the ranges `[start, end)` one after another, and which range each is from."""
-    counts = np.maximum(ends - starts, 0)
-    owner = np.repeat(np.arange(len(starts)), counts)
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + starts[owner], owner
-
-
 def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`expand` for tensors."""
     counts = (ends - starts).clamp(min=0)
     owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
     before = counts.cumsum(0) - counts
     return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
-
-
-def add_up(owner: np.ndarray, ids: np.ndarray, masses: np.ndarray, owners: int) -> tuple[np.ndarray, ...]:
-    """Sum masses that fall on the same (owner, id). Returns counts an owner, ids, masses, in order of owner and id."""
-    if not len(ids):
-        return np.zeros(owners, np.int64), ids, masses
-    width = int(ids.max()) + 1
-    keys, inverse = np.unique(owner * width + ids, return_inverse=True)
-    return np.bincount(keys // width, minlength=owners), keys % width, np.bincount(inverse, masses, len(keys))

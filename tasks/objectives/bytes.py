@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from configs.schema import Bytes
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand, expand_ranges
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand_ranges
 from tasks.objectives.divergences import bucketed
-from tasks.tokens.align import byte_ends, offsets_of, rows_of, within
+from tasks.ragged import add_up, expand, offsets_of, rows_of, within
+from tasks.tokens.align import byte_ends
 from tasks.tokens.vocabulary import Vocabulary
 
 STOP, REST, CLASSES = 256, 257, 258

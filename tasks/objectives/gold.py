@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from configs.schema import Gold
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, add_up, expand, expand_ranges
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand_ranges
 from tasks.objectives.divergences import bucketed
-from tasks.tokens.align import rows_of, unit_starts
+from tasks.ragged import add_up, expand, rows_of
+from tasks.tokens.align import unit_starts
 from tasks.tokens.vocabulary import Vocabulary, match
 
 IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0

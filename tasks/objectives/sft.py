@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
-from tasks.tokens.align import rows_of, within
+from tasks.ragged import rows_of, within
 from tasks.tokens.vocabulary import Vocabulary
 
 

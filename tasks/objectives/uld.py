@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from configs.schema import Uld
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand
-from tasks.tokens.align import byte_ends, offsets_of, within
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
+from tasks.ragged import expand, offsets_of, within
+from tasks.tokens.align import byte_ends
 from tasks.tokens.vocabulary import Vocabulary
 
 

@@ -5,6 +5,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from tasks.ragged import offsets_of, rows_of, within
+
 
 class Kind(IntEnum):
     """How many tokens a unit has on each side."""
@@ -25,21 +27,6 @@ class Units:
     teacher_ends: np.ndarray
     byte_ends: np.ndarray
     kind: np.ndarray
-
-
-def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """`[0, c0, c0 + c1, …]`, int64."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def rows_of(offsets: np.ndarray) -> np.ndarray:
-    """The row that each flat element belongs to."""
-    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-
-
-def within(offsets: np.ndarray) -> np.ndarray:
-    """Each flat element's index in its own row."""
-    return np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
 
 
 def byte_ends(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -37,8 +37,9 @@ from tasks.align import aligned_table
 from tasks.engines.base import TokenScores
 from tasks.engines.transformers import TransformersEngine
 from tasks.models import side
+from tasks.ragged import offsets_of
 from tasks.score import teacher_ids
-from tasks.tokens.align import Kind, align, offsets_of
+from tasks.tokens.align import Kind, align
 from tasks.tokens.token_bytes import Encoder, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 

@@ -19,8 +19,9 @@ from storage.schemas import ALIGNED, ROLLOUTS, SCORES
 from tasks.batches import collate
 from tasks.models import ModelRef, Side
 from tasks.objectives.base import ObjectiveModule, Pairing, Terms
+from tasks.ragged import offsets_of
 from tasks.scratch import new_model, new_tokenizer
-from tasks.tokens.align import align, offsets_of
+from tasks.tokens.align import align
 from tasks.tokens.token_bytes import TokenBytes
 from tasks.tokens.vocabulary import Vocabulary
 

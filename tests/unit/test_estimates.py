@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tasks.evaluate import accuracy, scorer
+from tasks.estimates import accuracy
+from tasks.evaluate import scorer
 from tasks.prompts import gym_dataset
 from tasks.seeds import derive, uniform
 
