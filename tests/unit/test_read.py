@@ -49,7 +49,9 @@ def test_the_columns_are_the_schemas(root):
     frame = scan(f"{root}/a", "evals").collect()
     assert set(frame.columns) == set(EVALS.names)
     assert frame.schema["round"] == pl.Int32
-    assert set(scan(f"{root}/a", "vocab").collect().columns) == set(VOCAB.names)
+    vocab = scan(f"{root}/a", "vocab").collect()
+    assert set(vocab.columns) == {*VOCAB.names, "side"}
+    assert set(vocab["side"]) <= {"student", "teacher"}
 
 
 def test_many_runs(root):
