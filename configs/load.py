@@ -14,7 +14,8 @@ from configs.schema import Objective, Prompts, Recipe
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path` with `overrides` (each `a.b=value`, the value in TOML's notation) applied.
 
-    Paths inside the recipe are relative to its file and come back resolved.
+    `recipe` and `path` fields are relative to the recipe's file; they come back relative to the working directory where
+    they lie in it, else absolute. Models are hub ids or paths from the working directory, and stay as they are.
     Raises BadInput with the field, what was found and what would be right.
     """
     path = Path(path)
@@ -76,14 +77,19 @@ def _value(text: str) -> Any:
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make paths that stand beside the recipe absolute, so that a frozen recipe does not depend on where it was read."""
+    """Make paths that stand beside the recipe hold from here; relative, so that a checkout can move with its runs."""
+
+    def resolved(place: str) -> str:
+        full, here = (folder / place).resolve(), Path.cwd().resolve()
+        return str(full.relative_to(here) if full.is_relative_to(here) else full)
+
     for role in ("student", "teacher"):
         model = data.get(role)
         if isinstance(model, dict) and isinstance(model.get("recipe"), str):
-            model["recipe"] = str((folder / model["recipe"]).resolve())
+            model["recipe"] = resolved(model["recipe"])
     prompts = data.get("prompts")
     if isinstance(prompts, dict) and isinstance(prompts.get("path"), str):
-        prompts["path"] = str((folder / prompts["path"]).resolve())
+        prompts["path"] = resolved(prompts["path"])
 
 
 def _describe(where: str, data: dict[str, Any], error: Any) -> str:

@@ -82,9 +82,8 @@ def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other:
         "canonical": _canonical(rollouts, own),
         **projection.columns(),
     }
-    arrays = [pc.cast(pa.array(columns[f.name]) if isinstance(columns[f.name], np.ndarray) else columns[f.name], f.type)
-              if f.name in columns else pa.nulls(pairing.rows, f.type) for f in ALIGNED]  # fmt: skip
-    return pa.Table.from_arrays(arrays, schema=ALIGNED)
+    unused = {field.name: pa.nulls(pairing.rows, field.type) for field in ALIGNED if field.name not in columns}
+    return pa.table(columns | unused).select(ALIGNED.names).cast(ALIGNED)
 
 
 def _row_sums(lengths: np.ndarray, column: pa.ChunkedArray) -> np.ndarray:

@@ -58,14 +58,21 @@ def test_values_and_defaults(plain):
     assert recipe.train.adam_betas == (0.9, 0.999)
 
 
-def test_paths_are_relative_to_the_recipe(plain, tmp_path):
+def test_paths_are_relative_to_the_recipe(plain, tmp_path, monkeypatch):
     prompts = load(plain).prompts
     assert isinstance(prompts, FilePrompts)
     assert prompts.path == str(tmp_path / "prompts.jsonl")
+    monkeypatch.chdir(tmp_path)
     tiny = load(TINY)
     assert tiny.student.recipe == str(TINY.parent / "student.toml")
     assert tiny.teacher is not None
     assert tiny.teacher.recipe == str(TINY.parent / "teacher.toml")
+
+
+def test_a_recipe_in_the_working_directory_does_not_hold_its_name(monkeypatch):
+    """A checkout can be moved, or pulled elsewhere by a worker, and go on with its runs."""
+    monkeypatch.chdir(TINY.parents[2])
+    assert load(TINY).student.recipe == "tests/recipes/student.toml"
 
 
 @pytest.mark.parametrize(
