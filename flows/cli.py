@@ -90,6 +90,50 @@ def inspect(run: str, *, round: int | None = None, rollout: str | None = None) -
         _print("Tables", show.tables(run))
 
 
+@app.command
+def align(
+    student: str,
+    teacher: str,
+    *,
+    text: str = "The quick brown fox doesn't jump: naïve café, 3.14159 👩‍👩‍👧",
+    file: Path | None = None,
+    out_: Annotated[Path | None, Parameter(name="--out")] = None,
+) -> None:
+    """Show a text's two tokenizations side by side, or align a file of texts.
+
+    Parameters
+    ----------
+    student
+        Hub id or folder; its tokenizer alone is read.
+    teacher
+        Hub id or folder; its tokenizer alone is read.
+    text
+        The text to show.
+    file
+        A .jsonl or .parquet file with a `text` column, in place of a text.
+    out_
+        Write the units of every row to this Parquet file: the model-free columns of `aligned`.
+    """
+    from tasks import texts as show
+    from tasks.models import tokenizer_of
+
+    own, other = tokenizer_of(student), tokenizer_of(teacher)
+    names, texts = ["text"], [text]
+    if file is not None:
+        names, texts = show.read_texts(file)
+    elif out_ is not None:
+        raise BadInput("--out writes the units of a file: give --file too")
+    table = show.aligned_texts(names, texts, own, other)
+    if out_ is not None:
+        show.write(table, out_)
+    elif file is None and table["status"][0].as_py() == "ok":
+        for pair in show.two_rows(text, table.to_pylist()[0], own, other, out.width - 10):
+            for role, line in zip(("student", "teacher"), pair, strict=True):
+                out.print(Text(f"{role}  {line}"))
+            out.print()
+    _print("Alignment", [show.summary(table)])
+
+
 def _plain_logs() -> None:
     """Our lines on standard error; of Prefect's only what it cannot go on with."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")

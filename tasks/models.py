@@ -129,6 +129,13 @@ def side(ref: ModelRef) -> Side:
     return Side(ref)
 
 
+def tokenizer_of(name: str) -> Side:
+    """The text side of a hub id or folder whose weights and template are not needed."""
+    text_side = side(ModelRef(name, "", rendering="plain"))
+    text_side.encoder.check(name)
+    return text_side
+
+
 def device_of(ref: ModelRef) -> torch.device:
     if ref.device != "auto":
         return torch.device(ref.device)

@@ -131,8 +131,8 @@ def _gym_rows(config: GymPrompts, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def read_rows(path: Path) -> Iterable[dict[str, Any]]:
-    """Rows of a JSONL or Parquet file; BadInput says what is wrong with it."""
+def read_rows(path: Path, field: str = "prompts.path") -> Iterable[dict[str, Any]]:
+    """Rows of a JSONL or Parquet file; BadInput says what is wrong with it, and which `field` named it."""
     try:
         if path.suffix == ".parquet":
             return pl.read_parquet(path).iter_rows(named=True)
@@ -140,10 +140,10 @@ def read_rows(path: Path) -> Iterable[dict[str, Any]]:
             lines = path.read_text(encoding="utf-8").split("\n")
             return [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     except FileNotFoundError:
-        raise BadInput(f"prompts.path: {path}: no such file; give a .jsonl or .parquet file") from None
+        raise BadInput(f"{field}: {path}: no such file; give a .jsonl or .parquet file") from None
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise BadInput(f"prompts.path: {path}: cannot be read as {path.suffix[1:]}: {error}") from None
-    raise BadInput(f"prompts.path: {path}: neither .jsonl nor .parquet")
+        raise BadInput(f"{field}: {path}: cannot be read as {path.suffix[1:]}: {error}") from None
+    raise BadInput(f"{field}: {path}: neither .jsonl nor .parquet")
 
 
 def _parse(line: str, number: int) -> Any:
