@@ -2,13 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
-
-Int = Annotated[int, Strict()]  # TOML knows its types: neither "3" nor true is a number
-Float = Annotated[float, Strict()]
+Int = Annotated[int, pydantic.Strict()]  # TOML knows its types: neither "3" nor true is a number
+Float = Annotated[float, pydantic.Strict()]
 
 
 class Table(BaseModel):
@@ -155,6 +155,34 @@ class Bytes(Divergence):
     name: Literal["bytes"]
 
 
+class Strict(Table):
+    """One-to-one units and the stop; both laws on matched ids alone, reverse KL on the student's likeliest."""
+
+    name: Literal["strict"]
+    top: Int = Field(16, ge=1, le=1024, description="ids of the student that are compared")
+
+
+class Alm(Table):
+    """A unit's probability on both sides, as two coins."""
+
+    name: Literal["alm"]
+    beta: Float = Field(0.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
+    temperature: Float = Field(1.0, gt=0, le=1000, description="τ: probabilities are taken to the power 1/τ")
+
+
+class Bpm(Divergence):
+    """The teacher's mass at a unit's start, carried onto student tokens by their bytes."""
+
+    name: Literal["bpm"]
+
+
+class Opd(Table):
+    """Policy gradient on the log-ratio of a unit; on-policy rows only."""
+
+    name: Literal["opd"]
+    clip: Float = Field(2.0, ge=1, description="C: largest importance weight")
+
+
 class Sft(Table):
     """Cross-entropy on the rows' own tokens; no teacher signal."""
 
@@ -165,7 +193,7 @@ class Sft(Table):
     )
 
 
-Objective = Annotated[Gkd | Uld | Gold | Bytes | Sft, Field(discriminator="name")]
+Objective = Annotated[Gkd | Uld | Gold | Bytes | Strict | Alm | Bpm | Opd | Sft, Field(discriminator="name")]
 
 
 Beta = Annotated[Float, Field(ge=0, lt=1)]

@@ -77,6 +77,7 @@ ALIGNED = pa.schema(
         "term_starts": _ids,  # student tokens whose next-token distributions the term reads
         "term_ends": _ids,  # exclusive
         "term_inside": _ids,  # bytes of the last of them that were read before; null: not used
+        "term_behaviour": _logprobs,  # of the term under the policy that sampled it; null: not used
         "target_counts": pa.list_(pa.int16()),
         "target_ids": _ids,  # flat events: student ids, or classes of bytes
         "target_logprobs": _logprobs,

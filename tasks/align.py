@@ -1,5 +1,7 @@
 """The alignment stage: both token sequences onto common units, and the scores onto the objective's targets."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,7 +15,7 @@ from tasks import objectives
 from tasks.models import ModelRef, Side, side
 from tasks.objectives.base import ObjectiveModule, Pairing
 from tasks.progress import logger
-from tasks.ragged import Flat, expand, first_of, flat, keep_rows, offsets_of, ragged, rows_of
+from tasks.ragged import Flat, expand, first_of, flat, offsets_of, ragged, rows_of
 from tasks.tokens.align import Units, align, unit_starts
 
 CODE = 1
@@ -52,28 +54,25 @@ def align_shard(
 def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other: Side, objective: ObjectiveModule) -> pa.Table:
     """Align a shard of rollouts with its scores (None: the rows are their own teacher, without a signal)."""
     total_bytes = _row_sums(own.vocabulary.lengths, rollouts["token_ids"])
-    status, student, stopped, behaviour = _student_tokens(rollouts, own)
-    if scores is None:
-        pairing = _pairing(own, own, student, student, stopped, None)
-    else:
+    sampled = _sampled(rollouts, own)
+    status = sampled.status
+    if scores is not None:
         status = np.where(status == "ok", scores["status"].to_numpy(zero_copy_only=False), status)
-        pairing = _pairing(own, other, keep_rows(student, status == "ok"), flat(scores["token_ids"]), stopped, scores)
+    pairing = _pairing(sampled, scores, own, other)
     units = pairing.units
     status = np.where((status == "ok") & (np.diff(units.offsets) == 0), "no_unit", status)
     projection = objective.project(pairing)
 
-    covered = np.zeros(pairing.rows, np.int64)
-    some = np.diff(units.offsets) > 0
-    covered[some] = units.byte_ends[units.offsets[1:][some] - 1]
-    ok = status == "ok"
+    covered, ok = _last(units.byte_ends, units.offsets), status == "ok"
+    graded = _unit_sums(units, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets)
     columns = {
         "rollout_id": rollouts["rollout_id"],
         "student_ends": ragged(units.student_ends, units.offsets, pa.int32()),
         "teacher_ends": ragged(units.teacher_ends, units.offsets, pa.int32()),
         "byte_ends": ragged(units.byte_ends, units.offsets, pa.int32()),
         "kind": ragged(units.kind, units.offsets, pa.int8()),
-        "student_logprobs": _per_unit(units, units.student_ends, behaviour, student[1]),
-        "teacher_logprobs": _per_unit(units, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets),
+        "student_logprobs": _nullable(pairing.behaviour, units),
+        "teacher_logprobs": _nullable(graded, units),
         "status": pa.array(status),
         "supervised_bytes": np.where(ok, projection.supervised, 0),
         "unmatched_bytes": np.where(ok, covered - projection.supervised, 0),
@@ -86,82 +85,100 @@ def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other:
     return pa.table(columns | unused).select(ALIGNED.names).cast(ALIGNED)
 
 
-def _row_sums(lengths: np.ndarray, column: pa.ChunkedArray) -> np.ndarray:
-    ids, offsets = flat(column)
-    return np.bincount(rows_of(offsets), lengths[ids], len(offsets) - 1).astype(np.int64)
+@dataclass(frozen=True)
+class Sampled:
+    """What of a shard's rollouts can be aligned: each row's ids up to its first control token."""
+
+    status: np.ndarray  # [rows]
+    ids: np.ndarray
+    offsets: np.ndarray
+    stopped: np.ndarray  # bool [rows]: the last of the ids is a stop
+    logprobs: np.ndarray  # behaviour; NaN where the student did not sample
 
 
-def _student_tokens(rollouts: pa.Table, own: Side) -> tuple[np.ndarray, Flat, np.ndarray, np.ndarray | None]:
-    """Status a row; the ids up to the first control token; which rows stop; behaviour log-probs of those ids.
-
-    What stands behind a control token that the student sampled cannot be aligned: the teacher never sees that token.
-    """
+def _sampled(rollouts: pa.Table, own: Side) -> Sampled:
+    """What stands behind a control token that the student sampled is left out: the teacher never sees that token."""
     ids, offsets = flat(rollouts["token_ids"])
     row, rows = rows_of(offsets), len(offsets) - 1
     is_stop = np.isin(ids, own.stop_ids)
     last = np.zeros(len(ids), bool)
     last[offsets[1:][np.diff(offsets) > 0] - 1] = True
     control = (own.vocabulary.lengths[ids] == 0) & ~(is_stop & last)
-    bad = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row]
-    keep = bad == 0
-    stopped = np.bincount(row, is_stop & last & keep, rows) > 0
+    keep = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row] == 0
     empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
-    status = np.where(np.diff(offsets) > 0, "ok", empty).astype(object)
-    behaviour = None
-    if rollouts["logprobs"].null_count < rows:
-        given = np.full(len(ids), np.nan, np.float32)
-        present = ~rollouts["logprobs"].is_null().to_numpy()
-        given[present[row]] = flat(rollouts["logprobs"])[0]
-        behaviour = given[keep]
-    return status, (ids[keep], offsets_of(np.bincount(row[keep], minlength=rows))), stopped, behaviour
+    logprobs = np.full(len(ids), np.nan)
+    logprobs[~rollouts["logprobs"].is_null().to_numpy()[row]] = flat(rollouts["logprobs"])[0]
+    return Sampled(
+        np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
+        ids[keep],
+        offsets_of(np.bincount(row[keep], minlength=rows)),
+        np.bincount(row, is_stop & last & keep, rows) > 0,
+        logprobs[keep],
+    )
 
 
-def _pairing(own: Side, other: Side, student: Flat, teacher: Flat, stopped: np.ndarray, scores: pa.Table | None) -> Pairing:
-    ids, offsets = student
-    whole = np.bincount(rows_of(offsets), own.vocabulary.lengths[ids], len(stopped))
-    z, z_offsets = teacher
-    reached = np.bincount(rows_of(z_offsets), other.vocabulary.lengths[z], len(stopped))
-    has_stop = np.zeros(len(stopped), bool)
-    filled = np.diff(z_offsets) > 0
-    has_stop[filled] = np.isin(z[z_offsets[1:][filled] - 1], other.stop_ids)
-    stops = stopped & has_stop & (whole == reached) & (np.diff(offsets) > 0)  # a cut text has no stop
-    # Without its stop, a row is what both sides spell; the teacher's side ends where its bytes end too.
-    s_body = _lengths_without(own.vocabulary.lengths[ids], offsets)
-    t_body = _lengths_without(other.vocabulary.lengths[z], z_offsets)
-    units = align(*s_body, *t_body, stops)
-    s_counts, t_counts = np.zeros(len(stops), np.int64), np.zeros(len(stops), np.int64)
-    some = np.diff(units.offsets) > 0
-    s_counts[some] = units.student_ends[units.offsets[1:][some] - 1]
-    t_counts[some] = units.teacher_ends[units.offsets[1:][some] - 1]
-    s_keep, t_keep = first_of(offsets, s_counts), first_of(z_offsets, t_counts)
-    s_offsets, t_offsets = offsets_of(s_counts), offsets_of(t_counts)
+def _pairing(sampled: Sampled, scores: pa.Table | None, own: Side, other: Side) -> Pairing:
+    """Both sides of the rows, cut to what both spell: to the end of each row's last unit."""
+    ids, offsets = sampled.ids, sampled.offsets
+    z, z_offsets = (ids, offsets) if scores is None else flat(scores["token_ids"])
+    rows, lengths, z_lengths = len(offsets) - 1, own.vocabulary.lengths[ids], other.vocabulary.lengths[z]
+    reach, z_reach = np.bincount(rows_of(offsets), lengths, rows), np.bincount(rows_of(z_offsets), z_lengths, rows)
+    z_stopped = np.bincount(rows_of(z_offsets), np.isin(z, other.stop_ids), rows) > 0
+    stops = sampled.stopped & z_stopped & (reach == z_reach)  # a text that is cut on one side has no stop
+    units = align(*_lengths_without(lengths, offsets), *_lengths_without(z_lengths, z_offsets), stops)
+    counts, z_counts = _last(units.student_ends, units.offsets), _last(units.teacher_ends, units.offsets)
+    keep = first_of(z_offsets, z_counts)
+    return Pairing(
+        student_ids=ids[first_of(offsets, counts)],
+        student_offsets=offsets_of(counts),
+        teacher_ids=z[keep],
+        teacher_offsets=offsets_of(z_counts),
+        stops=stops,
+        units=units,
+        behaviour=_unit_sums(units, units.student_ends, sampled.logprobs, offsets),
+        **_signal(scores, keep),
+    )
+
+
+def _signal(scores: pa.Table | None, keep: np.ndarray) -> dict[str, np.ndarray]:
+    """The teacher's signal at the tokens to keep; empty where there is none."""
+    tokens = np.flatnonzero(keep)
     if scores is None:
-        none = np.zeros(0)
-        empty = np.zeros(t_offsets[-1] + 1, np.int64)
-        zeros = np.full(t_offsets[-1], np.nan)
-        return Pairing(ids[s_keep], s_offsets, z[t_keep], t_offsets, stops, zeros, none, none, empty, none, units)
-
-    top_counts = flat(scores["top_counts"])[0].astype(np.int64)
-    top_offsets = offsets_of(top_counts)
-    tokens = np.flatnonzero(t_keep)
-    entries, owner = expand(top_offsets[tokens], top_offsets[tokens + 1])
+        nothing, nowhere = np.zeros(0), np.zeros(len(tokens) + 1, np.int64)
+        unknown = np.full(len(tokens), np.nan)
+        return {
+            "teacher_logprobs": unknown,
+            "top_ids": nothing,
+            "top_logprobs": nothing,
+            "top_offsets": nowhere,
+            "rest": nothing,
+        }
+    counts = flat(scores["top_counts"])[0].astype(np.int64)
+    bounds = offsets_of(counts)
+    entries, owner = expand(bounds[tokens], bounds[tokens + 1])
     top = flat(scores["top_logprobs"])[0].astype(np.float64)[entries]
     rest = flat(scores["rest"])[0].astype(np.float64)[tokens]
     # Half-precision log-probs do not quite sum to 1: what is missing is spread in proportion.
     total = np.log(np.bincount(owner, np.exp(top), len(tokens)) + np.exp(rest))
-    return Pairing(
-        ids[s_keep],
-        s_offsets,
-        z[t_keep],
-        t_offsets,
-        stops,
-        flat(scores["logprobs"])[0].astype(np.float64)[t_keep],
-        flat(scores["top_ids"])[0][entries],
-        top - total[owner],
-        offsets_of(top_counts[tokens]),
-        rest - total,
-        units,
-    )
+    return {
+        "teacher_logprobs": flat(scores["logprobs"])[0].astype(np.float64)[tokens],
+        "top_ids": flat(scores["top_ids"])[0][entries],
+        "top_logprobs": top - total[owner],
+        "top_offsets": offsets_of(counts[tokens]),
+        "rest": rest - total,
+    }
+
+
+def _last(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Each row's last value, int64; 0 for an empty row."""
+    last, some = np.zeros(len(offsets) - 1, np.int64), np.diff(offsets) > 0
+    last[some] = values[offsets[1:][some] - 1]
+    return last
+
+
+def _row_sums(lengths: np.ndarray, column: pa.ChunkedArray) -> np.ndarray:
+    ids, offsets = flat(column)
+    return np.bincount(rows_of(offsets), lengths[ids], len(offsets) - 1).astype(np.int64)
 
 
 def _lengths_without(lengths: np.ndarray, offsets: np.ndarray) -> Flat:
@@ -173,17 +190,20 @@ def _lengths_without(lengths: np.ndarray, offsets: np.ndarray) -> Flat:
     return lengths[keep], offsets_of(np.bincount(row[keep], minlength=len(offsets) - 1))
 
 
-def _per_unit(units: Units, ends: np.ndarray, logprobs: np.ndarray | None, offsets: np.ndarray) -> pa.Array:
-    """Σ over each unit's tokens of their log-probs; null rows where there are none."""
-    rows = len(offsets) - 1
-    if logprobs is None or np.isnan(logprobs).all():
-        return pa.nulls(rows, pa.list_(pa.float32()))
+def _unit_sums(units: Units, ends: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Σ over each unit's tokens of their log-probs; NaN in rows that have none."""
     row = rows_of(units.offsets)
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(logprobs.astype(np.float64)))])
     sums = total[offsets[row] + ends] - total[offsets[row] + unit_starts(ends, units.offsets)]
-    missing = np.bincount(rows_of(offsets), np.isnan(logprobs), rows) > 0
+    missing = np.bincount(rows_of(offsets), np.isnan(logprobs), len(offsets) - 1) > 0
+    return np.where(missing[row], np.nan, sums)
+
+
+def _nullable(sums: np.ndarray, units: Units) -> pa.Array:
+    """A list column of units' sums; null rows where they are NaN."""
     array = ragged(sums, units.offsets, pa.float32())
-    return pc.if_else(pa.array(~missing), array, pa.nulls(rows, array.type))
+    given = np.bincount(rows_of(units.offsets), np.isnan(sums), len(array)) == 0
+    return pc.if_else(pa.array(given), array, pa.nulls(len(array), array.type))
 
 
 def _canonical(rollouts: pa.Table, own: Side) -> pa.Array:

@@ -14,7 +14,7 @@ from tasks.ragged import expand, flat, offsets_of, rows_of
 
 ROLLOUT_COLUMNS = ["prompt_token_ids", "token_ids"]
 ALIGNED_COLUMNS = [
-    "status", "units", "term_starts", "term_ends", "term_inside",
+    "status", "units", "term_starts", "term_ends", "term_inside", "term_behaviour",
     "target_counts", "target_ids", "target_logprobs", "target_rest", "unmatched_counts", "unmatched_logprobs",
 ]  # fmt: skip
 
@@ -59,6 +59,7 @@ class MicroBatch:
     target_ids: np.ndarray
     target_logprobs: np.ndarray
     rest: np.ndarray
+    behaviour: np.ndarray
     unmatched_counts: np.ndarray
     unmatched_logprobs: np.ndarray
 
@@ -81,6 +82,7 @@ class MicroBatch:
                     ids=self._padded(self.target_ids, events[first : last + 1], 0),
                     logprobs=self._padded(self.target_logprobs, events[first : last + 1], -np.inf),
                     rest=self._tensor(self.rest[span]),
+                    behaviour=self._tensor(self.behaviour[span]),
                     unmatched=self._padded(self.unmatched_logprobs, unmatched[first : last + 1], -np.inf),
                 ),
             )
@@ -113,7 +115,7 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
     shift = token_offsets[rows_of(term_offsets)]
     none, zeros = np.zeros(0, np.float32), np.zeros(len(starts), np.int64)
     has_unmatched = table["unmatched_counts"].null_count == 0
-    inside = table["term_inside"]
+    inside, behaviour = table["term_inside"], table["term_behaviour"]
     return MicroBatch(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(row).to(device),
@@ -127,6 +129,7 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
         flat(table["target_ids"])[0],
         flat(table["target_logprobs"])[0],
         flat(table["target_rest"])[0],
+        flat(behaviour)[0] if behaviour.null_count == 0 else np.zeros(len(starts), np.float32),
         flat(table["unmatched_counts"])[0].astype(np.int64) if has_unmatched else zeros,
         flat(table["unmatched_logprobs"])[0] if has_unmatched else none,
     )

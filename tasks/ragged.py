@@ -50,12 +50,6 @@ def add_up(owner: np.ndarray, ids: np.ndarray, masses: np.ndarray, owners: int) 
     return np.bincount(keys // width, minlength=owners), keys % width, np.bincount(inverse, masses, len(keys))
 
 
-def keep_rows(tokens: Flat, keep: np.ndarray) -> Flat:
-    """The rows to keep; the others become empty."""
-    ids, offsets = tokens
-    return ids[keep[rows_of(offsets)]], offsets_of(np.diff(offsets) * keep)
-
-
 def first_of(offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """bool, flat: the first `counts[r]` elements of each row."""
     return np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)) < np.repeat(counts, np.diff(offsets))

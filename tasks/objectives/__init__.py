@@ -1,10 +1,14 @@
 """Objectives: how a teacher's scores become targets, and how far the student is from them."""
 
-from configs.schema import Bytes, Gkd, Gold, Objective, Sft, Uld
+from configs.schema import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
+from tasks.objectives.alm import AlmObjective
 from tasks.objectives.base import ObjectiveModule
+from tasks.objectives.bpm import BpmObjective
 from tasks.objectives.bytes import BytesObjective
 from tasks.objectives.gold import GoldObjective
+from tasks.objectives.opd import OpdObjective
 from tasks.objectives.sft import SftObjective
+from tasks.objectives.strict import StrictObjective
 from tasks.objectives.uld import UldObjective
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -20,5 +24,13 @@ def build(config: Objective, student: Vocabulary, teacher: Vocabulary) -> Object
             return UldObjective(config, student)
         case Bytes():
             return BytesObjective(config, student, teacher)
+        case Strict():
+            return StrictObjective(config, student, teacher)
+        case Alm():
+            return AlmObjective(config)
+        case Bpm():
+            return BpmObjective(config, student, teacher)
+        case Opd():
+            return OpdObjective(config)
         case Sft():
             return SftObjective(student)

@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from tasks.ragged import offsets_of, ragged
-from tasks.tokens.align import Units
+from tasks.ragged import offsets_of, ragged, rows_of
+from tasks.tokens.align import Units, unit_starts
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Pairing:
     top_offsets: np.ndarray
     rest: np.ndarray
     units: Units
+    behaviour: np.ndarray  # log-prob of each unit under the policy that sampled it; NaN where none did
 
     @property
     def rows(self) -> int:
@@ -49,6 +50,7 @@ class Projection:
     rest: np.ndarray  # log mass outside them
     supervised: np.ndarray  # [rows] bytes that a term speaks of
     inside: np.ndarray | None = None  # bytes of the last token that are already read (`bytes` only)
+    behaviour: np.ndarray | None = None  # of each term under the policy that sampled it (`opd` only)
     unmatched_counts: np.ndarray | None = None  # sorted log masses that have no event (`gold` only)
     unmatched_logprobs: np.ndarray | None = None
 
@@ -66,6 +68,8 @@ class Projection:
         }
         if self.inside is not None:
             columns["term_inside"] = ragged(self.inside, self.offsets, pa.int32())
+        if self.behaviour is not None:
+            columns["term_behaviour"] = ragged(self.behaviour, self.offsets, pa.float32())
         if self.unmatched_counts is not None and self.unmatched_logprobs is not None:
             bounds = offsets_of(self.unmatched_counts)[self.offsets]
             columns["unmatched_counts"] = ragged(self.unmatched_counts, self.offsets, pa.int16())
@@ -84,6 +88,7 @@ class Terms:
     ids: torch.Tensor  # [terms, K], padded with 0
     logprobs: torch.Tensor  # [terms, K], padded with -inf
     rest: torch.Tensor  # [terms]
+    behaviour: torch.Tensor  # [terms]
     unmatched: torch.Tensor  # [terms, K'], padded with -inf
 
 
@@ -105,3 +110,34 @@ def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tenso
     owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
     before = counts.cumsum(0) - counts
     return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
+
+
+def unit_logprobs(logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """Σ of the actual tokens' log-probs over each term, `[terms]`: the student's probability of that path."""
+    position, term = expand_ranges(terms.start, terms.end)
+    path = logprobs.gather(1, terms.actual[:, None])[:, 0]
+    return path.new_zeros(len(terms.start)).index_add(0, term, path[position])
+
+
+def project_units(pairing: Pairing, only: np.ndarray | None = None) -> Projection:
+    """Units as terms with one event, the unit itself: its log-prob under the teacher. `only` picks units, bool."""
+    units = pairing.units
+    row = rows_of(units.offsets)
+    chosen = np.flatnonzero(only) if only is not None else np.arange(len(row))
+    total = np.concatenate([[0.0], np.cumsum(pairing.teacher_logprobs)])
+    base = pairing.teacher_offsets[row]
+    path = total[base + units.teacher_ends] - total[base + unit_starts(units.teacher_ends, units.offsets)]
+    sizes = units.byte_ends - unit_starts(units.byte_ends, units.offsets)
+    path = np.minimum(path[chosen], 0)
+    with np.errstate(divide="ignore"):
+        return Projection(
+            offsets_of(np.bincount(row[chosen], minlength=pairing.rows)),
+            unit_starts(units.student_ends, units.offsets)[chosen],
+            units.student_ends[chosen],
+            np.ones(len(chosen), np.int64),
+            np.zeros(len(chosen), np.int64),
+            path,
+            np.log(-np.expm1(path)),
+            np.bincount(row[chosen], sizes[chosen], pairing.rows).astype(np.int64),
+            behaviour=pairing.behaviour[chosen],
+        )

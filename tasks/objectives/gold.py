@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from configs.schema import Gold
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand_ranges
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand_ranges, unit_logprobs
+from tasks.objectives.classes import ClassFold
 from tasks.objectives.divergences import bucketed
 from tasks.ragged import add_up, expand, rows_of
 from tasks.tokens.align import unit_starts
@@ -18,8 +19,6 @@ IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
 
 class GoldObjective(ObjectiveModule):
     unmatched: torch.Tensor
-    duplicates: torch.Tensor
-    stand_in: torch.Tensor
 
     def __init__(self, config: Gold, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
@@ -31,8 +30,7 @@ class GoldObjective(ObjectiveModule):
         matched[self.to_student[self.to_student >= 0]] = True
         unmatched = np.flatnonzero(~matched & (student.representative == np.arange(student.size)))
         self.register_buffer("unmatched", torch.tensor(unmatched), persistent=False)
-        self.register_buffer("duplicates", torch.tensor(student.duplicates), persistent=False)
-        self.register_buffer("stand_in", torch.tensor(student.representative[student.duplicates].astype(np.int64)), False)
+        self.fold = ClassFold(student)
 
     def project(self, pairing: Pairing) -> Projection:
         units = pairing.units
@@ -94,29 +92,20 @@ class GoldObjective(ObjectiveModule):
         return ids, logits - normaliser[unit], unit
 
     def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        position, unit = expand_ranges(terms.start, terms.end)
         if self.config.merge == "sum":
+            position, unit = expand_ranges(terms.start, terms.end)
             merged = logprobs.new_zeros(len(terms.start), logprobs.shape[1]).index_add(0, unit, logprobs[position])
-            law = self._fold(merged.log_softmax(-1))
+            law = self.fold(merged.log_softmax(-1))
         else:
             at = terms.end - 1 if self.config.merge == "chain" else terms.start
-            path = logprobs.gather(1, terms.actual[:, None])[:, 0]
-            others = path.new_zeros(len(at)).index_add(0, unit, path[position]) - path[at]  # the unit's other tokens
-            law = self._fold(logprobs[at]) + others[:, None]
+            others = unit_logprobs(logprobs, terms) - logprobs[at].gather(1, terms.actual[at][:, None])[:, 0]
+            law = self.fold(logprobs[at]) + others[:, None]
         student = law.gather(1, terms.ids).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         loss = bucketed(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
         loss = self.config.matched_weight * loss
         if self.config.unmatched_weight and len(self.unmatched):
             loss = loss + self.config.unmatched_weight * self._sorted_l1(law[:, self.unmatched].exp(), terms.unmatched.exp())
         return loss
-
-    def _fold(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """Move the mass of ids that another id stands for onto that id."""
-        if not len(self.duplicates):
-            return logprobs
-        mass = logprobs.exp().index_add(1, self.stand_in, logprobs[:, self.duplicates].exp())
-        folded = mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
-        return folded.index_fill(1, self.duplicates, -torch.inf)
 
     @staticmethod
     def _sorted_l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""`bpm`: the teacher's mass at a unit's start, carried onto student tokens by their bytes (arXiv 2607.22334).
+
+Each teacher token's mass goes to φ of it, the longest student token that begins it. A sampled student token that spans
+several teacher tokens gets their joint probability, which is taken from where the first of them went.
+"""
+
+import numpy as np
+import torch
+
+from configs.schema import Bpm
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
+from tasks.objectives.classes import ClassFold
+from tasks.objectives.divergences import bucketed
+from tasks.ragged import add_up, expand, rows_of
+from tasks.tokens.align import Kind, unit_starts
+from tasks.tokens.vocabulary import Vocabulary, match
+
+
+class BpmObjective(ObjectiveModule):
+    def __init__(self, config: Bpm, student: Vocabulary, teacher: Vocabulary):
+        super().__init__()
+        self.config = config
+        matching = match(teacher, student)
+        self.carry = np.where(matching.ids >= 0, matching.ids, matching.prefix)  # the stop goes to the stop
+        if student.same_as(teacher):
+            self.carry = student.representative
+        self.student = student
+        self.fold = ClassFold(student)
+
+    def project(self, pairing: Pairing) -> Projection:
+        units = pairing.units
+        row = rows_of(units.offsets)
+        starts = unit_starts(units.student_ends, units.offsets)
+        first = pairing.teacher_offsets[row] + unit_starts(units.teacher_ends, units.offsets)
+        entries, unit = expand(pairing.top_offsets[first], pairing.top_offsets[first + 1])
+        ids, mass = self.carry[pairing.top_ids[entries]], np.exp(pairing.top_logprobs[entries])
+
+        spans = np.flatnonzero(units.kind == Kind.ONE_TO_MANY)
+        total = np.concatenate([[0.0], np.cumsum(pairing.teacher_logprobs)])
+        last = pairing.teacher_offsets[row] + units.teacher_ends
+        joint = np.exp(total[last[spans]] - total[first[spans]])
+        sampled = self.student.representative[pairing.student_ids[pairing.student_offsets[row[spans]] + starts[spans]]]
+        opening = pairing.teacher_ids[first]  # the teacher's first token of each unit
+        given_up = self.carry[opening[spans]]
+        hit = ids >= 0
+        named = np.bincount(unit[pairing.top_ids[entries] == opening[unit]], minlength=len(row)) > 0
+        kept = (given_up >= 0) & named[spans]  # else the mass is still in the rest, and is taken from there
+        counts, cells, masses = add_up(
+            np.concatenate([unit[hit], spans, spans[kept]]),
+            np.concatenate([ids[hit], sampled, given_up[kept]]).astype(np.int64),
+            np.concatenate([mass[hit], joint, -joint[kept]]),
+            len(row),
+        )
+        masses = np.maximum(masses, 0)  # rounding
+        owner = np.repeat(np.arange(len(row)), counts)
+        covered = np.bincount(owner, masses, len(row))
+        sizes = units.byte_ends - unit_starts(units.byte_ends, units.offsets)
+        with np.errstate(divide="ignore"):
+            return Projection(
+                units.offsets,
+                starts,
+                starts + 1,
+                counts,
+                cells,
+                np.log(masses),
+                np.log(np.maximum(1 - covered, 0)),
+                np.bincount(row, sizes * (counts > 0), pairing.rows).astype(np.int64),
+            )
+
+    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        law = self.fold(logprobs[terms.start])
+        student = law.gather(1, terms.ids).masked_fill(terms.logprobs.isneginf(), -torch.inf)
+        return bucketed(terms.logprobs, terms.rest, student, self.config.beta)

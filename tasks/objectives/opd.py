@@ -1,0 +1,27 @@
+"""`opd`: policy gradient on a unit's log-ratio (Thinking Machines, "On-Policy Distillation")."""
+
+import numpy as np
+import torch
+
+from configs.schema import Opd
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, project_units, unit_logprobs
+
+
+class OpdObjective(ObjectiveModule):
+    def __init__(self, config: Opd):
+        super().__init__()
+        self.config = config
+
+    def project(self, pairing: Pairing) -> Projection:
+        """Units of the student's own samples: a row without behaviour log-probs has no policy to take the gradient of."""
+        return project_units(pairing, only=~np.isnan(pairing.behaviour))
+
+    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """A surrogate whose gradient is -w·A·∇log P_S, with A = log P_T - log P_S and w = min(P_S / P_behaviour, C).
+
+        Its value is -A, one sample of the reverse KL a unit, so that the loss that is logged means something.
+        """
+        path = unit_logprobs(logprobs, terms)
+        advantage = (terms.logprobs[:, 0] - path).detach()
+        weight = (path.detach() - terms.behaviour).exp().clamp(max=self.config.clip)
+        return -advantage - weight * advantage * (path - path.detach())
