@@ -1,12 +1,20 @@
 """Load models and tokenizers. The one place that decides on device, dtype and attention."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
@@ -45,28 +53,21 @@ def reference(config: Model, path: str) -> ModelRef:
 
 
 def _hub_commit(name: str, trust_remote_code: bool) -> str | None:
-    from transformers import AutoConfig
-
     with _explained(name):
         return getattr(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), "_commit_hash", None)
 
 
-class _explained:
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
     """Turns transformers' ways of failing to load into one message."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadInput(
-                f"{self.name}: no such model, or not one that transformers can load ({reason[:300]}); "
-                "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
-            ) from None
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
+            "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
+        ) from None
 
 
 class Side:
@@ -100,7 +101,14 @@ class Side:
 
     @cached_property
     def beta(self) -> TokenBytes:
-        return token_bytes(self.tokenizer, self.stop_ids, self.ref.path)
+        """Bytes of the ids that the model can emit: a tokenizer may know more ids than the head has rows."""
+        beta = token_bytes(self.tokenizer, self.stop_ids, self.ref.path)
+        try:
+            config = AutoConfig.from_pretrained(self.ref.path, trust_remote_code=self.ref.trust_remote_code)
+        except (OSError, ValueError):
+            return beta  # a tokenizer alone
+        rows = config.get_text_config().vocab_size
+        return TokenBytes(beta.values[:rows], beta.roles[:rows])
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -112,9 +112,8 @@ class Trainer:
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")
         own, other = side(student), side(teacher or student)
         model = load_weights(student, torch.float32).train()
-        size = min(len(own.beta.values), model.get_output_embeddings().weight.shape[0])
         objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
-        module = Student(model, objective, size, config.chunk_positions)
+        module = Student(model, objective, len(own.beta.values), config.chunk_positions)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
         optimizer = torch.optim.AdamW(

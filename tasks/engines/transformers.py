@@ -22,7 +22,7 @@ class TransformersEngine:
         self.device = device_of(ref)
         self.model = load_weights(ref).eval().to(self.device)  # type: ignore[arg-type]
         self.model.generation_config = GenerationConfig()  # a model's own top_k and penalties are not the recipe's
-        self.size = min(len(self.side.beta.values), self.model.get_output_embeddings().weight.shape[0])
+        self.size = len(self.side.beta.values)
         check_head(self.model, ref.path, self.size)
 
     @torch.inference_mode()
