@@ -56,7 +56,9 @@ def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other:
     total_bytes = _row_sums(own.vocabulary.lengths, rollouts["token_ids"])
     sampled = _sampled(rollouts, own)
     status = sampled.status
-    if scores is not None:
+    if scores is None:
+        other = own
+    else:
         status = np.where(status == "ok", scores["status"].to_numpy(zero_copy_only=False), status)
     pairing = _pairing(sampled, scores, own, other)
     units = pairing.units

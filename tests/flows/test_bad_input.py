@@ -98,7 +98,10 @@ def test_quick_refusals(tmp_path):
         (("run", tmp_path / "missing.toml"), (str(tmp_path / "missing.toml"), "no such recipe", "TOML")),
         (("run", broken), (str(broken), "not valid TOML", "line 1")),
         (("run", TINY, "--set", "score.k=none"), ("score.k", "integer", "'none'")),
-        (("run", TINY, "--set", "objective.name=alm"), ("objective.name", "'gkd', 'uld', 'gold', 'bytes', 'sft'")),
+        (
+            ("run", TINY, "--set", "objective.name=ppo"),
+            ("objective.name", "'gkd', 'uld', 'gold', 'bytes', 'strict', 'alm', 'bpm', 'opd', 'sft'"),
+        ),
         (("run", TINY, "--rounds", "-1"), ("--rounds -1", "0 or more")),
         (("run", TINY, "--rounds", "two"), ("--rounds", "two", "int")),
         (("run",), ("config",)),

@@ -31,7 +31,7 @@ from toys import (
 )
 from toys import vocabulary as toy_vocabulary
 
-from configs.schema import Bytes, Gold, Objective, Sft, Uld
+from configs.schema import Alm, Bpm, Bytes, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks import objectives
 from tasks.align import aligned_table
 from tasks.engines.base import TokenScores
@@ -50,6 +50,10 @@ OBJECTIVES: list[Objective] = [
     Gold(name="gold", merge="sum"),
     Uld(name="uld"),
     Bytes(name="bytes"),
+    Strict(name="strict"),
+    Alm(name="alm"),
+    Bpm(name="bpm"),
+    Opd(name="opd"),
 ]
 
 
@@ -176,7 +180,8 @@ def aligned_toys(
     objective: Objective,
 ) -> list[dict[str, Any]]:
     own, other = ToySide(student), ToySide(teacher)
-    rollouts = rollouts_table([[0]] * len(s_rows), s_rows, own)  # type: ignore[arg-type]
+    sampled = [-rng.gamma(2.0, size=len(ids)) for ids in s_rows]
+    rollouts = rollouts_table([[0]] * len(s_rows), s_rows, own, logprobs=sampled)  # type: ignore[arg-type]
     scores = scores_of([toy_scores(rng, teacher, ids) for ids in t_rows if ids is not None], t_rows)
     table = aligned_table(rollouts, scores, own, other, objectives.build(objective, student, teacher))  # type: ignore[arg-type]
     return table.to_pylist()

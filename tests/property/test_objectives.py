@@ -1,5 +1,6 @@
 """Objectives (MATHS.md §5; properties 1, 3, 11, 14 and 18), against naive implementations with dictionaries of events."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +24,7 @@ from toys import (
 )
 from toys import vocabulary as toy_vocabulary
 
-from configs.schema import Bytes, Gkd, Gold, Objective, Sft, Uld
+from configs.schema import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks import objectives
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -37,6 +38,11 @@ ALL: list[Objective] = [
     Uld(name="uld", cross_entropy=0.1),
     Bytes(name="bytes", beta=0.0),
     Bytes(name="bytes", beta=1.0),
+    Strict(name="strict", top=3),
+    Alm(name="alm", beta=0.5, temperature=2.0),
+    Bpm(name="bpm", beta=1.0),
+    Bpm(name="bpm", beta=0.5),
+    Opd(name="opd"),
     Sft(name="sft"),
 ]
 
@@ -316,20 +322,20 @@ def test_ids_are_only_names(objective: Objective, seed: int) -> None:
     rows = random_rows(rng, student, student if same else random_vocabulary(rng, stops=2), same_ids=same)
     new_student, s_new = relabelled(rng, student)
     new_teacher, t_new = (new_student, s_new) if same else relabelled(rng, rows.teacher)
-    moved = Rows(
-        new_student,
-        new_teacher,
-        [[int(s_new[i]) for i in ids] for ids in rows.student_ids],
-        [[int(t_new[i]) for i in ids] for ids in rows.teacher_ids],
-        rows.stops,
-        [s[:, np.argsort(s_new)] for s in rows.s],
-        [t[:, np.argsort(t_new)] for t in rows.t],
+    moved = replace(
+        rows,
+        student=new_student,
+        teacher=new_teacher,
+        student_ids=[[int(s_new[i]) for i in ids] for ids in rows.student_ids],
+        teacher_ids=[[int(t_new[i]) for i in ids] for ids in rows.teacher_ids],
+        s=[s[:, np.argsort(s_new)] for s in rows.s],
+        t=[t[:, np.argsort(t_new)] for t in rows.t],
     )
     for k in (None, 5):
         assert gold_losses(moved, objective, k) == pytest.approx(gold_losses(rows, objective, k), abs=2e-5)
 
 
-@pytest.mark.parametrize("objective", ALL, ids=named)
+@pytest.mark.parametrize("objective", [o for o in ALL if o.name != "opd"], ids=named)  # its value is not what it descends
 @settings(max_examples=8, deadline=None)
 @given(seed=SEEDS, k=st.sampled_from([None, 4]))
 def test_gradients_are_finite_differences(objective: Objective, seed: int, k: int | None) -> None:
@@ -371,7 +377,7 @@ def test_forward_kl_has_gradient_s_minus_t(seed: int) -> None:
 @pytest.mark.parametrize(
     "objective",
     [Gold(name="gold", beta=beta, merge=merge) for beta in (0.0, 0.5, 1.0) for merge in MERGES]
-    + [Bytes(name="bytes", beta=beta) for beta in (0.0, 0.5, 1.0)],
+    + [kind(name=name, beta=beta) for kind, name in ((Bytes, "bytes"), (Bpm, "bpm")) for beta in (0.0, 0.5, 1.0)],
     ids=named,
 )
 @settings(max_examples=10, deadline=None)

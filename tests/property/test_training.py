@@ -18,6 +18,7 @@ from toys import (
     full_logprobs,
     losses,
     pairing,
+    path_logprobs,
     random_rows,
     random_split,
     random_vocabulary,
@@ -29,7 +30,23 @@ from toys import (
     twin_ref,
 )
 
-from configs.schema import Bytes, Gkd, Gold, GymPrompts, Model, Objective, Recipe, Rollout, Sft, Train, Uld
+from configs.schema import (
+    Alm,
+    Bpm,
+    Bytes,
+    Gkd,
+    Gold,
+    GymPrompts,
+    Model,
+    Objective,
+    Opd,
+    Recipe,
+    Rollout,
+    Sft,
+    Strict,
+    Train,
+    Uld,
+)
 from storage.store import Artifact, read_table, write_parquet
 from tasks import objectives
 from tasks.align import aligned_table
@@ -47,6 +64,10 @@ OBJECTIVES: list[Objective] = [
     Gold(name="gold", beta=0.0, merge="sum"),
     Uld(name="uld"),
     Bytes(name="bytes", beta=1.0),
+    Strict(name="strict"),
+    Alm(name="alm", temperature=20.0),
+    Bpm(name="bpm", beta=0.5),
+    Opd(name="opd"),
     Sft(name="sft"),
 ]
 PLAIN = [*TEXTS, "hi", "the cat, the dog", ""]
@@ -63,11 +84,19 @@ def teacher_engine(ref: ModelRef) -> TransformersEngine:
 
 
 def trainable_rows(objective: Objective, teacher: ModelRef, completions: list[list[int]], k: int = 24) -> pa.Table:
-    """These completions of the toy student, graded by the teacher and aligned, as training reads them."""
+    """These completions of the toy student, graded by the teacher and aligned, as training reads them.
+
+    The policy that sampled them was nearly the student.
+    """
     own, other = side(student_ref()), side(teacher)
     rng = np.random.default_rng(0)
     prompts = [[1, *rng.integers(6, 280, rng.integers(1, 9)).tolist()] for _ in completions]
-    rollouts, scores = rollouts_table(prompts, completions, own), None
+    policy = [
+        full_logprobs(load_weights(student_ref()), prompt + ids, own.vocabulary.size)[len(prompt) - 1 : -1].numpy()
+        for prompt, ids in zip(prompts, completions, strict=True)
+    ]
+    sampled = [path_logprobs(p, ids) + rng.normal(size=len(ids)) * 0.3 for p, ids in zip(policy, completions, strict=True)]
+    rollouts, scores = rollouts_table(prompts, completions, own, logprobs=sampled), None
     if objective.name != "sft":
         graded = teacher_ids(rollouts.to_pylist(), other, own.vocabulary.same_as(other.vocabulary))
         able = [ids for ids in graded if ids]
@@ -198,7 +227,8 @@ def test_no_gradient_to_prompt_and_padding(objective: Objective) -> None:
         got = set(reached[row, first:end].nonzero()[:, 0].tolist())
         assert got <= read
         # (What chose a token that no other token begins with has no influence on a `bytes` term: it cancels.)
-        assert got == read or objective.name == "bytes"
+        # (A `strict` term has no event where the top 24 of the teacher and the top 16 of the student have none in common.)
+        assert got == read or objective.name in ("bytes", "strict")
         assert got
 
 
@@ -211,7 +241,7 @@ def trainer(objective: Objective, **options: Any) -> Trainer:
         student=Model(model=student_ref().path),
         teacher=Model(model=teacher_ref().path),
         prompts=GymPrompts(source="reasoning-gym", task="spell_backward"),
-        rollout=Rollout(on_policy=0.0),
+        rollout=Rollout(on_policy=0.0 if objective.name == "sft" else 1.0),
         objective=objective,
         train=Train(**{"batch_size": 16, "micro_batch_size": 16, "schedule": "constant", **options}),
     )
@@ -334,7 +364,10 @@ def test_a_constant_on_all_logits_changes_no_loss(objective: Objective) -> None:
     ("objective", "teacher"),
     [(Gkd(name="gkd", beta=b), twin_ref) for b in (0.0, 1.0)]
     + [(kind, teacher_ref) for kind in (Gold(name="gold", beta=0.0), Gold(name="gold", beta=1.0), Gold(name="gold", beta=0.5))]
-    + [(Bytes(name="bytes", beta=b), teacher_ref) for b in (0.0, 0.5, 1.0)],
+    + [(Bytes(name="bytes", beta=b), teacher_ref) for b in (0.0, 0.5, 1.0)]
+    + [(Strict(name="strict"), teacher_ref), (Alm(name="alm"), teacher_ref), (Alm(name="alm", beta=1.0), teacher_ref)]
+    + [(Bpm(name="bpm", beta=b), teacher_ref) for b in (0.0, 0.5, 1.0)]
+    + [(Opd(name="opd"), teacher_ref)],
     ids=lambda x: named(x) if hasattr(x, "model_dump") else "",
 )
 def test_the_teachers_stop_reaches_the_student(objective: Objective, teacher) -> None:
@@ -349,7 +382,7 @@ def test_the_teachers_stop_reaches_the_student(objective: Objective, teacher) ->
     raised[-1, other.stop_ids[-1]] += 0.6
 
     def stop_after_a_step(t: np.ndarray) -> tuple[float, float]:
-        rows = Rows(own.vocabulary, other.vocabulary, [ids], [t_ids], [True], [], [t])
+        rows = Rows(own.vocabulary, other.vocabulary, [ids], [t_ids], [True], [], [t], [np.full(len(ids), np.log(0.2))])
         module = student_module(objective, teacher())
         head = module.model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())  # the step moves the head alone
@@ -411,7 +444,7 @@ def stored(rows: Rows, tmp_path: Path, objective: Objective) -> torch.Tensor:
         )
     own, other = ToySide(rows.student), ToySide(rows.teacher)
     tables = {
-        "rollouts": rollouts_table([[0]] * len(rows.stops), rows.student_ids, own),  # type: ignore[arg-type]
+        "rollouts": rollouts_table([[0]] * len(rows.stops), rows.student_ids, own, logprobs=rows.behaviour),  # type: ignore[arg-type]
         "scores": scores_of(results, rows.teacher_ids),
     }
     for name, table in tables.items():

@@ -3,8 +3,9 @@
 import atexit
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tasks.models import ModelRef, Side
 from tasks.objectives.base import ObjectiveModule, Pairing, Terms
 from tasks.ragged import offsets_of
 from tasks.scratch import new_model, new_tokenizer
-from tasks.tokens.align import align
+from tasks.tokens.align import Units, align
 from tasks.tokens.token_bytes import TokenBytes
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -102,6 +103,7 @@ class Rows:
     stops: list[bool]
     s: list[np.ndarray]  # log-probs [tokens, V_S] a row
     t: list[np.ndarray]
+    behaviour: list[np.ndarray | None] | None = None  # log-probs [tokens] a row, of the policy that sampled it
 
 
 def random_rows(
@@ -118,7 +120,15 @@ def random_rows(
     ]  # fmt: skip
     s = [random_logprobs(rng, len(ids), student.size) for ids in student_ids]
     t = [random_logprobs(rng, len(ids), teacher.size) for ids in teacher_ids]
-    return Rows(student, teacher, student_ids, teacher_ids, stops, s, t)
+    behaviour: list[np.ndarray | None] = [
+        np.minimum(path_logprobs(p, ids) + rng.normal(size=len(ids)), 0) for p, ids in zip(s, student_ids)
+    ]
+    return Rows(student, teacher, student_ids, teacher_ids, stops, s, t, behaviour)
+
+
+def path_logprobs(logprobs: np.ndarray, ids: list[int]) -> np.ndarray:
+    """The log-probs of these ids, from the distributions `[tokens, V]` before them."""
+    return logprobs[np.arange(len(ids)), ids]
 
 
 def pairing(rows: Rows, k: int | None = None) -> Pairing:
@@ -140,6 +150,7 @@ def pairing(rows: Rows, k: int | None = None) -> Pairing:
         flat = np.array([i for row in bodies for i in row], np.int64)
         sides += [toy.lengths[flat], offsets_of(np.array([len(row) for row in bodies]))]
     stops = np.array(rows.stops)
+    units = align(*sides, stops)
     return Pairing(
         np.array([i for row in rows.student_ids for i in row], np.int64),
         offsets_of(np.array([len(row) for row in rows.student_ids])),
@@ -151,8 +162,16 @@ def pairing(rows: Rows, k: int | None = None) -> Pairing:
         np.concatenate(top_logprobs),
         np.arange(tokens + 1) * k,
         np.array(rest, np.float64),
-        align(*sides, stops),
+        units,
+        np.concatenate([unit_sums(units, row, given) for row, given in enumerate(rows.behaviour or [None] * len(stops))]),
     )
+
+
+def unit_sums(units: Units, row: int, logprobs: np.ndarray | None) -> np.ndarray:
+    """Σ of the log-probs of each of a row's units in student tokens; NaN where there are none."""
+    ends = units.student_ends[units.offsets[row] : units.offsets[row + 1]].tolist()
+    bounds = pairwise([0, *ends])
+    return np.array([np.nan if logprobs is None else logprobs[start:end].sum() for start, end in bounds])
 
 
 def training_table(objective: ObjectiveModule, paired: Pairing, rows: Rows) -> pa.Table:
@@ -162,7 +181,7 @@ def training_table(objective: ObjectiveModule, paired: Pairing, rows: Rows) -> p
         "prompt_token_ids": pa.array([[0]] * paired.rows, ROLLOUTS.field("prompt_token_ids").type),
         "token_ids": pa.array(rows.student_ids, ROLLOUTS.field("token_ids").type),
     }
-    for name in ("term_inside", "unmatched_counts", "unmatched_logprobs"):
+    for name in ("term_inside", "term_behaviour", "unmatched_counts", "unmatched_logprobs"):
         columns.setdefault(name, pa.nulls(paired.rows, ALIGNED.field(name).type))
     return pa.table(columns)
 
@@ -220,7 +239,7 @@ def floored_jsd(t: Sequence[float] | np.ndarray, s: Sequence[float] | np.ndarray
 
 
 def with_student(rows: Rows, logprobs: list[np.ndarray]) -> Rows:
-    return Rows(rows.student, rows.teacher, rows.student_ids, rows.teacher_ids, rows.stops, logprobs, rows.t)
+    return replace(rows, s=logprobs)
 
 
 # -- small real tokenizers -------------------------------------------------------------------------------------------------
@@ -337,9 +356,16 @@ def full_logprobs(model: LlamaForCausalLM, ids: list[int], size: int) -> torch.T
 
 
 def rollouts_table(
-    prompts: list[list[int]], completions: list[list[int]], own: Side, texts: list[str] | None = None
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    own: Side,
+    texts: list[str] | None = None,
+    logprobs: Sequence[np.ndarray | None] | None = None,
 ) -> pa.Table:
-    """Rollouts with these ids; the texts are the longest valid ones that the ids spell, unless given."""
+    """Rollouts with these ids; the texts are the longest valid ones that the ids spell, unless given.
+
+    `logprobs` are those of the ids under the policy that sampled them; None: it did not.
+    """
     stops = set(own.stop_ids)
     records = []
     for number, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
@@ -351,6 +377,7 @@ def rollouts_table(
                 "prompt_id": "p",
                 "prompt_token_ids": prompt,
                 "token_ids": ids,
+                "logprobs": None if logprobs is None else logprobs[number],
                 "text": text,
                 "finish_reason": "stop" if stopped else "length",
             }
