@@ -27,10 +27,10 @@ def build(config: Objective, student: Vocabulary, teacher: Vocabulary) -> Object
         case Strict():
             return StrictObjective(config, student, teacher)
         case Alm():
-            return AlmObjective(config)
+            return AlmObjective(config, student)
         case Bpm():
             return BpmObjective(config, student, teacher)
         case Opd():
-            return OpdObjective(config)
+            return OpdObjective(config, student)
         case Sft():
             return SftObjective(student)

@@ -5,12 +5,18 @@ import torch
 from configs.schema import Alm
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, project_units, unit_logprobs
 from tasks.objectives.divergences import jsd, log_rest
+from tasks.tokens.vocabulary import Vocabulary
+
+UNBOUNDED = -1e4  # a long unit is rightly far less likely than e⁻²⁰, and still has a gradient
 
 
 class AlmObjective(ObjectiveModule):
-    def __init__(self, config: Alm):
+    stops: torch.Tensor
+
+    def __init__(self, config: Alm, student: Vocabulary):
         super().__init__()
         self.config = config
+        self.register_buffer("stops", torch.tensor(student.stop_ids), persistent=False)
 
     def project(self, pairing: Pairing) -> Projection:
         return project_units(pairing)
@@ -18,6 +24,6 @@ class AlmObjective(ObjectiveModule):
     def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
         """JSD_β between (p, 1 - p) of the two sides, with p = P(unit)^(1/τ)."""
         teacher = terms.logprobs[:, :1] / self.config.temperature
-        student = unit_logprobs(logprobs, terms)[:, None] / self.config.temperature
+        student = unit_logprobs(logprobs, terms, self.stops)[:, None] / self.config.temperature
         t, s = (torch.cat([side, log_rest(side)], -1) for side in (teacher, student))
-        return jsd(t, s, self.config.beta)
+        return jsd(t, s, self.config.beta, floor=UNBOUNDED)

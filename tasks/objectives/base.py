@@ -112,10 +112,15 @@ def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tenso
     return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
 
 
-def unit_logprobs(logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-    """Σ of the actual tokens' log-probs over each term, `[terms]`: the student's probability of that path."""
+def unit_logprobs(logprobs: torch.Tensor, terms: Terms, stops: torch.Tensor | None = None) -> torch.Tensor:
+    """Σ of the actual tokens' log-probs over each term, `[terms]`: the student's probability of that path.
+
+    With `stops`, the student's stop ids, a stop counts as the event: the sum over all of them.
+    """
     position, term = expand_ranges(terms.start, terms.end)
     path = logprobs.gather(1, terms.actual[:, None])[:, 0]
+    if stops is not None and len(stops) > 1:
+        path = torch.where(torch.isin(terms.actual, stops), logprobs[:, stops].logsumexp(-1), path)
     return path.new_zeros(len(terms.start)).index_add(0, term, path[position])
 
 

@@ -8,19 +8,19 @@ import torch
 FLOOR = -20.0
 
 
-def jsd(t: torch.Tensor, s: torch.Tensor, beta: float) -> torch.Tensor:
+def jsd(t: torch.Tensor, s: torch.Tensor, beta: float, floor: float = FLOOR) -> torch.Tensor:
     """JSD_β(T‖S) = β·KL(T‖M) + (1-β)·KL(S‖M) with M = βT + (1-β)S, over the last dimension, in nats.
 
     `t` and `s` are log masses of the same events; -inf on both sides pads. β = 0 is forward KL(T‖S) and β = 1 reverse
     KL(S‖T), by convention: as β → 0 it is JSD_β / β that tends to KL(T‖S). (GKD, arXiv 2306.13649)
     """
     t_mass, s_mass = t.exp(), s.exp()
-    t, s = t.clamp(min=FLOOR), s.clamp(min=FLOOR)
+    t, s = t.clamp(min=floor), s.clamp(min=floor)
     if beta == 0:
         return (t_mass * (t - s)).sum(-1)
     if beta == 1:
         return (s_mass * (s - t)).sum(-1)
-    mixed = (beta * t_mass + (1 - beta) * s_mass).clamp(min=torch.finfo(t.dtype).tiny).log().clamp(min=FLOOR)
+    mixed = (beta * t_mass + (1 - beta) * s_mass).clamp(min=torch.finfo(t.dtype).tiny).log().clamp(min=floor)
     return (beta * t_mass * (t - mixed) + (1 - beta) * s_mass * (s - mixed)).sum(-1)
 
 

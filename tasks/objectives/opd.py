@@ -5,12 +5,16 @@ import torch
 
 from configs.schema import Opd
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, project_units, unit_logprobs
+from tasks.tokens.vocabulary import Vocabulary
 
 
 class OpdObjective(ObjectiveModule):
-    def __init__(self, config: Opd):
+    stops: torch.Tensor
+
+    def __init__(self, config: Opd, student: Vocabulary):
         super().__init__()
         self.config = config
+        self.register_buffer("stops", torch.tensor(student.stop_ids), persistent=False)
 
     def project(self, pairing: Pairing) -> Projection:
         """Units of the student's own samples: a row without behaviour log-probs has no policy to take the gradient of."""
@@ -21,7 +25,8 @@ class OpdObjective(ObjectiveModule):
 
         Its value is -A, one sample of the reverse KL a unit, so that the loss that is logged means something.
         """
-        path = unit_logprobs(logprobs, terms)
+        path = unit_logprobs(logprobs, terms, self.stops)
         advantage = (terms.logprobs[:, 0] - path).detach()
-        weight = (path.detach() - terms.behaviour).exp().clamp(max=self.config.clip)
+        sampled = unit_logprobs(logprobs, terms).detach()  # of the very ids, as the behaviour's are
+        weight = (sampled - terms.behaviour).exp().clamp(max=self.config.clip)
         return -advantage - weight * advantage * (path - path.detach())
