@@ -46,7 +46,7 @@ class StrictObjective(ObjectiveModule):
                 target_ids,
                 np.log(masses / total[owner]),
                 np.log(rest / total),
-                np.bincount(row[single], sizes, pairing.rows).astype(np.int64),
+                np.bincount(row[single], sizes * (counts > 0), pairing.rows).astype(np.int64),
             )
 
     def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
