@@ -78,11 +78,11 @@ ALIGNED = pa.schema(
         "term_ends": _ids,  # exclusive
         "term_inside": _ids,  # bytes of the last of them that were read before; null: not used
         "term_behaviour": _logprobs,  # of the term under the policy that sampled it; null: not used
-        "target_counts": pa.list_(pa.int16()),
+        "target_counts": _ids,
         "target_ids": _ids,  # flat events: student ids, or classes of bytes
         "target_logprobs": _logprobs,
         "target_rest": _logprobs,  # log mass outside those events
-        "unmatched_counts": pa.list_(pa.int16()),
+        "unmatched_counts": _ids,
         "unmatched_logprobs": _logprobs,
     }
 )

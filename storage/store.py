@@ -12,6 +12,7 @@ import posixpath
 import shutil
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,8 +219,6 @@ class Run:
 
     def frozen_recipe(self) -> Recipe | None:
         """The recipe this run was started with; None where there is no run yet."""
-        import tomllib
-
         path = posixpath.join(self.path, "run.toml")
         if not self.fs.exists(path):
             return None
@@ -232,9 +231,9 @@ class Run:
         """Refuse a run folder that belongs to another recipe, or a root that cannot be written. Writes nothing."""
         inside = self.fs.ls(self.path, detail=False) if self.fs.isdir(self.path) else []
         left = posixpath.join(self.path, "_tmp")  # by a run that was killed at its start
-        if self.frozen_recipe() is None and any(path.rstrip("/") != left for path in inside):
-            raise BadInput(f"{self.path}: not a run folder (no run.toml in it); choose another name or root")
         frozen = self.frozen_recipe()
+        if frozen is None and any(path.rstrip("/") != left for path in inside):
+            raise BadInput(f"{self.path}: not a run folder (no run.toml in it); choose another name or root")
         if frozen is not None and (lines := differences(frozen, recipe)):
             raise BadInput(
                 f"{self.path}: this run belongs to another recipe: "

@@ -1,6 +1,7 @@
 """The rollout stage: completions of a round, sampled by the current student or taken from elsewhere by λ."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -85,15 +86,9 @@ def plan(config: Rollout, seed: int, number: int, shard: int, prompt_ids: list[s
     return rows
 
 
-_orders: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, prompts: int) -> np.ndarray:
-    key = (seed, epoch, prompts)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = np.random.default_rng(derive("order", seed, epoch)).permutation(prompts)
-    return _orders[key]
+    return np.random.default_rng(derive("order", seed, epoch)).permutation(prompts)
 
 
 def rollouts_table(
@@ -110,7 +105,7 @@ def rollouts_table(
     own = [i for i, row in enumerate(rows) if row.source == "student"]
     if own:
         with progress(f"round {number} rollouts", len(own)) as advance:
-            generator = engine(student, config.batch_size, 16_384)
+            generator = engine(student, config.batch_size)
             for start in range(0, len(own), config.batch_size):
                 batch = own[start : start + config.batch_size]
                 seeds = [rows[i].seed for i in batch]
@@ -125,7 +120,7 @@ def rollouts_table(
     if others and teacher is not None:
         seeds = [rows[i].seed for i in others]
         texts = completed_texts(
-            engine(teacher, config.batch_size, 16_384), side(teacher), [messages[i] for i in others], seeds, sampling
+            engine(teacher, config.batch_size), side(teacher), [messages[i] for i in others], seeds, sampling
         )
         made |= {i: _given(*text, text_side, config.max_new_tokens) for i, text in zip(others, texts, strict=True)}
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from storage.schemas import STEPS
 from storage.store import Artifact, Run, local_folder, part, round_slot, write_parquet
 from tasks import objectives
 from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches
+from tasks.engines.transformers import release
 from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
 from tasks.objectives.base import ObjectiveModule
 from tasks.progress import logger, progress
@@ -63,6 +65,7 @@ def train_round(
     }
 
     def make(folder: Path) -> dict[str, int]:
+        release()  # the teacher's memory is the student's now
         state = local_folder(trainer) if trainer else None
         steps = Trainer(recipe, number, student, teacher, state).run(list(zip(rollouts, aligned, strict=True)), folder)
         write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
@@ -154,11 +157,7 @@ class Trainer:
             batch = collate(rows, side(self.ref).pad_id, accelerator.device)
             # DDP averages gradients over processes: the loss is a sum over all their terms.
             scale = accelerator.num_processes / units
-            if index + 1 < len(micro):
-                with accelerator.no_sync(self.module):
-                    part_loss = self.module(self._inputs(batch, index), batch) * scale
-                    accelerator.backward(part_loss)
-            else:
+            with nullcontext() if index + 1 == len(micro) else accelerator.no_sync(self.module):
                 part_loss = self.module(self._inputs(batch, index), batch) * scale
                 accelerator.backward(part_loss)
             loss, tokens = loss + part_loss.detach(), tokens + batch.tokens

@@ -1,5 +1,6 @@
 """The embedded engine: a transformers model in this process, on the CPU or one GPU."""
 
+import gc
 from functools import lru_cache
 
 import numpy as np
@@ -108,7 +109,19 @@ def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
-@lru_cache(maxsize=1)
-def engine(ref: ModelRef, batch_size: int, batch_tokens: int) -> TransformersEngine:
-    """The engine for a model; one at a time stays loaded, so the shards of a stage share it."""
-    return TransformersEngine(ref, batch_size, batch_tokens)
+_loaded = lru_cache(maxsize=1)(TransformersEngine)
+
+
+def engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> TransformersEngine:
+    """The engine for a model; one model at a time stays loaded, so the shards of a stage share it."""
+    loaded = _loaded(ref)
+    loaded.batch_size, loaded.batch_tokens = batch_size, batch_tokens
+    return loaded
+
+
+def release() -> None:
+    """Give back the memory of the model that is loaded."""
+    _loaded.cache_clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

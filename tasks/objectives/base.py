@@ -61,7 +61,7 @@ class Projection:
             "units": pa.array(np.diff(self.offsets), pa.int32()),
             "term_starts": ragged(self.starts, self.offsets, pa.int32()),
             "term_ends": ragged(self.ends, self.offsets, pa.int32()),
-            "target_counts": ragged(self.counts, self.offsets, pa.int16()),
+            "target_counts": ragged(self.counts, self.offsets, pa.int32()),
             "target_ids": ragged(self.ids, events, pa.int32()),
             "target_logprobs": ragged(self.logprobs, events, pa.float32()),
             "target_rest": ragged(self.rest, self.offsets, pa.float32()),
@@ -72,7 +72,7 @@ class Projection:
             columns["term_behaviour"] = ragged(self.behaviour, self.offsets, pa.float32())
         if self.unmatched_counts is not None and self.unmatched_logprobs is not None:
             bounds = offsets_of(self.unmatched_counts)[self.offsets]
-            columns["unmatched_counts"] = ragged(self.unmatched_counts, self.offsets, pa.int16())
+            columns["unmatched_counts"] = ragged(self.unmatched_counts, self.offsets, pa.int32())
             columns["unmatched_logprobs"] = ragged(self.unmatched_logprobs, bounds, pa.float32())
         return columns
 

@@ -1,5 +1,6 @@
 """The text side of a model folder."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from configs.errors import BadInput
 from configs.schema import Scratch
 from tasks.engines.base import Sampling
-from tasks.engines.transformers import TransformersEngine
+from tasks.engines.transformers import TransformersEngine, engine, release
 from tasks.models import ModelRef, Side
 from tasks.scratch import new_model, new_tokenizer
 
@@ -35,8 +36,8 @@ def test_ids_without_a_row_of_the_head_are_not_ids(folder):
 
     assert len(Side(ref(folder)).tokenizer) == before + 1
     assert len(Side(ref(folder)).beta.values) == Side(ref(folder)).vocabulary.size == before
-    engine = TransformersEngine(ref(folder))
-    completion = engine.generate([[1, 2, 3]], [0], Sampling(4))[0]
+    generator = TransformersEngine(ref(folder))
+    completion = generator.generate([[1, 2, 3]], [0], Sampling(4))[0]
     assert all(0 <= i < before for i in completion.ids)
 
 
@@ -59,3 +60,14 @@ def test_a_chat_needs_a_template(folder):
     with pytest.raises(BadInput, match=r"no chat template.*rendering = 'plain'"):
         Side(ref(folder))
     assert Side(ref(folder, "plain")).stop_ids == [2]
+
+
+def test_one_model_at_a_time_stays_loaded_and_is_given_back(folder):
+    """Batch sizes do not load a model again, and training starts with the memory of the last stage's model."""
+    held = engine(ref(folder), batch_size=4)
+    assert engine(ref(folder), batch_tokens=100) is held
+    assert (held.batch_size, held.batch_tokens) == (256, 100)
+    gone = weakref.ref(held.model)
+    del held
+    release()
+    assert gone() is None

@@ -215,7 +215,7 @@ def from_teacher(student, teacher, prompts) -> list[tuple[dict, Completion]]:
     rows = [Row(0, 0, "teacher", seed, f"0001-{seed:06d}-000") for seed in range(200)]
     table = rollouts_table(rows, prompts, Rollout(max_new_tokens=3), 1, student, teacher)
     prompt = side(teacher).render(prompts["messages"].to_pylist()[0])
-    sampled = engine(teacher, 256, 16_384).generate([prompt] * 200, list(range(200)), Sampling(3))
+    sampled = engine(teacher).generate([prompt] * 200, list(range(200)), Sampling(3))
     return list(zip(table.to_pylist(), sampled, strict=True))
 
 
