@@ -49,7 +49,7 @@ def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
     rollouts = scan(run, "rollouts").filter(pl.col("round") == number).collect()
     counts = [pl.col(f"{name}_bytes").sum() for name in ("supervised", "unmatched", "dropped", "tail")]
     kinds = aligned.select(pl.col("kind").explode(empty_as_null=False)).drop_nulls().group_by("kind").len().sort("kind")
-    first = rollouts.join(aligned, on="rollout_id").head(SHOWN)
+    first = rollouts.join(aligned, on="rollout_id", maintain_order="left").head(SHOWN)
     gap = pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()
     shown = first.select(
         "rollout_id", "source", pl.col("text").str.head(60), "finish_reason", "status",
@@ -113,11 +113,16 @@ def _rows(run: str, table: str, wanted: pl.Expr) -> list[dict[str, Any]]:
 def _pieces(run: str, role: str, ids: list[int], logprobs: list[float] | None) -> list[tuple[str, float | None]]:
     vocab = scan(run, "vocab").filter(pl.col("side") == role).select("token_id", "bytes", "role")
     found = {r["token_id"]: r for r in vocab.filter(pl.col("token_id").is_in(ids)).collect().to_dicts()}
-    pieces = [
-        f"<{found[i]['role']}>" if found[i]["bytes"] is None else repr(found[i]["bytes"].decode(errors="backslashreplace"))
-        for i in ids
-    ]
+    pieces = [f"<{found[i]['role']}>" if found[i]["bytes"] is None else _piece(found[i]["bytes"]) for i in ids]
     return list(zip(pieces, itertools.repeat(None) if logprobs is None else logprobs))
+
+
+def _piece(data: bytes) -> str:
+    """A token as a literal: its text, or its bytes where they are only a part of a character."""
+    try:
+        return repr(data.decode())
+    except UnicodeDecodeError:
+        return repr(data)
 
 
 def _unit_lines(unit: str, kind: str, student: list, teacher: list) -> list[dict[str, Any]]:
