@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST = 32_767  # events a token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 Int = Annotated[int, pydantic.Strict()]  # TOML knows its types: neither "3" nor true is a number
@@ -114,9 +115,16 @@ class Rollout(Table):
 
 
 class Score(Table):
-    """The teacher's signal: log-prob of the actual token, the top k, and the mass of the rest."""
+    """What is stored of the teacher at every token, beside the log-prob of the token itself."""
 
-    k: Int = Field(64, ge=1, le=32_767, description="most ids stored a token")
+    signal: Literal["topk", "bytes", "hidden", "sampled"] = Field(
+        "topk",
+        description="topk: the likeliest ids and the mass of the rest; bytes: the law of the next byte, for any student; "
+        "hidden: the last hidden state, from which everything can be computed later; sampled: nothing more",
+    )
+    k: Int = Field(
+        64, ge=1, description="most ids (or bytes) a token; with signal = 'hidden' taken at alignment, so that it can change"
+    )
     top_p: Float = Field(1.0, gt=0, le=1, description="stop below k once this mass is reached")
     batch_tokens: Int = Field(16_384, ge=1, description="tokens scored at once, padding included")
 
@@ -193,6 +201,13 @@ class Sft(Table):
     )
 
 
+# What each objective can be computed from.
+SIGNALS = {
+    **dict.fromkeys(("gkd", "uld", "gold", "strict", "bpm"), ("topk", "hidden")),
+    "bytes": ("topk", "bytes", "hidden"),
+    **dict.fromkeys(("alm", "opd", "sft"), ("topk", "bytes", "hidden", "sampled")),
+}
+
 Objective = Annotated[Gkd | Uld | Gold | Bytes | Strict | Alm | Bpm | Opd | Sft, Field(discriminator="name")]
 
 
@@ -247,6 +262,13 @@ class Recipe(Table):
             )
         if self.rollout.off_policy == "teacher" and self.rollout.on_policy < 1 and self.teacher is None:
             raise ValueError("rollout.off_policy = 'teacher' needs a [teacher]")
+        if self.score.signal not in SIGNALS[self.objective.name]:
+            raise ValueError(
+                f"objective.name = '{self.objective.name}' cannot be computed from score.signal = '{self.score.signal}'; "
+                f"set score.signal to one of {', '.join(SIGNALS[self.objective.name])}"
+            )
+        if self.score.signal == "topk" and self.score.k > MOST:
+            raise ValueError(f"score.k = {self.score.k} is more than a scores file can count; set it to at most {MOST}")
         if self.train.micro_batch_size > self.train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size} "

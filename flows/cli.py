@@ -123,15 +123,16 @@ def align(
         names, texts = show.read_texts(file)
     elif out_ is not None:
         raise BadInput("--out writes the units of a file: give --file too")
-    table = show.aligned_texts(names, texts, own, other)
+    aligned = show.aligned_texts(names, texts, own, other)
     if out_ is not None:
-        show.write(table, out_)
-    elif file is None and table["status"][0].as_py() == "ok":
-        for pair in show.two_rows(text, table.to_pylist()[0], own, other, out.width - 10):
+        show.write(aligned.table, out_)
+    elif file is None and aligned.table["status"][0].as_py() == "ok":
+        for pair in show.two_rows(text, aligned.table.to_pylist()[0], own, other, out.width - 10):
             for role, line in zip(("student", "teacher"), pair, strict=True):
                 out.print(Text(f"{role}  {line}"))
             out.print()
-    _print("Alignment", [show.summary(table)])
+    for title, rows in show.summary(aligned, own, other).items():
+        _print(title, rows)
 
 
 def _plain_logs() -> None:

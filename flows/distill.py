@@ -18,14 +18,16 @@ from configs.load import load
 from configs.schema import Gkd, Model, Recipe
 from storage.store import Artifact, Run, local_folder, round_slot
 from tasks.align import align_shard
+from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
 from tasks.models import ModelRef, check_weights, reference, side
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
 from tasks.report import markdown, records, rounds_table
-from tasks.rollout import roll_out, shards
+from tasks.rollout import roll_out, shards, uses_teacher
 from tasks.score import score_shard
 from tasks.scratch import make_scratch
+from tasks.signals import keep_head
 from tasks.train import train_round
 from tasks.vocab import match_vocabularies
 
@@ -88,11 +90,15 @@ def _round(
 ) -> dict[str, Artifact]:
     """One round: rollouts, scores, alignment, training; stage by stage, so that one model is loaded at a time."""
     parts = range(shards(recipe.rollout))
-    rollouts = [roll_out(recipe, number, p, student, teacher, prompts["train"]) for p in parts]
+    written: list[Artifact | None] = [None for _ in parts]
+    if teacher is not None and uses_teacher(recipe.rollout):
+        written = [complete_shard(recipe, number, p, teacher, prompts["train"]) for p in parts]
+    rollouts = [roll_out(recipe, number, p, student, prompts["train"], written[p]) for p in parts]
     scores: list[Artifact | None] = [None for _ in parts]
     if teacher is not None and recipe.objective.name != "sft":
         scores = [score_shard(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
-    aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p]) for p in parts]
+    head = keep_head(recipe, teacher) if teacher is not None and recipe.score.signal == "hidden" else None
+    aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts]
     return train_round(recipe, number, student, teacher, rollouts, aligned, trainer)
 
 
@@ -145,7 +151,7 @@ def check_pair(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | Non
     for ref in (student, teacher):
         if ref is not None:
             side(ref).encoder.check(ref.path)
-    if teacher is not None and recipe.score.k > side(teacher).vocabulary.size:
+    if teacher is not None and recipe.score.signal in ("topk", "hidden") and recipe.score.k > side(teacher).vocabulary.size:
         raise BadInput(
             f"score.k = {recipe.score.k} is more than the {side(teacher).vocabulary.size} ids "
             f"of the teacher's vocabulary ({teacher.path}); set score.k to at most that"

@@ -39,9 +39,17 @@ def scan(run: str, table: str) -> pl.LazyFrame:
 
 def unpack_topk(scores: pl.LazyFrame) -> pl.LazyFrame:
     """`scores` with one row a teacher token: `position`, `token_id`, `logprob`, `rest`, and lists `ids`, `logprobs`."""
+    return _unpack(scores, "top", {"ids": ("top_ids", pl.Int32), "logprobs": ("top_logprobs", pl.Float32)})
+
+
+def unpack_laws(scores: pl.LazyFrame) -> pl.LazyFrame:
+    """The same for `score.signal = "bytes"`: lists `classes` (the next byte, 256 for the stop) and `logprobs`."""
+    return _unpack(scores, "law", {"classes": ("law_classes", pl.Int32), "logprobs": ("law_logprobs", pl.Float32)})
+
+
+def _unpack(scores: pl.LazyFrame, signal: str, cut: dict[str, tuple[str, type[pl.DataType]]]) -> pl.LazyFrame:
     given = scores.collect_schema()
     keys = [name for name in ("run", "round", "rollout_id") if name in given]
-    cut = {"ids": ("top_ids", pl.Int32), "logprobs": ("top_logprobs", pl.Float32)}
 
     def unpack(rows: pl.DataFrame) -> pl.DataFrame:
         tokens = rows.select(
@@ -51,8 +59,8 @@ def unpack_topk(scores: pl.LazyFrame) -> pl.LazyFrame:
             pl.col("logprobs").alias("logprob"),
             "rest",
         ).explode("position", "token_id", "logprob", "rest")
-        # All tokens' entries lie one after another, in the tokens' order: `top_counts` says where each token's end.
-        offsets = np.append(0, rows["top_counts"].explode().to_numpy().cumsum(dtype=np.int64))
+        # All tokens' entries lie one after another, in the tokens' order: the counts say where each token's end.
+        offsets = np.append(0, rows[f"{signal}_counts"].explode().to_numpy().cumsum(dtype=np.int64))
         for name, (column, kind) in cut.items():
             entries = rows[column].explode().cast(kind).to_arrow()
             tokens = tokens.with_columns(pl.Series(name, pa.LargeListArray.from_arrays(offsets, entries)))

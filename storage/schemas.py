@@ -25,6 +25,16 @@ PROMPTS = pa.schema(
     }
 )
 
+COMPLETIONS = pa.schema(
+    {
+        "rollout_id": pa.string(),
+        "prompt_id": pa.string(),
+        "policy": pa.string(),  # digest of the teacher
+        "text": pa.string(),
+        "finish_reason": pa.string(),  # stop, length
+    }
+)
+
 ROLLOUTS = pa.schema(
     {
         "rollout_id": pa.string(),
@@ -49,10 +59,15 @@ SCORES = pa.schema(
         "teacher": pa.string(),
         "token_ids": _ids,  # the teacher's own, stop included
         "logprobs": _logprobs,
-        "top_ids": _ids,  # flat; top_counts says how many belong to each token
+        # The signal: the columns of one of these, by the recipe's score.signal; the others are null. `sampled` has none.
+        "top_ids": _ids,  # topk: flat; top_counts says how many belong to each token
         "top_logprobs": pa.list_(pa.float16()),
         "top_counts": pa.list_(pa.int16()),
-        "rest": _logprobs,  # log mass outside the top ids
+        "law_classes": pa.list_(pa.int16()),  # bytes: the next byte, or 256 for the stop; flat, law_counts a token
+        "law_logprobs": pa.list_(pa.float16()),
+        "law_counts": pa.list_(pa.int16()),
+        "rest": _logprobs,  # topk, bytes: log mass outside the events
+        "hidden": pa.large_list(pa.float16()),  # hidden: last hidden states, flat, the model's width a token
         "status": pa.string(),  # ok, or why the row was not scored
     }
 )
@@ -124,6 +139,7 @@ EVALS = pa.schema(
 SCHEMAS = {
     "vocab": VOCAB,
     "prompts": PROMPTS,
+    "completions": COMPLETIONS,
     "rollouts": ROLLOUTS,
     "scores": SCORES,
     "aligned": ALIGNED,

@@ -252,18 +252,20 @@ class Run:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """zstd Parquet with the settings that fit token tables: float values split by byte, ids by dictionary."""
-    floats = [
-        field.name + (".list.element" if pa.types.is_list(field.type) else "")
+    """zstd Parquet with the settings that fit token tables: numbers split by byte, strings by dictionary."""
+    numbers = [
+        field.name + (".list.element" if nested else "")
         for field in table.schema
-        if pa.types.is_floating(field.type.value_type if pa.types.is_list(field.type) else field.type)
+        if (nested := pa.types.is_list(field.type) or pa.types.is_large_list(field.type)) or pa.types.is_floating(field.type)
+        if pa.types.is_primitive(field.type.value_type if nested else field.type)
     ]
+    plain = {name.split(".")[0] for name in numbers}
     pq.write_table(
         table,
         path,
         compression="zstd",
-        use_dictionary=[f.name for f in table.schema if not pa.types.is_list(f.type) and not pa.types.is_floating(f.type)],
-        column_encoding=dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        use_dictionary=[f.name for f in table.schema if f.name not in plain and not pa.types.is_nested(f.type)],
+        column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
     )
 
 

@@ -8,14 +8,15 @@ import pyarrow.compute as pc
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from configs.schema import Recipe
+from configs.schema import Recipe, Score
 from storage.schemas import ALIGNED
 from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks import objectives
 from tasks.models import ModelRef, Side, side
 from tasks.objectives.base import ObjectiveModule, Pairing
 from tasks.progress import logger
-from tasks.ragged import Flat, expand, first_of, flat, offsets_of, ragged, rows_of
+from tasks.ragged import Flat, first_of, flat, offsets_of, ragged, rows_of
+from tasks.signals import Head, nothing, read_head, read_signal
 from tasks.tokens.align import Units, align, unit_starts
 
 CODE = 1
@@ -31,6 +32,7 @@ def align_shard(
     vocab: dict[str, Artifact],
     rollouts: Artifact,
     scores: Artifact | None,
+    head: Artifact | None = None,
 ) -> Artifact:
     """`round=…/aligned/part-…`: units, targets and byte accounts of one shard, in the rollouts' order."""
     run = Run(recipe.root, recipe.name)
@@ -41,18 +43,33 @@ def align_shard(
         "rollouts": rollouts.digest,
         "scores": scores.digest if scores else None,
         "recipe": recipe.objective.model_dump(),
+        # Hidden states are cut to the likeliest events here; other scores are as they are.
+        "hidden": [head.digest, recipe.score.k, recipe.score.top_p] if head else None,
     }
 
     def make() -> pa.Table:
         own, other = side(student), side(teacher or student)
         objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
-        return aligned_table(read_table(rollouts), read_table(scores) if scores else None, own, other, objective)
+        given = read_head(head, teacher) if head and teacher else None
+        graded = read_table(scores) if scores else None
+        return aligned_table(read_table(rollouts), graded, own, other, objective, recipe.score, given)
 
     return run.build_table(round_slot(number, "aligned", part(shard)), inputs, make, logger.info)
 
 
-def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other: Side, objective: ObjectiveModule) -> pa.Table:
-    """Align a shard of rollouts with its scores (None: the rows are their own teacher, without a signal)."""
+def aligned_table(
+    rollouts: pa.Table,
+    scores: pa.Table | None,
+    own: Side,
+    other: Side,
+    objective: ObjectiveModule,
+    config: Score | None = None,
+    head: Head | None = None,
+) -> pa.Table:
+    """Align a shard of rollouts with its scores (None: the rows are their own teacher, without a signal).
+
+    `config` says which signal the scores hold (default: the recipe's default); `head` is the teacher's, for hidden states.
+    """
     total_bytes = _row_sums(own.vocabulary.lengths, rollouts["token_ids"])
     sampled = _sampled(rollouts, own)
     status = sampled.status
@@ -60,7 +77,7 @@ def aligned_table(rollouts: pa.Table, scores: pa.Table | None, own: Side, other:
         other = own
     else:
         status = np.where(status == "ok", scores["status"].to_numpy(zero_copy_only=False), status)
-    pairing = _pairing(sampled, scores, own, other)
+    pairing = _pairing(sampled, scores, own, other, config or Score(), objective.reads_laws, head)
     units = pairing.units
     status = np.where((status == "ok") & (np.diff(units.offsets) == 0), "no_unit", status)
     projection = objective.project(pairing)
@@ -119,7 +136,9 @@ def _sampled(rollouts: pa.Table, own: Side) -> Sampled:
     )
 
 
-def _pairing(sampled: Sampled, scores: pa.Table | None, own: Side, other: Side) -> Pairing:
+def _pairing(
+    sampled: Sampled, scores: pa.Table | None, own: Side, other: Side, config: Score, laws: bool, head: Head | None
+) -> Pairing:
     """Both sides of the rows, cut to what both spell: to the end of each row's last unit."""
     ids, offsets = sampled.ids, sampled.offsets
     z, z_offsets = (ids, offsets) if scores is None else flat(scores["token_ids"])
@@ -129,46 +148,20 @@ def _pairing(sampled: Sampled, scores: pa.Table | None, own: Side, other: Side) 
     stops = sampled.stopped & z_stopped & (reach == z_reach)  # a text that is cut on one side has no stop
     units = align(*_lengths_without(lengths, offsets), *_lengths_without(z_lengths, z_offsets), stops)
     counts, z_counts = _last(units.student_ends, units.offsets), _last(units.teacher_ends, units.offsets)
-    keep = first_of(z_offsets, z_counts)
+    keep, kept = first_of(z_offsets, z_counts), offsets_of(z_counts)
+    signal = nothing(kept[-1])
+    if scores is not None:
+        signal = read_signal(scores, kept, keep, config, laws, other.vocabulary, head)
     return Pairing(
         student_ids=ids[first_of(offsets, counts)],
         student_offsets=offsets_of(counts),
         teacher_ids=z[keep],
-        teacher_offsets=offsets_of(z_counts),
+        teacher_offsets=kept,
         stops=stops,
         units=units,
         behaviour=_unit_sums(units, units.student_ends, sampled.logprobs, offsets),
-        **_signal(scores, keep),
+        **signal,
     )
-
-
-def _signal(scores: pa.Table | None, keep: np.ndarray) -> dict[str, np.ndarray]:
-    """The teacher's signal at the tokens to keep; empty where there is none."""
-    tokens = np.flatnonzero(keep)
-    if scores is None:
-        nothing, nowhere = np.zeros(0), np.zeros(len(tokens) + 1, np.int64)
-        unknown = np.full(len(tokens), np.nan)
-        return {
-            "teacher_logprobs": unknown,
-            "top_ids": nothing,
-            "top_logprobs": nothing,
-            "top_offsets": nowhere,
-            "rest": nothing,
-        }
-    counts = flat(scores["top_counts"])[0].astype(np.int64)
-    bounds = offsets_of(counts)
-    entries, owner = expand(bounds[tokens], bounds[tokens + 1])
-    top = flat(scores["top_logprobs"])[0].astype(np.float64)[entries]
-    rest = flat(scores["rest"])[0].astype(np.float64)[tokens]
-    # Half-precision log-probs do not quite sum to 1: what is missing is spread in proportion.
-    total = np.log(np.bincount(owner, np.exp(top), len(tokens)) + np.exp(rest))
-    return {
-        "teacher_logprobs": flat(scores["logprobs"])[0].astype(np.float64)[tokens],
-        "top_ids": flat(scores["top_ids"])[0][entries],
-        "top_logprobs": top - total[owner],
-        "top_offsets": offsets_of(counts[tokens]),
-        "rest": rest - total,
-    }
 
 
 def _last(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from configs.schema import Recipe
 from storage.schemas import EVALS
 from storage.store import Artifact, Run, read_table, round_slot
-from tasks.engines.base import Sampling
+from tasks.engines.base import Sampling, Signal
 from tasks.engines.transformers import engine
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
@@ -103,7 +103,7 @@ def _teacher_logprobs(
     able = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
     grader = engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
     prompts = [other.render(messages[records[i]["prompt_id"]]) for i in able]
-    for i, scores in zip(able, grader.score(prompts, [ids[i] or [] for i in able], 1, 1.0), strict=True):
+    for i, scores in zip(able, grader.score(prompts, [ids[i] or [] for i in able], Signal("sampled")), strict=True):
         record = records[i]
         record["teacher_logprob"] = float(scores.logprobs.sum(dtype=np.float64))
         record["divergence"] = (record["logprob"] - record["teacher_logprob"]) / max(record["bytes"], 1)

@@ -186,15 +186,20 @@ def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor, size: int) -> torch.Tensor:
     """float32 logits `[…, size]` of hidden states: padded rows of the head are not ids and are cut off."""
+    return finished(model.get_output_embeddings()(hidden)[..., :size].float(), finish_of(model))
+
+
+def finish_of(model: PreTrainedModel) -> tuple[float, float]:
+    """What a model does to its logits behind the head: the factor, and the soft cap (0: none)."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)[..., :size].float()
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (scaling := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / scaling
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return factor, getattr(config, "final_logit_softcapping", None) or 0.0
+
+
+def finished(logits: torch.Tensor, finish: tuple[float, float]) -> torch.Tensor:
+    factor, cap = finish
+    logits = logits * factor if factor != 1 else logits
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def check_head(model: PreTrainedModel, name: str, size: int) -> None:

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from configs.schema import Recipe, Rollout
 from storage.schemas import ROLLOUTS
 from storage.store import Artifact, Run, part, read_table, round_slot
-from tasks.engines.base import Completion, Engine, Sampling
+from tasks.engines.base import Completion, Sampling
 from tasks.engines.transformers import engine
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
@@ -37,16 +37,16 @@ class Row:
 
 @task(name="rollouts", task_run_name="rollouts-{number}-{shard}", cache_policy=NO_CACHE)
 def roll_out(
-    recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef | None, prompts: Artifact
+    recipe: Recipe, number: int, shard: int, student: ModelRef, prompts: Artifact, completions: Artifact | None
 ) -> Artifact:
-    """`round=…/rollouts/part-…`: one shard of a round."""
+    """`round=…/rollouts/part-…`: one shard of a round. `completions` are the teacher's, where some rows are its own."""
     run, config = Run(recipe.root, recipe.name), recipe.rollout
     inputs = {
         "stage": "rollouts",
         "code": CODE,
         "engine": ENGINE,
         "policy": student.identity,
-        "teacher": teacher.identity if teacher and uses_teacher(config) else None,
+        "completions": completions.digest if completions else None,
         "prompts": prompts.digest,
         "recipe": config.model_dump(),
         "seed": recipe.seed,
@@ -57,7 +57,8 @@ def roll_out(
     def make() -> pa.Table:
         table = read_table(prompts)
         rows = plan(config, recipe.seed, number, shard, table["prompt_id"].to_pylist())
-        return rollouts_table(rows, table, config, number, student, teacher)
+        given = read_table(completions).to_pylist() if completions else []
+        return rollouts_table(rows, table, config, number, student, given)
 
     return run.build_table(round_slot(number, "rollouts", part(shard)), inputs, make, logger.info)
 
@@ -92,9 +93,9 @@ def _order(seed: int, epoch: int, prompts: int) -> np.ndarray:
 
 
 def rollouts_table(
-    rows: list[Row], prompts: pa.Table, config: Rollout, number: int, student: ModelRef, teacher: ModelRef | None
+    rows: list[Row], prompts: pa.Table, config: Rollout, number: int, student: ModelRef, completions: list[dict[str, Any]]
 ) -> pa.Table:
-    """Fill in the completions of `rows` from where each comes from."""
+    """Fill in the completions of `rows` from where each comes from: the student, references, or the teacher's `completions`."""
     chosen = prompts.take(np.array([row.prompt for row in rows]))
     messages, references = chosen["messages"].to_pylist(), chosen["reference"].to_pylist()
     text_side = side(student)
@@ -109,22 +110,19 @@ def rollouts_table(
             for start in range(0, len(own), config.batch_size):
                 batch = own[start : start + config.batch_size]
                 seeds = [rows[i].seed for i in batch]
-                completions = generator.generate([rendered[i] for i in batch], seeds, sampling)
-                for i, completion in zip(batch, completions, strict=True):
+                sampled = generator.generate([rendered[i] for i in batch], seeds, sampling)
+                for i, completion in zip(batch, sampled, strict=True):
                     made[i] = _sampled(completion, text_side)
                 advance(len(batch))
+    written = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
             made[i] = _given(references[i], True, text_side, config.max_new_tokens)
-    others = [i for i, row in enumerate(rows) if row.source == "teacher"]
-    if others and teacher is not None:
-        seeds = [rows[i].seed for i in others]
-        texts = completed_texts(
-            engine(teacher, config.batch_size), side(teacher), [messages[i] for i in others], seeds, sampling
-        )
-        made |= {i: _given(*text, text_side, config.max_new_tokens) for i, text in zip(others, texts, strict=True)}
+        elif row.source == "teacher":
+            source = written[row.rollout_id]
+            made[i] = _given(source["text"], source["finish_reason"] == "stop", text_side, config.max_new_tokens)
+            made[i]["policy"] = source["policy"]
 
-    policies = {"student": student.digest, "teacher": teacher.digest if teacher else "", "reference": ""}
     return pa.Table.from_pylist(
         [
             {
@@ -133,7 +131,7 @@ def rollouts_table(
                 "round": number,
                 "sample": row.sample,
                 "source": row.source,
-                "policy": policies[row.source],
+                "policy": student.digest if row.source == "student" else "",
                 "prompt_token_ids": rendered[i],
                 "seed": row.seed,
                 "engine": ENGINE if row.source != "reference" else "",
@@ -143,16 +141,6 @@ def rollouts_table(
         ],
         ROLLOUTS,
     )
-
-
-def completed_texts(
-    generator: Engine, text_side: Side, messages: list[Any], seeds: list[int], sampling: Sampling
-) -> list[tuple[str, bool]]:
-    """Texts of completions sampled by a model under its own rendering of the prompts, and whether it ended them."""
-    completions = generator.generate([text_side.render(m) for m in messages], seeds, sampling)
-    stops = set(text_side.stop_ids)
-    split = [split_completion(text_side.beta, c.ids, stops) for c in completions]
-    return [(text, whole and c.ids[-1] in stops) for (text, whole), c in zip(split, completions, strict=True)]
 
 
 def _sampled(completion: Completion, text_side: Side) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe, Score
+from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Artifact, Run, part, read_table, round_slot
-from tasks.engines.base import Engine, TokenScores
+from tasks.engines.base import Engine, Signal, TokenScores
 from tasks.engines.transformers import engine
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
@@ -17,6 +18,10 @@ from tasks.rollout import ENGINE
 
 CODE = 1
 ROWS_AT_ONCE = 1024  # between two steps of the progress bar
+COLUMNS = {  # of each signal: its events, their log-probs, and how many each token has
+    "topk": ("top_ids", "top_logprobs", "top_counts"),
+    "bytes": ("law_classes", "law_logprobs", "law_counts"),
+}
 
 
 @task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE)
@@ -26,19 +31,21 @@ def score_shard(
     """`round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
     run, config = Run(recipe.root, recipe.name), recipe.score
     as_sampled = side(student).vocabulary.same_as(side(teacher).vocabulary)
+    # What is scored is the text, whichever tokenizer wrote it: another student's rollouts of it need no new scores.
+    wanted = read_table(rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
     inputs = {
         "stage": "scores",
         "code": CODE,
         "engine": ENGINE,
         "teacher": teacher.identity,
         "prompts": prompts.digest,
-        "rollouts": rollouts.digest,
-        "recipe": config.model_dump(),
+        "rollouts": digest_table(wanted),
+        "recipe": _scored_fields(config),
         "as_sampled": as_sampled,
     }
 
     def make() -> pa.Table:
-        rows = read_table(rollouts, ["rollout_id", "prompt_id", "token_ids", "text", "finish_reason"]).to_pylist()
+        rows = wanted.to_pylist()
         messages = read_table(prompts, ["prompt_id", "messages"])
         by_id = dict(zip(messages["prompt_id"].to_pylist(), messages["messages"].to_pylist(), strict=True))
         grader = engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
@@ -46,6 +53,11 @@ def score_shard(
             return scores_table(rows, by_id, grader, side(teacher), config, as_sampled, advance)
 
     return run.build_table(round_slot(number, "scores", part(shard)), inputs, make, logger.info)
+
+
+def _scored_fields(config: Score) -> dict[str, Any]:
+    """What of the recipe changes a scores file: `k` and `top_p` only where the signal is cut by them."""
+    return config.model_dump(exclude=set() if config.signal in ("topk", "bytes") else {"k", "top_p"})
 
 
 def teacher_ids(rows: list[dict[str, Any]], text_side: Side, as_sampled: bool) -> list[list[int] | None]:
@@ -74,12 +86,13 @@ def scores_table(
 ) -> pa.Table:
     """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason), one row each and in order."""
     completions = teacher_ids(rows, text_side, as_sampled)
+    signal = Signal(config.signal, config.k, config.top_p)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
         able = [i for i in batch if completions[i]]
         prompts = [text_side.render(messages[rows[i]["prompt_id"]]) for i in able]
-        results = grader.score(prompts, [completions[i] or [] for i in able], config.k, config.top_p)
+        results = grader.score(prompts, [completions[i] or [] for i in able], signal)
         by_row: dict[int, TokenScores] = dict(zip(able, results, strict=True))
         for i in batch:
             common = {"rollout_id": rows[i]["rollout_id"], "teacher": text_side.ref.digest}
@@ -87,17 +100,9 @@ def scores_table(
                 status = "lossy_text" if completions[i] is None else "empty"
                 scored.append({**common, "status": status})
                 continue
-            scored.append(
-                {
-                    **common,
-                    "token_ids": completions[i],
-                    "logprobs": s.logprobs,
-                    "top_ids": s.top_ids,
-                    "top_logprobs": s.top_logprobs,
-                    "top_counts": s.counts,
-                    "rest": s.rest,
-                    "status": "ok",
-                }
-            )
+            events = dict(zip(COLUMNS.get(config.signal, ()), (s.top_ids, s.top_logprobs, s.counts), strict=False))
+            hidden = None if s.hidden is None else s.hidden.reshape(-1)
+            given = {"token_ids": completions[i], "logprobs": s.logprobs, "rest": s.rest, "hidden": hidden}
+            scored.append({**common, **given, **events, "status": "ok"})
         advance(len(batch))
     return pa.Table.from_pylist(scored, SCORES)

@@ -1,6 +1,8 @@
 """Two tokenizations of given texts side by side, without a model's weights: what `potstill align` shows."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,44 @@ from storage.schemas import ALIGNED
 from storage.store import write_parquet
 from tasks.models import Side
 from tasks.prompts import read_rows
-from tasks.ragged import offsets_of, ragged
-from tasks.tokens.align import Kind, align
+from tasks.ragged import Flat, flat, offsets_of, ragged
+from tasks.tokens.align import Kind, align, unit_sizes
 from tasks.tokens.token_bytes import TokenBytes
+from tasks.tokens.vocabulary import Vocabulary
+from tasks.vocab import overlap
 
 COLUMNS = ["rollout_id", "student_ends", "teacher_ends", "byte_ends", "kind", "status", "supervised_bytes", "dropped_bytes"]
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "␍"})
+LENGTHS = ("1", "2", "3", "4+")
 
 
-def aligned_texts(names: list[str], texts: list[str], own: Side, other: Side) -> pa.Table:
-    """Units of `texts` under two tokenizers: the columns of `aligned` that need no model, one row a text and in order.
+@dataclass(frozen=True)
+class AlignedTexts:
+    """Texts under two tokenizers.
 
-    `supervised_bytes` are those in a unit; a text that a tokenizer cannot spell byte for byte is dropped, and its
-    `status` says whose. There is no stop unit: a text is not a completion.
+    `table` has the columns of `aligned` that need no model, one row a text and in order. `supervised_bytes` are those
+    in a unit; a text that a tokenizer cannot spell byte for byte is dropped, and its `status` says whose. There is no
+    stop unit: a text is not a completion. `student` and `teacher` are the ids of all texts that are not dropped.
     """
+
+    table: pa.Table
+    student: np.ndarray
+    teacher: np.ndarray
+
+
+def aligned_texts(names: list[str], texts: list[str], own: Side, other: Side) -> AlignedTexts:
     student, teacher = own.encoder.encode(texts), other.encoder.encode(texts)
     status = [
         "student_lossy" if s is None else "teacher_lossy" if t is None else "ok" for s, t in zip(student, teacher, strict=True)
     ]
     good = [state == "ok" for state in status]
-    s_lengths, s_offsets = _lengths(student, own, good)
-    t_lengths, t_offsets = _lengths(teacher, other, good)
+    s_ids, s_offsets = _flat(student, good)
+    t_ids, t_offsets = _flat(teacher, good)
+    s_lengths, t_lengths = own.vocabulary.lengths[s_ids], other.vocabulary.lengths[t_ids]
     units = align(s_lengths, s_offsets, t_lengths, t_offsets, np.zeros(len(texts), bool))
     sizes = np.array([len(text.encode()) for text in texts], np.int64)
     schema = pa.schema([ALIGNED.field(name) for name in COLUMNS])
-    return pa.table(
+    table = pa.table(
         {
             "rollout_id": names,
             "student_ends": ragged(units.student_ends, units.offsets, pa.int32()),
@@ -49,6 +64,7 @@ def aligned_texts(names: list[str], texts: list[str], own: Side, other: Side) ->
         },
         schema,
     )
+    return AlignedTexts(table, s_ids, t_ids)
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str]]:
@@ -68,24 +84,74 @@ def write(table: pa.Table, path: Path) -> None:
         raise BadInput(f"--out: {path} cannot be written: {error.strerror or error}") from None
 
 
-def _lengths(rows: list[list[int] | None], text_side: Side, good: list[bool]) -> tuple[np.ndarray, np.ndarray]:
+def _flat(rows: list[list[int] | None], good: list[bool]) -> Flat:
     kept = [ids if ids is not None and ok else [] for ids, ok in zip(rows, good, strict=True)]
-    flat = np.array([i for ids in kept for i in ids], np.int64)
-    return text_side.vocabulary.lengths[flat], offsets_of(np.array([len(ids) for ids in kept], np.int64))
+    return np.array([i for ids in kept for i in ids], np.int64), offsets_of(np.array([len(ids) for ids in kept], np.int64))
 
 
-def summary(table: pa.Table) -> dict[str, Any]:
-    """Units by kind and bytes by fate, over all rows."""
-    kinds = np.bincount(table["kind"].combine_chunks().flatten().to_numpy(), minlength=len(Kind))
-    total = max(int(kinds.sum()), 1)
-    return {
+def summary(aligned: AlignedTexts, own: Side, other: Side) -> dict[str, list[dict[str, Any]]]:
+    """Tables by title, over all texts: units by kind and bytes by fate; what of either side matches; units by length."""
+    table = aligned.table
+    kinds = np.bincount(flat(table["kind"])[0], minlength=len(Kind))
+    totals = {
         "texts": len(table),
         "dropped texts": sum(state != "ok" for state in table["status"].to_pylist()),
         "units": int(kinds.sum()),
-        **{kind.name.lower(): f"{kinds[kind] / total:.1%}" for kind in Kind if kind != Kind.STOP},
+        **{kind.name.lower(): _share(kinds[kind], kinds.sum()) for kind in Kind if kind != Kind.STOP},
         "bytes in units": sum(table["supervised_bytes"].to_pylist()),
         "bytes dropped": sum(table["dropped_bytes"].to_pylist()),
     }
+    return {
+        "Alignment": [totals],
+        "Tokens": _matched(aligned, own.vocabulary, other.vocabulary),
+        "Units by length": _by_length(table),
+    }
+
+
+def _matched(aligned: AlignedTexts, own: Vocabulary, other: Vocabulary) -> list[dict[str, Any]]:
+    """Of each vocabulary's entries and of the tokens of the texts: the share whose bytes the other has as a token, too."""
+    both = overlap(own, other)
+    sides = (("student", own, other, aligned.student, both.student), ("teacher", other, own, aligned.teacher, both.teacher))
+    rows = []
+    for role, this, that, ids, entries in sides:
+        used, counts = np.unique(ids, return_counts=True)
+        matched = counts[[this.beta.values[i] in that.by_bytes for i in used]].sum()
+        rows.append(
+            {
+                "": role,
+                "entries": entries,
+                "matched entries": _share(both.shared, entries),
+                "Jaccard": f"{both.jaccard:.3f}",
+                "tokens": len(ids),
+                "matched tokens": _share(matched, len(ids)),
+            }
+        )
+    return rows
+
+
+def _by_length(table: pa.Table) -> list[dict[str, Any]]:
+    """Shares of units, and of the bytes in them, by how many tokens or bytes a unit has."""
+    sizes = {}
+    for name in ("student", "teacher", "byte"):
+        ends, offsets = flat(table[f"{name}_ends"])
+        sizes[name] = unit_sizes(ends.astype(np.int64), offsets)
+    whole = np.ones(len(sizes["byte"]), np.int64)
+    measures = {
+        "units by student tokens": (sizes["student"], whole),
+        "units by teacher tokens": (sizes["teacher"], whole),
+        "units by bytes": (sizes["byte"], whole),
+        "bytes by student tokens": (sizes["student"], sizes["byte"]),
+        "bytes by teacher tokens": (sizes["teacher"], sizes["byte"]),
+    }
+    rows = []
+    for name, (length, weight) in measures.items():
+        counts = np.bincount(np.minimum(length, len(LENGTHS)) - 1, weight, len(LENGTHS))
+        rows.append({"": name, **{label: _share(n, counts.sum()) for label, n in zip(LENGTHS, counts, strict=True)}})
+    return rows
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
 
 
 def two_rows(text: str, row: dict[str, Any], own: Side, other: Side, width: int) -> Iterator[tuple[str, str]]:
@@ -93,7 +159,7 @@ def two_rows(text: str, row: dict[str, Any], own: Side, other: Side, width: int)
     sides = []
     for text_side, ends in ((own, row["student_ends"]), (other, row["teacher_ends"])):
         pieces = [piece(text_side.beta, i) for i in text_side.encoder.encode([text])[0] or []]
-        sides.append(["|".join(pieces[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)])
+        sides.append(["|".join(pieces[start:end]) for start, end in pairwise([0, *ends])])
     lines = ("┃", "┃")
     for student, teacher in zip(*sides, strict=True):
         size = max(len(student), len(teacher))

@@ -96,7 +96,7 @@ class Student(nn.Module):
         chunks = list(batch.chunks(self.chunk_positions))
 
         def chunk_loss(at: slice, terms: Any) -> torch.Tensor:
-            return self.objective(logits_of(self.model, hidden[at], self.size).log_softmax(-1), terms).sum()
+            return self.objective(logits_of(self.model, hidden[at], self.size), terms).sum()
 
         if len(chunks) == 1:
             return chunk_loss(*chunks[0])

@@ -1,5 +1,7 @@
 """The vocabulary stage: both sides' token bytes, and what of them matches."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 from prefect import task
@@ -52,10 +54,27 @@ def vocab_table(own: Vocabulary, other: Vocabulary) -> pa.Table:
     )
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """How many byte strings are tokens of each vocabulary, and of both."""
+
+    student: int
+    teacher: int
+    shared: int
+
+    @property
+    def jaccard(self) -> float:
+        return self.shared / (self.student + self.teacher - self.shared)
+
+
+def overlap(student: Vocabulary, teacher: Vocabulary) -> Overlap:
+    mine, theirs = student.by_bytes.keys(), teacher.by_bytes.keys()
+    return Overlap(len(mine), len(theirs), len(mine & theirs))
+
+
 def describe(student: Vocabulary, teacher: Vocabulary) -> str:
-    shared = len(student.by_bytes.keys() & teacher.by_bytes.keys())
-    total = len(student.by_bytes.keys() | teacher.by_bytes.keys())
+    both = overlap(student, teacher)
     return (
-        f"{shared} tokens shared by bytes: {shared / len(student.by_bytes):.1%} of the student's {len(student.by_bytes)}, "
-        f"{shared / len(teacher.by_bytes):.1%} of the teacher's {len(teacher.by_bytes)} (Jaccard {shared / total:.3f})"
+        f"{both.shared} tokens shared by bytes: {both.shared / both.student:.1%} of the student's {both.student}, "
+        f"{both.shared / both.teacher:.1%} of the teacher's {both.teacher} (Jaccard {both.jaccard:.3f})"
     )

@@ -1,7 +1,7 @@
 """What a stage asks of an engine, whichever runs the model."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,19 +25,30 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Signal:
+    """What is wanted of a model's distributions beside the actual tokens' log-probs (MATHS.md §6)."""
+
+    kind: Literal["topk", "bytes", "hidden", "sampled"] = "topk"
+    k: int = 64  # most events a token
+    top_p: float = 1.0  # fewer once they hold this mass
+
+
+@dataclass(frozen=True)
 class TokenScores:
-    """One sequence's scores, over its n completion tokens.
+    """One sequence's scores, over its n completion tokens; what the signal does not have is None.
 
     `logprobs` float32 `[n]` of the actual tokens; a stop token's is that of the event: the sum over all stop ids.
-    `top_ids` int32 and `top_logprobs` float16, flat, best first, `counts[i]` of them for token i; `rest` float32
-    `[n]`, the log of the mass outside them.
+    `top_ids` int32 and `top_logprobs` float16, flat, best first, `counts[i]` of them for token i: token ids (`topk`)
+    or next bytes, 256 for the stop (`bytes`); `rest` float32 `[n]`, the log of the mass outside them.
+    `hidden` float16 `[n, width]`, the last hidden state that each token was predicted from.
     """
 
     logprobs: np.ndarray
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
-    counts: np.ndarray
-    rest: np.ndarray
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    rest: np.ndarray | None = None
+    hidden: np.ndarray | None = None
 
 
 class Engine(Protocol):
@@ -47,6 +58,6 @@ class Engine(Protocol):
         """One completion a prompt. A completion depends on its prompt and seed, not on its neighbours."""
         ...
 
-    def score(self, prompts: list[list[int]], completions: list[list[int]], k: int, top_p: float) -> list[TokenScores]:
-        """Scores of every completion token given its prompt; at most `k` ids each, fewer once they hold `top_p`."""
+    def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
+        """Scores of every completion token given its prompt."""
         ...

@@ -1,16 +1,19 @@
 """The embedded engine: a transformers model in this process, on the CPU or one GPU."""
 
 import gc
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 import transformers
 from transformers import GenerationConfig
 
-from tasks.engines.base import Completion, Sampling, TokenScores
+from tasks.engines.base import Completion, Sampling, Signal, TokenScores
+from tasks.engines.events import boundary_laws, half, likeliest, split_scores, stored
 from tasks.engines.sampling import SeededSampler
 from tasks.models import ModelRef, check_head, device_of, hidden_states, load_weights, logits_of, side
+from tasks.tokens.byte_laws import REST, ByteLaws
 
 SCORE_CHUNK = 1024  # positions whose full logits exist at once
 
@@ -51,7 +54,7 @@ class TransformersEngine:
         return [result for result in results if result is not None]
 
     @torch.inference_mode()
-    def score(self, prompts: list[list[int]], completions: list[list[int]], k: int, top_p: float) -> list[TokenScores]:
+    def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
         results: list[TokenScores | None] = [None] * len(prompts)
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         for rows in length_batches(lengths, self.batch_tokens):
@@ -61,41 +64,39 @@ class TransformersEngine:
             hidden = hidden_states(self.model, ids)
             row = torch.tensor([r for r, i in enumerate(rows) for _ in completions[i]], device=self.device)
             time = torch.tensor([len(prompts[i]) + t for i in rows for t in range(len(completions[i]))], device=self.device)
-            actual = ids[row, time]
-            parts = [
-                self._score_positions(hidden[row[at], time[at] - 1], actual[at], k, top_p)
-                for at in torch.arange(len(row), device=self.device).split(SCORE_CHUNK)
-            ]
-            logprobs, top_ids, top_logprobs, counts, rest = (np.concatenate(column) for column in zip(*parts, strict=True))
-            tokens = np.cumsum([0, *(len(completions[i]) for i in rows)])
-            entries = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-            for r, i in enumerate(rows):
-                low, high = tokens[r], tokens[r + 1]
-                span = slice(entries[low], entries[high])
-                results[i] = TokenScores(
-                    logprobs[low:high], top_ids[span], top_logprobs[span], counts[low:high], rest[low:high]
-                )
+            first = torch.tensor([t == 0 for i in rows for t in range(len(completions[i]))], device=self.device)
+            scores = self._scores(hidden[row, time - 1], ids[row, time], first, signal)
+            ends = np.cumsum([len(completions[i]) for i in rows])
+            for i, part in zip(rows, split_scores(scores, ends), strict=True):
+                results[i] = part
         return [result for result in results if result is not None]
 
-    def _score_positions(self, hidden: torch.Tensor, actual: torch.Tensor, k: int, top_p: float) -> tuple[np.ndarray, ...]:
-        logits = logits_of(self.model, hidden, self.size)
-        logprobs = logits - logits.logsumexp(-1, keepdim=True)
+    def _scores(self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal) -> TokenScores:
+        """Scores at flat positions, in chunks; `first` marks the first token of each completion."""
         stops = torch.tensor(self.side.stop_ids, device=self.device)
-        chosen = logprobs.gather(1, actual[:, None])[:, 0]
-        chosen = torch.where(torch.isin(actual, stops), logprobs[:, stops].logsumexp(-1), chosen)
-        top, top_ids = logprobs.topk(min(k, self.size))
-        cumulative = top.exp().cumsum(-1)
-        counts = (cumulative < top_p).sum(-1).add(1).clamp(max=top.shape[1])
-        keep = torch.arange(top.shape[1], device=self.device) < counts[:, None]
-        # The rest is summed itself where it is small, so that it does not drown in 1 - (almost 1).
-        rest = logprobs.scatter(1, top_ids.where(keep, top_ids[:, :1]), -torch.inf).logsumexp(-1)
-        return (
-            chosen.cpu().numpy(),
-            top_ids[keep].to(torch.int32).cpu().numpy(),
-            top[keep].to(torch.float16).cpu().numpy(),
-            counts.to(torch.int16).cpu().numpy(),
-            rest.float().cpu().numpy(),
-        )
+        chosen, chunks = [], []
+        for at in torch.arange(len(actual), device=self.device).split(SCORE_CHUNK):
+            # One position more in front: a token's law of bytes also reads the distribution before it.
+            window = torch.cat([at[:1] - 1, at]) if at[0] > 0 else at
+            logprobs = logits_of(self.model, hidden[window], self.size).log_softmax(-1)
+            own = logprobs[len(window) - len(at) :]
+            path = own.gather(1, actual[at][:, None])[:, 0]
+            chosen.append(torch.where(torch.isin(actual[at], stops), own[:, stops].logsumexp(-1), path).cpu().numpy())
+            if signal.kind == "topk":
+                chunks.append(likeliest(own, signal))
+            elif signal.kind == "bytes":
+                laws = boundary_laws(self.laws, logprobs, actual[window], first[window])
+                chunks.append(likeliest(laws[len(window) - len(at) :].log(), signal, events=REST))
+        scored = TokenScores(np.concatenate(chosen))
+        if chunks:
+            scored = replace(scored, **stored(chunks))
+        if signal.kind == "hidden":
+            scored = replace(scored, hidden=half(hidden, self.side.ref.path))
+        return scored
+
+    @cached_property
+    def laws(self) -> ByteLaws:
+        return ByteLaws(self.side.vocabulary).to(self.device)
 
 
 def length_batches(lengths: list[int], budget: int) -> list[list[int]]:

@@ -21,9 +21,9 @@ class AlmObjective(ObjectiveModule):
     def project(self, pairing: Pairing) -> Projection:
         return project_units(pairing)
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         """JSD_β between (p, 1 - p) of the two sides, with p = P(unit)^(1/τ)."""
         teacher = terms.logprobs[:, :1] / self.config.temperature
-        student = unit_logprobs(logprobs, terms, self.stops)[:, None] / self.config.temperature
+        student = unit_logprobs(logits.log_softmax(-1), terms, self.stops)[:, None] / self.config.temperature
         t, s = (torch.cat([side, log_rest(side)], -1) for side in (teacher, student))
         return jsd(t, s, self.config.beta, floor=UNBOUNDED)

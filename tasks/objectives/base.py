@@ -5,6 +5,7 @@ the tokens `start … end - 1` and has a target: log masses on a few events, and
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from torch import nn
 
 from tasks.ragged import offsets_of, ragged, rows_of
 from tasks.tokens.align import Units, unit_starts
+from tasks.tokens.byte_laws import expand_ranges
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Pairing:
     rest: np.ndarray
     units: Units
     behaviour: np.ndarray  # log-prob of each unit under the policy that sampled it; NaN where none did
+    laws: tuple[np.ndarray, ...] | None = None  # of the next byte before each teacher token: counts, classes, masses
 
     @property
     def rows(self) -> int:
@@ -95,21 +98,29 @@ class Terms:
 class ObjectiveModule(nn.Module):
     """One objective for one pair of vocabularies. A module, so that its tables move to the device with the student."""
 
+    reads_laws: ClassVar[bool] = False  # the teacher's laws of the next byte, where the signal has them
+
     def project(self, pairing: Pairing) -> Projection:
         """The terms and targets of a shard (the align stage)."""
         raise NotImplementedError
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """Loss of each term in nats, `[terms]`, from the student's log-probs `[positions, V]` (the train stage)."""
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """Loss of each term in nats, `[terms]`, from the student's logits `[positions, V]` (the train stage).
+
+        Each new `[positions, V]` costs as much as the head of a small student: one softmax, few reads, no copies.
+        """
         raise NotImplementedError
 
 
-def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`expand` for tensors."""
-    counts = (ends - starts).clamp(min=0)
-    owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
-    before = counts.cumsum(0) - counts
-    return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
+def log_of(mass: torch.Tensor) -> torch.Tensor:
+    """Finite also where a mass is 0; far below the floor of divergences there."""
+    return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+
+
+def unit_sums(path: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """Σ over each term's positions, `[terms]`, of values `[positions]`."""
+    position, term = expand_ranges(terms.start, terms.end)
+    return path.new_zeros(len(terms.start)).index_add(0, term, path[position])
 
 
 def unit_logprobs(logprobs: torch.Tensor, terms: Terms, stops: torch.Tensor | None = None) -> torch.Tensor:
@@ -117,11 +128,13 @@ def unit_logprobs(logprobs: torch.Tensor, terms: Terms, stops: torch.Tensor | No
 
     With `stops`, the student's stop ids, a stop counts as the event: the sum over all of them.
     """
-    position, term = expand_ranges(terms.start, terms.end)
-    path = logprobs.gather(1, terms.actual[:, None])[:, 0]
-    if stops is not None and len(stops) > 1:
-        path = torch.where(torch.isin(terms.actual, stops), logprobs[:, stops].logsumexp(-1), path)
-    return path.new_zeros(len(terms.start)).index_add(0, term, path[position])
+    ids = terms.actual[:, None]
+    if stops is None or len(stops) < 2:
+        return unit_sums(logprobs.gather(1, ids)[:, 0], terms)
+    stopped = torch.isin(ids, stops)
+    read = logprobs.gather(1, torch.where(stopped, stops, ids))  # what is no stop stands in every column
+    read[:, 1:].masked_fill_(~stopped, -torch.inf)
+    return unit_sums(read.logsumexp(-1), terms)
 
 
 def project_units(pairing: Pairing, only: np.ndarray | None = None) -> Projection:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from configs.schema import Bpm
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
-from tasks.objectives.classes import ClassFold
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
+from tasks.objectives.classes import Classes
 from tasks.objectives.divergences import bucketed
 from tasks.ragged import add_up, expand, rows_of
 from tasks.tokens.align import Kind, unit_starts
@@ -25,7 +25,7 @@ class BpmObjective(ObjectiveModule):
         if student.same_as(teacher):
             self.carry = student.representative
         self.student = student
-        self.fold = ClassFold(student)
+        self.classes = Classes(student)
 
     def project(self, pairing: Pairing) -> Projection:
         units = pairing.units
@@ -67,7 +67,7 @@ class BpmObjective(ObjectiveModule):
                 np.bincount(row, sizes * (counts > 0), pairing.rows).astype(np.int64),
             )
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        law = self.fold(logprobs[terms.start])
-        student = law.gather(1, terms.ids).masked_fill(terms.logprobs.isneginf(), -torch.inf)
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+        law = self.classes(logits.softmax(-1), terms.start, terms.ids)
+        student = log_of(law).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         return bucketed(terms.logprobs, terms.rest, student, self.config.beta)

@@ -1,59 +1,32 @@
 """`bytes`: the divergence of both models' next-byte laws, where the teacher stands on a boundary (MATHS.md §5).
 
-Whatever their tokens are, both models say something about the next byte of the completion. On a boundary of its own
-tokens a model's law is read from the first bytes of its next token; but the text so far could also have been on its way
-through a longer token, so tokens that start with the last token's bytes and go on are added (the *cover*). Inside a
-token the law is that of the tokens that share the bytes read so far and go on.
-Classes: 0…255 the next byte, 256 the stop; ids that are neither (control, padding) are the rest.
+Whatever their tokens are, both models say something about the next byte of the completion: see `ByteLaws`.
 """
 
 import numpy as np
 import torch
 
 from configs.schema import Bytes
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand_ranges
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
 from tasks.objectives.divergences import bucketed
 from tasks.ragged import add_up, expand, offsets_of, rows_of, within
 from tasks.tokens.align import byte_ends
+from tasks.tokens.byte_laws import REST, STOP, TINY, ByteLaws, first_classes
 from tasks.tokens.vocabulary import Vocabulary
-
-STOP, REST, CLASSES = 256, 257, 258
-TINY = 1e-12
-
-
-def first_classes(vocabulary: Vocabulary) -> np.ndarray:
-    """The class of each id at a boundary, int64 `[V]`."""
-    classes = np.full(vocabulary.size, REST, np.int64)
-    classes[vocabulary.order] = vocabulary.byte_at(vocabulary.order, np.zeros(len(vocabulary.order), np.int64))
-    classes[vocabulary.stop_ids] = STOP
-    return classes
 
 
 class BytesObjective(ObjectiveModule):
-    first: torch.Tensor  # class of each id
-    order: torch.Tensor  # ids in byte order
-    flat: torch.Tensor
-    starts: torch.Tensor
-    lengths: torch.Tensor
-    low: torch.Tensor
-    equal: torch.Tensor
-    high: torch.Tensor
+    reads_laws = True
 
     def __init__(self, config: Bytes, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
         self.config, self.student, self.teacher = config, student, teacher
-        self.register_buffer("first", torch.tensor(first_classes(student)), persistent=False)
-        self.register_buffer("order", torch.tensor(student.order), persistent=False)
-        self.register_buffer("flat", torch.tensor(student.flat.astype(np.int64)), persistent=False)
-        self.register_buffer("starts", torch.tensor(student.starts), persistent=False)
-        self.register_buffer("lengths", torch.tensor(student.lengths.astype(np.int64)), persistent=False)
-        for name, table in zip(("low", "equal", "high"), student.prefix_ranges, strict=True):
-            self.register_buffer(name, torch.tensor(table), persistent=False)
+        self.laws = ByteLaws(student)
 
     # -- the teacher's side, in the align stage ------------------------------------------------------------------------
 
     def project(self, pairing: Pairing) -> Projection:
-        counts, classes, masses = self.teacher_laws(pairing)
+        counts, classes, masses = pairing.laws or self.teacher_laws(pairing)
         row = rows_of(pairing.teacher_offsets)
         ends = byte_ends(self.teacher.lengths[pairing.teacher_ids], pairing.teacher_offsets)
         begins = ends - self.teacher.lengths[pairing.teacher_ids]  # where the teacher stands before each of its tokens
@@ -127,30 +100,7 @@ class BytesObjective(ObjectiveModule):
 
     # -- the student's side, in the train stage ------------------------------------------------------------------------
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        law = self.student_laws(logprobs, terms)
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+        law = self.laws(logits, terms.actual, terms.start, terms.end, terms.inside)
         student = law.gather(1, terms.ids).clamp(min=TINY).log().masked_fill(terms.logprobs.isneginf(), -torch.inf)
         return bucketed(terms.logprobs, terms.rest, student, self.config.beta)
-
-    def student_laws(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """The student's law at each term, `[terms, 258]`: (cover + path · first) / (Σ cover + path)."""
-        mass = logprobs.exp()
-        last = terms.end - 1
-        covered = terms.end - terms.start == 2  # on a boundary behind a token
-        read = covered | (terms.inside > 0)  # bytes of a token have been read that a longer token may share
-        token = terms.actual[terms.start]
-        at = self.starts[token] + torch.where(covered, self.lengths[token], terms.inside) - 1
-        at = at.clamp(min=0)
-        low, equal, high = (torch.where(read, table[at], 0) for table in (self.low, self.equal, self.high))
-
-        cover = mass.new_zeros(len(last), CLASSES)
-        place, term = expand_ranges(equal, high)
-        longer = self.order[place]
-        byte = self.flat[self.starts[longer] + (at - self.starts[token])[term] + 1]
-        cover = cover.view(-1).index_add(0, term * CLASSES + byte, mass[terms.start[term], longer]).view_as(cover)
-
-        place, term = expand_ranges(torch.where(covered, low, 0), torch.where(covered, equal, 0))
-        path = (~read).to(mass.dtype).index_add(0, term, mass[terms.start[term], self.order[place]])
-        first = mass.new_zeros(len(mass), CLASSES).index_add(1, self.first, mass)
-        law = cover + path[:, None] * first[last]
-        return law / law.sum(-1, keepdim=True).clamp(min=TINY)

@@ -7,19 +7,18 @@ import numpy as np
 import torch
 
 from configs.schema import Gold
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, expand_ranges, unit_logprobs
-from tasks.objectives.classes import ClassFold
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
+from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed
 from tasks.ragged import add_up, expand, rows_of
 from tasks.tokens.align import unit_starts
+from tasks.tokens.byte_laws import expand_ranges
 from tasks.tokens.vocabulary import Vocabulary, match
 
 IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
 
 
 class GoldObjective(ObjectiveModule):
-    unmatched: torch.Tensor
-
     def __init__(self, config: Gold, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
         self.config = config
@@ -29,8 +28,8 @@ class GoldObjective(ObjectiveModule):
         matched = np.zeros(student.size, bool)
         matched[self.to_student[self.to_student >= 0]] = True
         unmatched = np.flatnonzero(~matched & (student.representative == np.arange(student.size)))
-        self.register_buffer("unmatched", torch.tensor(unmatched), persistent=False)
-        self.fold = ClassFold(student)
+        self.unmatched = Subset(student, unmatched)
+        self.classes = Classes(student)
 
     def project(self, pairing: Pairing) -> Projection:
         units = pairing.units
@@ -91,26 +90,37 @@ class GoldObjective(ObjectiveModule):
         normaliser = np.log(np.bincount(unit, np.exp(logits), len(first)) + outside)
         return ids, logits - normaliser[unit], unit
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         if self.config.merge == "sum":
             position, unit = expand_ranges(terms.start, terms.end)
-            merged = logprobs.new_zeros(len(terms.start), logprobs.shape[1]).index_add(0, unit, logprobs[position])
-            law = self.fold(merged.log_softmax(-1))
+            # Σ log p and Σ logits differ by a constant, which the softmax does not see.
+            mass = logits.new_zeros(len(terms.start), logits.shape[1]).index_add(0, unit, logits[position]).softmax(-1)
+            at, others = torch.arange(len(mass), device=mass.device), mass.new_zeros(len(mass))
         else:
+            mass = logits.softmax(-1)
             at = terms.end - 1 if self.config.merge == "chain" else terms.start
-            others = unit_logprobs(logprobs, terms) - logprobs[at].gather(1, terms.actual[at][:, None])[:, 0]
-            law = self.fold(logprobs[at]) + others[:, None]
-        student = law.gather(1, terms.ids).masked_fill(terms.logprobs.isneginf(), -torch.inf)
+            path = log_of(mass.gather(1, terms.actual[:, None])[:, 0])
+            others = unit_sums(path, terms) - path[at]
+        ids, events = terms.ids, terms.ids.shape[1]
+        unmatched = self.config.unmatched_weight if len(self.unmatched) else 0
+        if unmatched:
+            ids = torch.cat([ids, self.unmatched.top(mass, terms.unmatched.shape[1])[at]], 1)
+        law = self.classes(mass, at, ids)
+        student = (log_of(law[:, :events]) + others[:, None]).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         loss = bucketed(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
         loss = self.config.matched_weight * loss
-        if self.config.unmatched_weight and len(self.unmatched):
-            loss = loss + self.config.unmatched_weight * self._sorted_l1(law[:, self.unmatched].exp(), terms.unmatched.exp())
+        if unmatched:
+            path_mass = others.exp()
+            top, total = law[:, events:] * path_mass[:, None], self.unmatched.total(mass)[at] * path_mass
+            loss = loss + unmatched * self._sorted_l1(top, total, terms.unmatched.exp())
         return loss
 
     @staticmethod
-    def _sorted_l1(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Σ_k |s_(k) - t_(k)| of two sets of masses, the shorter padded with zeros; `teacher` comes sorted."""
-        k = min(student.shape[1], teacher.shape[1])
-        top = student.topk(k).values
+    def _sorted_l1(top: torch.Tensor, total: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Σ_k |s_(k) - t_(k)| of two sets of masses, the shorter padded with zeros; `teacher` comes sorted.
+
+        Of the student's, its largest and their total: no more are larger than 0 on the other side.
+        """
+        k = top.shape[1]
         apart = (top - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
-        return apart + (student.sum(-1) - top.sum(-1)).clamp(min=0)
+        return apart + (total - top.sum(-1)).clamp(min=0)

@@ -27,5 +27,5 @@ class SftObjective(ObjectiveModule):
             np.bincount(rows_of(offsets), self.lengths[ids], pairing.rows).astype(np.int64),
         )
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        return -logprobs[terms.start].gather(1, terms.ids)[:, 0]
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+        return -logits.log_softmax(-1)[terms.start, terms.ids[:, 0]]

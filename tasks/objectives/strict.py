@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from configs.schema import Strict
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
-from tasks.objectives.classes import ClassFold
+from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
+from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed
 from tasks.ragged import add_up, expand, offsets_of, rows_of
 from tasks.tokens.align import Kind, unit_starts
@@ -13,14 +13,12 @@ from tasks.tokens.vocabulary import Vocabulary, match
 
 
 class StrictObjective(ObjectiveModule):
-    matched: torch.Tensor  # [M] student ids that the teacher can express, in order
-
     def __init__(self, config: Strict, student: Vocabulary, teacher: Vocabulary):
         super().__init__()
         self.config = config
         self.to_student = student.representative if student.same_as(teacher) else match(teacher, student).ids
-        self.register_buffer("matched", torch.tensor(np.unique(self.to_student[self.to_student >= 0])), persistent=False)
-        self.fold = ClassFold(student)
+        self.matched = Subset(student, np.unique(self.to_student[self.to_student >= 0]))
+        self.classes = Classes(student)
 
     def project(self, pairing: Pairing) -> Projection:
         """The teacher's law on matched ids, renormalised; what it has outside its top k may be matched, and is the rest."""
@@ -49,12 +47,18 @@ class StrictObjective(ObjectiveModule):
                 np.bincount(row[single], sizes * (counts > 0), pairing.rows).astype(np.int64),
             )
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """Reverse KL on the student's own top ids, of those that the teacher's signal names; all else is the rest."""
-        law = self.fold(logprobs[terms.start])[:, self.matched].log_softmax(-1)
-        top = law.topk(min(self.config.top, law.shape[1]))
-        same = (self.matched[top.indices][:, :, None] == terms.ids[:, None, :]) & ~terms.logprobs.isneginf()[:, None, :]
-        teacher = terms.logprobs[:, None, :].masked_fill(~same, -torch.inf).logsumexp(-1)
-        student = top.values.masked_fill(~same.any(-1), -torch.inf)
-        outside = (1 - teacher.exp().sum(-1)).clamp(min=torch.finfo(teacher.dtype).eps).log()
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """Reverse KL on the likeliest ids of either side, of those that the teacher's signal names; all else is the rest.
+
+        The paper takes the student's likeliest alone. Where the teacher names none of them that would be no comparison
+        at all, and no gradient, just where both sides disagree most.
+        """
+        mass = logits.softmax(-1)
+        own = self.matched.top(mass, self.config.top)[terms.start]
+        least = terms.logprobs.topk(min(self.config.top, terms.logprobs.shape[1])).values[:, -1:]
+        compared = (terms.logprobs >= least) | (terms.ids[:, :, None] == own[:, None, :]).any(-1)
+        compared &= ~terms.logprobs.isneginf()
+        outside = torch.cat([terms.logprobs.masked_fill(compared, -torch.inf), terms.rest[:, None]], 1).logsumexp(-1)
+        student = log_of(self.classes(mass, terms.start, terms.ids)) - log_of(self.matched.total(mass))[terms.start][:, None]
+        teacher, student = (side.masked_fill(~compared, -torch.inf) for side in (terms.logprobs, student))
         return bucketed(teacher, outside, student, beta=1.0)

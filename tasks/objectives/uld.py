@@ -34,15 +34,16 @@ class UldObjective(ObjectiveModule):
             np.where(pairs > 0, np.append(ends, 0)[last], 0),
         )
 
-    def forward(self, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         """Σ_k |s_(k) - t_(k)| over the teacher's k largest, and the rests as one more pair; exact where k is all."""
-        at = logprobs[terms.start]
-        k = min(terms.logprobs.shape[1], at.shape[1])
-        given = ~terms.logprobs.isneginf()
-        student = at.topk(k).values.exp() * given[:, :k]
+        logprobs = logits.log_softmax(-1)
+        k = min(terms.logprobs.shape[1], logits.shape[1])
+        likeliest = logprobs.detach().topk(k).indices
+        read = logprobs.gather(1, torch.cat([likeliest, terms.actual[:, None]], 1))[terms.start]
+        student = read[:, :k].exp() * ~terms.logprobs[:, :k].isneginf()
         teacher = terms.logprobs.exp()
         loss = (student - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
         loss = loss + (1 - student.sum(-1) - terms.rest.exp()).abs()
         if self.config.cross_entropy:
-            loss = loss - self.config.cross_entropy * at.gather(1, terms.actual[terms.start][:, None])[:, 0]
+            loss = loss - self.config.cross_entropy * read[:, k]
         return loss

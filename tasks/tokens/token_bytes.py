@@ -2,10 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from configs.errors import BadInput
@@ -20,11 +22,15 @@ PROBES = (
 )
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte, inverted: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+def _byte_alphabet() -> dict[int, int]:
+    """A `str.translate` table from GPT-2's characters to Latin-1, whose code points are the bytes they stand for.
+
+    Printable Latin-1 stands for itself, the other bytes from U+0100 on. Latin-1 that stands for nothing goes where
+    Latin-1 does not reach, so that a piece with it cannot pass for bytes.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return dict.fromkeys(others, 0xFFFF) | {0x100 + i: byte for i, byte in enumerate(others)}
 
 
 @dataclass(frozen=True)
@@ -37,13 +43,18 @@ class TokenBytes:
     values: list[bytes | None]
     roles: list[str]
 
-    @property
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """β with nothing for ids without bytes."""
+        return [value or b"" for value in self.values]
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Bytes of each id, int32 `[V]`; 0 for ids without bytes."""
-        return np.fromiter((len(value or b"") for value in self.values), np.int32, len(self.values))
+        return np.fromiter(map(len, self.pieces), np.int32, len(self.values))
 
     def join(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.values[i] or b"" for i in ids)
+        return b"".join(map(self.pieces.__getitem__, ids))
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = (), name: str = "") -> TokenBytes:
@@ -52,21 +63,20 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = ()
     `stop_ids` are the ids that end a completion. Raises BadInput, by `name`, for a tokenizer that is neither
     byte-level BPE nor SentencePiece-like.
     """
-    name = name or tokenizer.name_or_path
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    to_bytes = _piece_decoder(spec, name)
-    size = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    backend = tokenizer.backend_tokenizer
+    to_bytes = _piece_decoder(backend, name or tokenizer.name_or_path)
+    pieces, added = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
+    size = max(*pieces.values(), *added, 0) + 1  # ids may have holes
     values: list[bytes | None] = [None] * size
     roles = ["control"] * size
-    for piece, i in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).items():
+    for piece, i in pieces.items():
         values[i] = to_bytes(piece)
         roles[i] = "text"
-    for token in spec["added_tokens"]:
-        i = token["id"]
-        if token["special"]:
+    for i, token in added.items():
+        if token.special:
             values[i], roles[i] = None, "control"
         elif values[i] is None:  # Gemma's `▁▁` is also a piece of the model, and means two spaces
-            values[i], roles[i] = token["content"].encode(), "text"
+            values[i], roles[i] = token.content.encode(), "text"
     for role, ids in (("pad", [tokenizer.pad_token_id]), ("bos", [tokenizer.bos_token_id]), ("stop", stop_ids)):
         for i in ids:
             if i is not None:
@@ -77,36 +87,36 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = ()
     return TokenBytes(values, roles)
 
 
-def _piece_decoder(spec: dict, name: str):
-    kinds = {part["type"] for key in ("decoder", "pre_tokenizer", "normalizer") for part in _parts(spec.get(key))}
+def _piece_decoder(backend: Tokenizer, name: str) -> Callable[[str], bytes]:
+    parts = [part for part in (backend.decoder, backend.pre_tokenizer, backend.normalizer) if part is not None]
+    kinds = {kind for part in parts for kind in _kinds(json.loads(part.__getstate__()))}
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
 
-        def byte_level(piece: str) -> bytes | None:
+        def byte_level(piece: str) -> bytes:
             try:
-                return bytes(alphabet[char] for char in piece)
-            except KeyError:
+                return piece.translate(alphabet).encode("latin-1")
+            except UnicodeEncodeError:
                 return piece.encode()  # a literal piece that never went through the byte alphabet
 
         return byte_level
     if kinds & {"Metaspace", "ByteFallback"}:
 
-        def sentencepiece(piece: str) -> bytes | None:
+        def sentencepiece(piece: str) -> bytes:
             byte = BYTE_TOKEN.fullmatch(piece)
             return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
         return sentencepiece
     raise BadInput(
-        f"{name}: the tokenizer is neither byte-level BPE nor SentencePiece-like ({spec['model']['type']}), "
+        f"{name}: the tokenizer is neither byte-level BPE nor SentencePiece-like ({type(backend.model).__name__}), "
         "so its tokens have no exact bytes; choose a model with such a tokenizer"
     )
 
 
-def _parts(component: dict | None) -> list[dict]:
-    if component is None:
-        return []
-    nested = next((component[k] for k in ("decoders", "pretokenizers", "normalizers") if k in component), None)
-    return [component] if nested is None else [part for item in nested for part in _parts(item)]
+def _kinds(component: dict) -> set[str]:
+    """The types of a normaliser, pre-tokeniser or decoder and of all its parts."""
+    nested: list[dict] = next((component[key] for key in ("decoders", "pretokenizers", "normalizers") if key in component), [])
+    return {component["type"]}.union(*map(_kinds, nested))
 
 
 class Encoder:
@@ -119,7 +129,7 @@ class Encoder:
     ANCHORS = ("\n", "a\n", ":")
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, beta: TokenBytes):
-        self.tokenizer, self.beta = tokenizer, beta
+        self.backend, self.beta = tokenizer.backend_tokenizer, beta
         self.anchors: list[tuple[str, list[int]]] = [("", [])]
         if beta.join(self._ids(["a"])[0]) != b"a":
             self.anchors = [(a, ids) for a in self.ANCHORS if (ids := self._safe_anchor(a))] or self.anchors
@@ -151,9 +161,10 @@ class Encoder:
         return alone if followed[: len(alone)] == alone and self.beta.join(followed[len(alone) :]) == b"a" else []
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        self.backend.encode_special_tokens = True  # the tokenizer's other users set what they need, too
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def split_completion(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -> tuple[str, bool]:

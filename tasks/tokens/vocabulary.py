@@ -50,7 +50,7 @@ class Vocabulary:
     @cached_property
     def flat(self) -> np.ndarray:
         """All tokens' bytes one after another, uint8; `starts[i]` is where id i's begin."""
-        return np.frombuffer(b"".join(value or b"" for value in self.beta.values), np.uint8)
+        return np.frombuffer(b"".join(self.beta.pieces), np.uint8)
 
     @cached_property
     def starts(self) -> np.ndarray:

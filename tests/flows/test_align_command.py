@@ -1,9 +1,14 @@
 """`potstill align`: two tokenizers on a text or a file, without weights."""
 
+import re
+from itertools import accumulate, pairwise
+
 import polars as pl
 import pytest
 
+from configs.schema import Scratch
 from tasks.models import tokenizer_of
+from tasks.scratch import new_tokenizer
 from tasks.texts import VISIBLE
 
 TEXT = "reward  drawer\nstressed desserts, " * 8
@@ -43,11 +48,86 @@ def test_a_file_of_texts(potstill, models, tmp_path):
 
 
 def byte_ends(side, text: str) -> set[int]:
-    total, ends = 0, set()
-    for i in side.encoder.encode([text])[0]:
-        total += len(side.beta.values[i])
-        ends.add(total)
-    return ends
+    return set(accumulate(map(len, pieces(side, text))))
+
+
+def pieces(side, text: str) -> list[bytes]:
+    return [side.beta.values[i] for i in side.encoder.encode([text])[0]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> list[str]:
+    """Two folders with a tokenizer alone, that merge other letters."""
+    folder = tmp_path_factory.mktemp("pair")
+    for role, size, words in (("student", 290, "ab ab cd cd stressed reward"), ("teacher", 320, "bc bc desserts drawer naïve")):
+        new_tokenizer(Scratch(vocab_size=size), [words]).save_pretrained(folder / role)
+    return [str(folder / "student"), str(folder / "teacher")]
+
+
+def test_figures_of_a_pair(potstill, pair, tmp_path):
+    """Every figure of the summary, from the two sets of byte strings and from the texts' pieces between common ends."""
+    texts = ["abcd", "", "stressed desserts", "naïve ☕ reward drawer", "\t\n", TEXT]
+    pl.DataFrame({"text": texts}).write_parquet(tmp_path / "in.parquet")
+    ended = potstill("align", *pair, "--file", tmp_path / "in.parquet")
+    assert ended.status == 0, ended.err
+    shown = tables(ended.out)
+    sides = [tokenizer_of(path) for path in pair]
+    student, teacher = ({value for value in side.beta.values if value is not None} for side in sides)
+    shared, jaccard = student & teacher, f"{len(student & teacher) / len(student | teacher):.3f}"
+    for role, side, entries in zip(("student", "teacher"), sides, (student, teacher), strict=True):
+        emitted = [piece for text in texts for piece in pieces(side, text)]
+        matched = sum(piece in shared for piece in emitted)
+        told = [len(entries), share(len(shared), len(entries)), jaccard, len(emitted), share(matched, len(emitted))]
+        assert shown["Tokens"][role] == [str(value) for value in told]
+
+    units = [unit for text in texts for unit in units_of(text, *sides)]
+    kinds = [(1, 1), (2, 1), (1, 2), (2, 2)]
+    counts = [sum((min(s, 2), min(t, 2)) == kind for s, t, _ in units) for kind in kinds]
+    total = sum(len(text.encode()) for text in texts)
+    told = [len(texts), 0, len(units), *(share(count, len(units)) for count in counts), total, 0]
+    assert shown["Alignment"]["6"] == [str(value) for value in told[1:]]
+    for name, size, weight in (
+        ("units by student tokens", 0, None),
+        ("units by teacher tokens", 1, None),
+        ("units by bytes", 2, None),
+        ("bytes by student tokens", 0, 2),
+        ("bytes by teacher tokens", 1, 2),
+    ):
+        parts = [sum(1 if weight is None else u[weight] for u in units if min(u[size], 4) == n) for n in (1, 2, 3, 4)]
+        assert shown["Units by length"][name] == [share(part, sum(parts)) for part in parts]
+    assert min(counts) > 0  # the premise: all kinds of units
+
+
+def tables(out: str) -> dict[str, dict[str, list[str]]]:
+    """The printed tables by title, their rows by the first cell."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for above, line in pairwise(out.splitlines()):
+        if line.startswith("┏"):
+            found[above.strip()] = rows = {}
+        elif line.startswith("│"):
+            first, *others = (cell.strip() for cell in re.split("│", line)[1:-1])
+            rows[first] = others
+    return found
+
+
+def units_of(text: str, student, teacher) -> list[tuple[int, int, int]]:
+    """Student tokens, teacher tokens and bytes of each unit of a text."""
+    ends = [list(accumulate(map(len, pieces(side, text)))) for side in (student, teacher)]
+    common = sorted(set(ends[0]) & set(ends[1]))
+    return [(*(sum(start < end <= stop for end in of) for of in ends), stop - start) for start, stop in pairwise([0, *common])]
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}"
+
+
+@pytest.mark.parametrize("text", ["", "▁ \n"])
+def test_texts_of_nothing(potstill, pair, text):
+    """A text without tokens has no shares; it is no mistake."""
+    ended = potstill("align", *pair, "--text", text)
+    assert ended.status == 0, ended.err
+    lengths = tables(ended.out)["Units by length"]["units by bytes"]
+    assert (lengths == ["–"] * 4) == (text == "")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from configs.load import dumps, load
 from flows.distill import distill
 from storage.lineage import digest_file, digest_folder
 from storage.read import scan
-from storage.schemas import SCHEMAS
+from storage.schemas import COMPLETIONS, SCHEMAS
 from storage.store import Run
 
 
@@ -39,7 +39,10 @@ def steps(run: Path) -> pl.DataFrame:
 
 
 def test_every_table_has_its_schema(tiny):
+    """Of those that every run has: the teacher's completions are made for off-policy rows that are its own."""
     for name, schema in SCHEMAS.items():
+        if schema is COMPLETIONS:
+            continue
         found = sorted(tiny.glob(f"**/{name}/*.parquet"))
         assert found, name
         assert all(pq.read_schema(path).equals(schema) for path in found), name

@@ -34,7 +34,7 @@ from toys import vocabulary as toy_vocabulary
 from configs.schema import Alm, Bpm, Bytes, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks import objectives
 from tasks.align import aligned_table
-from tasks.engines.base import TokenScores
+from tasks.engines.base import Signal, TokenScores
 from tasks.engines.transformers import TransformersEngine
 from tasks.models import side
 from tasks.ragged import offsets_of
@@ -315,8 +315,8 @@ def test_unit_logprobs_are_the_chain_rule_on_shifted_logits() -> None:
     rollouts = rollouts_table(PROMPTS, completions, own)
     prompts = [[1, 4, 33, 2, 5, 7], [1, 4, 2, 5], [1, 5]]
     graded = teacher_ids(rollouts.to_pylist(), other, as_sampled=False)
-    scores = scores_of(teacher.score(prompts, graded, 16, 1.0), graded)  # type: ignore[arg-type]
-    behaviour = student.score(PROMPTS, completions, 4, 1.0)
+    scores = scores_of(teacher.score(prompts, graded, Signal(k=16)), graded)  # type: ignore[arg-type]
+    behaviour = student.score(PROMPTS, completions, Signal(k=4))
     column = pa.array([s.logprobs for s in behaviour], rollouts.schema.field("logprobs").type)
     rollouts = rollouts.set_column(rollouts.schema.get_field_index("logprobs"), "logprobs", column)
     objective = objectives.build(Gold(name="gold"), own.vocabulary, other.vocabulary)

@@ -12,6 +12,7 @@ from toys import vocabulary as toy_vocabulary
 
 from configs.schema import Bytes
 from tasks import objectives
+from tasks.objectives.base import Terms
 from tasks.objectives.bytes import BytesObjective
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -86,6 +87,10 @@ def teacher_laws(rows: Rows, k: int | None = None) -> np.ndarray:
     return dense
 
 
+def student_laws(module: BytesObjective, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
+    return module.laws(logprobs, terms.actual, terms.start, terms.end, terms.inside)
+
+
 def two_sides(seed: int) -> Rows:
     rng = np.random.default_rng(seed)
     student = random_vocabulary(rng, stops=2, controls=2)
@@ -126,7 +131,7 @@ def test_student_laws(seed: int) -> None:
     rows = two_sides(seed)
     module = module_for(rows.student, rows.teacher)
     span, terms = terms_of(module, rows)
-    laws = module.student_laws(torch.from_numpy(np.concatenate(rows.s))[span], terms).numpy()
+    laws = student_laws(module, torch.from_numpy(np.concatenate(rows.s))[span], terms).numpy()
     wanted = []
     for s, s_ids, t_ids in zip(rows.s, rows.student_ids, rows.teacher_ids, strict=True):
         held = places(rows.student, s_ids)
@@ -135,6 +140,68 @@ def test_student_laws(seed: int) -> None:
         ]
     assert laws == pytest.approx(np.array(wanted), abs=1e-9)
     assert laws.sum(1) == pytest.approx(np.ones(len(laws)))
+
+
+def crowded_vocabulary(rng: np.random.Generator) -> Vocabulary:
+    """Hundreds of tokens behind `a`, dozens behind `ab`, byte-fallback duplicates, two stops, a control id."""
+    letters = [bytes([byte]) for byte in range(ord("a"), ord("a") + 20)]
+    values: list[bytes | None] = [*letters, b"a", b"b", None, None, None]
+    values += [b"a" + x + y for x in letters for y in letters]
+    values += [b"ab" + x + y for x in letters[:3] for y in letters] + [b"bc", b"ca", b"cab"]
+    values = [values[i] for i in rng.permutation(len(values))]
+    empty = [i for i, value in enumerate(values) if value is None]
+    return toy_vocabulary(values, empty[:2])
+
+
+def summed(toy: Vocabulary, q: bytes) -> torch.Tensor:
+    """`[classes, V]`: which ids go on behind `q` with which byte; behind nothing also the stop and the rest."""
+    matrix = torch.zeros(CLASSES, toy.size, dtype=torch.float64)
+    for i, value in enumerate(toy.beta.values):
+        if value is not None and value.startswith(q) and value != q:
+            matrix[value[len(q)], i] = 1
+        elif value is None and not q:
+            matrix[STOP if i in toy.stop_ids else REST, i] = 1
+    return matrix
+
+
+def plain_law(toy: Vocabulary, p: torch.Tensor, ids: list[int], token: int, inside: int) -> torch.Tensor:
+    """`law_at` as products with matrices, for autograd."""
+    if inside:
+        law = summed(toy, toy.beta.values[ids[token]][:inside]) @ p[token]
+    else:
+        law = summed(toy, b"") @ p[token]
+        if token:
+            q = toy.beta.values[ids[token - 1]]
+            same = [i for i, value in enumerate(toy.beta.values) if value == q]
+            law = summed(toy, q) @ p[token - 1] + p[token - 1, same].sum() * law
+    return law / law.sum()
+
+
+@pytest.mark.parametrize("make", [crowded_vocabulary, lambda rng: random_vocabulary(rng, stops=2)], ids=["crowded", "small"])
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS)
+def test_student_laws_and_their_gradients(make, seed: int) -> None:
+    """Those of plain products, in both precisions (property 14)."""
+    rng = np.random.default_rng(seed)
+    rows = random_rows(rng, make(rng), random_vocabulary(rng), rows=2)
+    module = module_for(rows.student, rows.teacher)
+    span, terms = terms_of(module, rows)
+    logits = torch.from_numpy(np.concatenate(rows.s) + rng.normal(size=(sum(map(len, rows.s)), 1)))
+    exact = logits.clone().requires_grad_()
+    wanted = []
+    for p, s_ids, t_ids in zip(
+        exact.softmax(-1).split([len(s) for s in rows.s]), rows.student_ids, rows.teacher_ids, strict=True
+    ):
+        held = places(rows.student, s_ids)
+        wanted += [plain_law(rows.student, p, s_ids, *held[at]) for at, (_, r) in places(rows.teacher, t_ids).items() if r == 0]
+    weights = torch.from_numpy(rng.normal(size=(len(wanted), CLASSES)))
+    (slope,) = torch.autograd.grad((weights * torch.stack(wanted)).sum(), exact)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        given_logits = logits.to(dtype).requires_grad_()
+        laws = student_laws(module, given_logits[span], terms)
+        (gradient,) = torch.autograd.grad((weights.to(dtype) * laws).sum(), given_logits)
+        assert torch.allclose(laws.double(), torch.stack(wanted), atol=tolerance)
+        assert torch.allclose(gradient.double(), slope, atol=tolerance)
 
 
 @settings(max_examples=40, deadline=None)
@@ -259,7 +326,7 @@ def own_laws(model: TokenModel, ids: list[int]) -> np.ndarray:
     laws = teacher_laws(rows)
     module = module_for(model.toy, model.toy)
     span, terms = terms_of(module, rows)
-    assert module.student_laws(torch.from_numpy(table)[span], terms).numpy() == pytest.approx(laws, abs=1e-9)
+    assert student_laws(module, torch.from_numpy(table)[span], terms).numpy() == pytest.approx(laws, abs=1e-9)
     return laws
 
 

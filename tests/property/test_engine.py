@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import SEEDS, full_logprobs, student_ref, teacher_ref, twin_ref
 
-from tasks.engines.base import Completion, Sampling, TokenScores
+from tasks.engines.base import Completion, Sampling, Signal, TokenScores
+from tasks.engines.events import likeliest
 from tasks.engines.sampling import SeededSampler, gumbel
 from tasks.engines.transformers import TransformersEngine, length_batches
 from tasks.models import ModelRef, side
@@ -209,7 +210,8 @@ def test_scores_are_a_naive_log_softmax(ref, k: int, top_p: float) -> None:
         [*ids, int(rng.choice(text_side.stop_ids))] if r % 2 else ids for r, ids in enumerate(random_ids(rng, 7, 1, 9))
     ]
     grader = engine(ref(), batch_tokens=40)
-    for prompt, ids, got in zip(prompts, completions, grader.score(prompts, completions, k, top_p), strict=True):
+    scored = grader.score(prompts, completions, Signal(k=k, top_p=top_p))
+    for prompt, ids, got in zip(prompts, completions, scored, strict=True):
         wanted = naive_scores(grader.model, prompt, ids, text_side.stop_ids, grader.size, k, top_p)
         assert got.counts.tolist() == wanted.counts.tolist()
         assert got.top_ids.tolist() == wanted.top_ids.tolist()
@@ -225,16 +227,11 @@ def test_scores_are_a_naive_log_softmax(ref, k: int, top_p: float) -> None:
 
 def test_a_small_rest_does_not_drown() -> None:
     """The rest is summed itself: mass of 1e-9 outside the top ids is seen although 1 - (1 - 1e-9) is 0 in float32."""
-    grader = engine(student_ref())
-    logits = torch.full((1, grader.size), -25.0)
+    logits = torch.full((1, 300), -25.0)
     logits[0, 3] = 0.0
-    real = grader.model.get_output_embeddings()
-    grader.model.set_output_embeddings(torch.nn.Identity())
-    try:
-        _, _, _, _, rest = grader._score_positions(logits, torch.tensor([3]), 1, 1.0)
-    finally:
-        grader.model.set_output_embeddings(real)
-    assert float(rest[0]) == pytest.approx(math.log(grader.size - 1) - 25, abs=1e-3)
+    _, _, counts, rest = likeliest(logits.log_softmax(-1), Signal(k=1))
+    assert counts.tolist() == [1]
+    assert float(rest[0]) == pytest.approx(math.log(299) - 25, abs=1e-3)
 
 
 @settings(max_examples=10, deadline=None)
@@ -245,9 +242,9 @@ def test_scores_do_not_depend_on_the_batch(seed: int, budget: int) -> None:
     prompts, completions = random_ids(rng, 5, 1, 20), random_ids(rng, 5, 1, 20)
     grader = engine(teacher_ref())
     grader.batch_tokens = budget
-    together = grader.score(prompts, completions, 4, 1.0)
+    together = grader.score(prompts, completions, Signal(k=4))
     for prompt, ids, got in zip(prompts, completions, together, strict=True):
-        (alone,) = grader.score([prompt], [ids], 4, 1.0)
+        (alone,) = grader.score([prompt], [ids], Signal(k=4))
         assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
         assert got.rest == pytest.approx(alone.rest, abs=1e-3)
         assert got.top_ids.tolist() == alone.top_ids.tolist()
@@ -257,12 +254,12 @@ def test_a_constant_on_all_logits_changes_no_score() -> None:
     """Adding the same vector to all rows of the head adds a constant at each position (property 4)."""
     prompts, completions = random_ids(np.random.default_rng(5), 4, 2, 9), random_ids(np.random.default_rng(6), 4, 2, 9)
     grader = TransformersEngine(teacher_ref())
-    before = grader.score(prompts, completions, 6, 1.0)
+    before = grader.score(prompts, completions, Signal(k=6))
     head = grader.model.get_output_embeddings()
     head.weight = torch.nn.Parameter(
         head.weight + torch.randn(head.weight.shape[1], generator=torch.Generator().manual_seed(0))
     )
-    for old, new in zip(before, grader.score(prompts, completions, 6, 1.0), strict=True):
+    for old, new in zip(before, grader.score(prompts, completions, Signal(k=6)), strict=True):
         assert new.logprobs == pytest.approx(old.logprobs, abs=1e-3)
         assert new.top_ids.tolist() == old.top_ids.tolist()
 

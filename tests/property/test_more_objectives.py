@@ -87,7 +87,8 @@ def path(toy: Vocabulary, table: np.ndarray, ids: list[int], start: int, end: in
 
 
 def naive_strict(rows: Rows, top: int, k: int | None = None, same: bool = False) -> list[float]:
-    """One-to-one units and the stop: reverse KL of both laws on common events, renormalised, the rest in one bucket."""
+    """One-to-one units and the stop: reverse KL of both laws on common events, renormalised: on the `top` likeliest of
+    either side that the teacher names; the rest in one bucket."""
     student, teacher = rows.student, rows.teacher
     sides = ("same", "same") if same else ("S", "T")
     common = {event_of(student, i, sides[0]) for i in range(student.size)}
@@ -104,10 +105,10 @@ def naive_strict(rows: Rows, top: int, k: int | None = None, same: bool = False)
             t = by_event(teacher, named, sides[1])
             t = {event: mass for event, mass in t.items() if event in common}
             total = sum(t.values()) + max(1 - sum(named.values()), 0)
-            best = sorted(s, key=lambda event: -s[event])[:top]
-            support = [event for event in best if event in t]
+            best = {event for law in (s, t) for event in sorted(law, key=lambda event: -law[event])[:top]}
+            support = [event for event in t if event in best]
             a, b = [t[event] / total for event in support], [s[event] for event in support]
-            values.append(floored_jsd([*a, max(1 - sum(a), 1e-7)], [*b, max(1 - sum(b), 1e-15)], 1))
+            values.append(floored_jsd([*a, max(1 - sum(a), 0)], [*b, max(1 - sum(b), 1e-15)], 1))
     return values
 
 
@@ -177,6 +178,23 @@ def test_golden_strict() -> None:
     # The teacher's top 2 are a and one of b, e (both .2; the lower id comes first): a of .4/(.4 + .2 + .4), b of .2.
     truncated = 0.5 * math.log(0.5 / 0.4) + third * math.log(third / 0.2) + 2 * twelfth * math.log(2 * twelfth / 0.4)
     assert gold_losses(SMALL, Strict(name="strict"), 2) == pytest.approx([truncated], abs=1e-6)
+
+
+def test_strict_where_the_likeliest_of_both_sides_differ() -> None:
+    """The student is sure of b, and the teacher names a alone: a loss of the two coins (a or not), and a gradient to a."""
+    s = np.array([[0.01, 0.9, 0.02, 0.02, 0.05]])
+    for t_a, rest in ((0.9, math.log(0.1)), (1.0, -20.0)):  # the floor, where the teacher has nothing else
+        t = np.array([[0.0, 0.0, t_a, 1 - t_a, 0.0]])
+        with np.errstate(divide="ignore"):
+            rows = replace(SMALL, s=[np.log(s)], t=[np.log(t)])
+        module = objectives.build(Strict(name="strict", top=1), SMALL_S, SMALL_T)
+        logits = torch.from_numpy(rows.s[0]).requires_grad_()
+        value = losses(module, rows, 1, s=logits)
+        p = 0.01 / 0.98  # d is the student's alone
+        assert value.tolist() == pytest.approx([p * math.log(p / t_a) + (1 - p) * (math.log(1 - p) - rest)], abs=1e-6)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert gradient[0, 0] < -1e-3
+        assert gradient[0, 1] > 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -310,12 +328,14 @@ def test_alm_reaches_units_that_the_student_finds_unlikely() -> None:
     for logprob in (-2.0, -10.0, -19.0, -25.0, -60.0):
         for temperature in (1.0, 2.0):
             ((span, terms),) = [terms_of(objectives.build(Alm(name="alm"), PAIR_S, PAIR_T), pair(0.6))]
-            x = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, logprob + 1.0, -3.0]], dtype=torch.float64, requires_grad=True)
+            laws = pair(0.6, first := math.exp(-1), second := math.exp(logprob + 1)).s[0]
+            x = torch.from_numpy(laws).requires_grad_()
             module = objectives.build(Alm(name="alm", temperature=temperature), PAIR_S, PAIR_T)
             (gradient,) = torch.autograd.grad(module(x[span], terms).sum(), x)
             p, q = 0.6 ** (1 / temperature), math.exp(logprob / temperature)
             wanted = (q * (1 - p) / (1 - q) - p) / temperature
-            assert [float(gradient[0, 0]), float(gradient[1, 1])] == pytest.approx([wanted, wanted], rel=1e-4)
+            by_logprob = [float(gradient[0, 0]) / (1 - first), float(gradient[1, 1]) / (1 - second)]
+            assert by_logprob == pytest.approx([wanted, wanted], rel=1e-4)
 
 
 # -- bpm -------------------------------------------------------------------------------------------------------------------

@@ -360,6 +360,24 @@ def test_gradients_are_finite_differences(objective: Objective, seed: int, k: in
         assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("objective", ALL, ids=named)
+def test_autocast_does_not_reach_the_loss(objective: Objective) -> None:
+    """Under the student's half precision the same values and gradients: no objective sums masses in bfloat16."""
+    rng = np.random.default_rng(11)
+    student = random_vocabulary(rng, stops=2)
+    same = objective.name in ("gkd", "sft")
+    rows = random_rows(rng, student, student if same else random_vocabulary(rng, letters=b"abcd"), same_ids=same)
+    module = objectives.build(objective, rows.student, rows.teacher)
+    found = []
+    for enabled in (False, True):
+        logits = torch.from_numpy(np.concatenate(rows.s)).float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            values = losses(module, rows, s=logits)
+        found.append((values.detach(), torch.autograd.grad(values.sum(), logits)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
 def test_forward_kl_has_gradient_s_minus_t(seed: int) -> None:

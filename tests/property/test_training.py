@@ -51,7 +51,7 @@ from storage.store import Artifact, read_table, write_parquet
 from tasks import objectives
 from tasks.align import aligned_table
 from tasks.batches import ALIGNED_COLUMNS, ROLLOUT_COLUMNS, MicroBatch, collate, corrupted, optimizer_batches
-from tasks.engines.base import TokenScores
+from tasks.engines.base import Signal, TokenScores
 from tasks.engines.transformers import TransformersEngine
 from tasks.models import ModelRef, load_weights, side
 from tasks.score import teacher_ids
@@ -100,7 +100,8 @@ def trainable_rows(objective: Objective, teacher: ModelRef, completions: list[li
     if objective.name != "sft":
         graded = teacher_ids(rollouts.to_pylist(), other, own.vocabulary.same_as(other.vocabulary))
         able = [ids for ids in graded if ids]
-        results = teacher_engine(teacher).score([[1, 40, 50, 60][: 1 + r % 4] for r in range(len(able))], able, k, 2.0)
+        asked = [[1, 40, 50, 60][: 1 + r % 4] for r in range(len(able))]
+        results = teacher_engine(teacher).score(asked, able, Signal(k=k, top_p=2.0))
         scores = scores_of(results, [ids or None for ids in graded])
     module = objectives.build(objective, own.vocabulary, other.vocabulary)
     table = aligned_table(rollouts, scores, own, other, module).select(ALIGNED_COLUMNS)

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from storage.read import scan, unpack_topk
+from storage.read import scan, unpack_laws, unpack_topk
 from storage.schemas import EVALS, PROMPTS, SCHEMAS, SCORES, VOCAB
 from storage.store import write_parquet
 
@@ -171,3 +171,13 @@ def test_unpack_topk_of_nothing(tmp_path):
     frame = unpack_topk(scan(f"{tmp_path}/a", "scores")).collect()
     assert frame.height == 0
     assert frame.columns == ["round", "rollout_id", "position", "token_id", "logprob", "rest", "ids", "logprobs"]
+
+
+def test_unpack_laws(tmp_path):
+    """Laws of bytes are laid out as top ids are, under their own names."""
+    rows = scores(tmp_path / "a", 1, [f"r{i}" for i in range(20)], seed=4)
+    renamed = {"top_ids": "law_classes", "top_logprobs": "law_logprobs", "top_counts": "law_counts"}
+    laws = [{renamed.get(name, name): value for name, value in row.items()} for row in rows]
+    put(tmp_path / "a", "round=0001/scores/part-00000", laws, SCORES)
+    frame = unpack_laws(scan(f"{tmp_path}/a", "scores")).rename({"classes": "ids"})
+    assert frame.collect().to_dicts() == naive(rows, round=1)

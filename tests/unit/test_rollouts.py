@@ -10,6 +10,7 @@ import pytest
 
 from configs.schema import Rollout, Scratch
 from storage.schemas import PROMPTS, ROLLOUTS
+from tasks.completions import completions_table
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.transformers import engine
 from tasks.models import ModelRef, Side, side
@@ -153,7 +154,7 @@ def ids_of(text_side: Side, text: str) -> list[int]:
 
 def test_references_get_the_students_ids_and_its_stop(student, prompts):
     rollout = Rollout(max_new_tokens=24)
-    table = rollouts_table(rows_from("reference"), prompts, rollout, 1, student, None)
+    table = rollouts_table(rows_from("reference"), prompts, rollout, 1, student, [])
     assert table.schema.equals(ROLLOUTS)
     text_side = side(student)
     stop = text_side.tokenizer.convert_tokens_to_ids("<end>")
@@ -166,7 +167,7 @@ def test_references_get_the_students_ids_and_its_stop(student, prompts):
 
 
 def test_a_long_reference_is_cut_like_a_sample(student, prompts):
-    table = rollouts_table(rows_from("reference"), prompts, Rollout(max_new_tokens=8), 1, student, None)
+    table = rollouts_table(rows_from("reference"), prompts, Rollout(max_new_tokens=8), 1, student, [])
     row, text_side = table.to_pylist()[5], side(student)
     assert row["token_ids"] == ids_of(text_side, REFERENCES[5])[:8]
     assert row["finish_reason"] == "length"
@@ -176,7 +177,7 @@ def test_a_long_reference_is_cut_like_a_sample(student, prompts):
 
 def test_a_reference_that_just_fits_is_cut_before_its_stop(student, prompts):
     limit = len(ids_of(side(student), "olleh dlrow"))
-    row = rollouts_table(rows_from("reference")[1:2], prompts, Rollout(max_new_tokens=limit), 1, student, None).to_pylist()[0]
+    row = rollouts_table(rows_from("reference")[1:2], prompts, Rollout(max_new_tokens=limit), 1, student, []).to_pylist()[0]
     assert row["finish_reason"] == "length"
     assert len(row["token_ids"]) == limit
     assert row["text"] == "olleh dlrow"
@@ -184,7 +185,7 @@ def test_a_reference_that_just_fits_is_cut_before_its_stop(student, prompts):
 
 def test_own_samples(student, prompts):
     """Ids as sampled with their log-probs, a stop last or the limit reached, and the text that they spell."""
-    table = rollouts_table(rows_from("student"), prompts, Rollout(max_new_tokens=6), 3, student, None)
+    table = rollouts_table(rows_from("student"), prompts, Rollout(max_new_tokens=6), 3, student, [])
     text_side = side(student)
     stop = text_side.tokenizer.convert_tokens_to_ids("<end>")
     for i, row in enumerate(table.to_pylist()):
@@ -202,9 +203,9 @@ def test_own_samples(student, prompts):
 
 def test_samples_do_not_depend_on_the_batch(student, prompts):
     rows = rows_from("student")
-    together = rollouts_table(rows, prompts, Rollout(max_new_tokens=6), 1, student, None)["token_ids"].to_pylist()
-    in_pairs = rollouts_table(rows, prompts, Rollout(max_new_tokens=6, batch_size=2), 1, student, None)
-    alone = [rollouts_table([row], prompts, Rollout(max_new_tokens=6), 1, student, None) for row in rows]
+    together = rollouts_table(rows, prompts, Rollout(max_new_tokens=6), 1, student, [])["token_ids"].to_pylist()
+    in_pairs = rollouts_table(rows, prompts, Rollout(max_new_tokens=6, batch_size=2), 1, student, [])
+    alone = [rollouts_table([row], prompts, Rollout(max_new_tokens=6), 1, student, []) for row in rows]
     assert in_pairs["token_ids"].to_pylist() == together
     assert [table["token_ids"].to_pylist()[0] for table in alone] == together
 
@@ -213,7 +214,8 @@ def test_samples_do_not_depend_on_the_batch(student, prompts):
 def from_teacher(student, teacher, prompts) -> list[tuple[dict, Completion]]:
     """Many short rollouts by the teacher, each with what the teacher sampled for its prompt and seed."""
     rows = [Row(0, 0, "teacher", seed, f"0001-{seed:06d}-000") for seed in range(200)]
-    table = rollouts_table(rows, prompts, Rollout(max_new_tokens=3), 1, student, teacher)
+    written = completions_table(rows, prompts, Rollout(max_new_tokens=3, batch_size=64), teacher).to_pylist()
+    table = rollouts_table(rows, prompts, Rollout(max_new_tokens=3), 1, student, written)
     prompt = side(teacher).render(prompts["messages"].to_pylist()[0])
     sampled = engine(teacher).generate([prompt] * 200, list(range(200)), Sampling(3))
     return list(zip(table.to_pylist(), sampled, strict=True))

@@ -27,6 +27,8 @@ OPENERS |= {"read_ndjson", "scan_ndjson", "read_csv", "load_file", "save_file", 
 MAY_OPEN = {
     ("configs/load.py", "load"),
     ("tasks/prompts.py", "read_rows"),
+    ("tasks/signals.py", "make"),
+    ("tasks/signals.py", "read_head"),
     ("tasks/train.py", "_save"),
     ("tasks/train.py", "_restore"),
 }

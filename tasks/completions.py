@@ -1,0 +1,67 @@
+"""The teacher's own completions, for off-policy rows. No student's tokenizer enters: students share them."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.schema import Recipe, Rollout
+from storage.schemas import COMPLETIONS
+from storage.store import Artifact, Run, part, read_table, round_slot
+from tasks.engines.base import Sampling
+from tasks.engines.transformers import engine
+from tasks.models import ModelRef, side
+from tasks.progress import logger, progress
+from tasks.rollout import ENGINE, Row, plan
+from tasks.tokens.token_bytes import split_completion
+
+CODE = 1
+
+
+@task(name="completions", task_run_name="completions-{number}-{shard}", cache_policy=NO_CACHE)
+def complete_shard(recipe: Recipe, number: int, shard: int, teacher: ModelRef, prompts: Artifact) -> Artifact:
+    """`round=…/completions/part-…`: what the teacher writes for the rows of a shard that are its own."""
+    run, config = Run(recipe.root, recipe.name), recipe.rollout
+    inputs = {
+        "stage": "completions",
+        "code": CODE,
+        "engine": ENGINE,
+        "teacher": teacher.identity,
+        "prompts": prompts.digest,
+        "recipe": config.model_dump(),
+        "seed": recipe.seed,
+        "round": number,
+        "part": shard,
+    }
+
+    def make() -> pa.Table:
+        table = read_table(prompts, ["prompt_id", "messages"])
+        rows = plan(config, recipe.seed, number, shard, table["prompt_id"].to_pylist())
+        with progress(f"round {number} teacher's completions", len(rows)) as advance:
+            return completions_table(rows, table, config, teacher, advance)
+
+    return run.build_table(round_slot(number, "completions", part(shard)), inputs, make, logger.info)
+
+
+def completions_table(
+    rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Any = lambda count: None
+) -> pa.Table:
+    """The teacher's completions, under its own rendering of the prompts, of those `rows` whose source it is."""
+    mine = [row for row in rows if row.source == "teacher"]
+    chosen = prompts.take(np.array([row.prompt for row in mine], np.int64))
+    ids = chosen["prompt_id"].to_pylist()
+    text_side, generator, records = side(teacher), engine(teacher, config.batch_size), []
+    rendered = [text_side.render(messages) for messages in chosen["messages"].to_pylist()]
+    sampling, stops = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k), set(text_side.stop_ids)
+    for start in range(0, len(mine), config.batch_size):
+        batch = slice(start, start + config.batch_size)
+        made = generator.generate(rendered[batch], [row.seed for row in mine[batch]], sampling)
+        for row, prompt_id, completion in zip(mine[batch], ids[batch], made, strict=True):
+            text, whole = split_completion(text_side.beta, completion.ids, stops)
+            finish = "stop" if whole and completion.ids[-1] in stops else "length"
+            record = (row.rollout_id, prompt_id, teacher.digest, text, finish)
+            records.append(dict(zip(COMPLETIONS.names, record, strict=True)))
+        advance(len(made))
+    return pa.Table.from_pylist(records, COMPLETIONS)

