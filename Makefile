@@ -6,7 +6,7 @@ SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format clean
+.PHONY: demo test check fuzz bench format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -25,6 +25,16 @@ check: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.installed  ## 100,000 texts through eight pairs of real tokenizers; prints what is refused and why
+	$(BIN)/python tests/fetch.py tokenizers smollm2
+	POTSTILL_FUZZ=100000 $(BIN)/python -m pytest -s tests/property/test_real_tokenizers.py
+
+bench: $(VENV)/.installed  ## ratios: alignment, loss steps, and what signals cost and lose (half an hour)
+	$(BIN)/python tests/benchmarks/alignment.py
+	$(BIN)/python tests/benchmarks/loss_step.py --student head64
+	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2
+	$(BIN)/python tests/benchmarks/signals.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -164,10 +164,10 @@ class Bytes(Divergence):
 
 
 class Strict(Table):
-    """One-to-one units and the stop; both laws on matched ids alone, reverse KL on the student's likeliest."""
+    """One-to-one units and the stop; both laws on matched ids alone, reverse KL on the likeliest."""
 
     name: Literal["strict"]
-    top: Int = Field(16, ge=1, le=1024, description="ids of the student that are compared")
+    top: Int = Field(16, ge=1, le=1024, description="likeliest ids of either side that are compared")
 
 
 class Alm(Table):

@@ -4,6 +4,7 @@ import itertools
 import posixpath
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from configs.errors import BadInput
@@ -39,7 +40,7 @@ def tables(run: str) -> list[dict[str, Any]]:
 
 
 def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
-    """A round's byte accounts by status, its units by kind, and its first rollouts."""
+    """A round's byte accounts by status, its units by kind, what of it both vocabularies know, its first rollouts."""
     try:
         aligned = scan(run, "aligned").filter(pl.col("round") == number).collect()
     except (pl.exceptions.ComputeError, FileNotFoundError):
@@ -61,8 +62,40 @@ def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
             {"kind": Kind(row["kind"]).name.lower(), "units": row["len"], "share": f"{row['len'] / kinds['len'].sum():.1%}"}
             for row in kinds.to_dicts()
         ],
+        "Tokens that the other side has too": _matched(run, number, rollouts),
+        "Retokenisation drift": [
+            {
+                "rollouts": len(aligned),
+                "ids that are not the text's encoding": f"{(~aligned['canonical']).sum() / len(aligned):.1%}",
+            }
+        ],
         f"The first {len(shown)} of {len(rollouts)} rollouts (log_ratio: log student - log teacher)": shown.to_dicts(),
     }
+
+
+def _matched(run: str, number: int, rollouts: pl.DataFrame) -> list[dict[str, Any]]:
+    """Shares of emitted tokens, and of the teacher's mass in its top k, that match an id of the other side (MATHS.md §2)."""
+    vocab = scan(run, "vocab").filter(pl.col("match_id") >= 0).select("side", "token_id").collect()
+    known = {side: frame["token_id"] for (side,), frame in vocab.group_by("side")}
+
+    def share(ids: pl.Series, side: str, mass: pl.Series | None = None) -> str:
+        matched = ids.is_in(known[side].implode()).to_numpy()
+        weight = np.ones(len(ids)) if mass is None else mass.to_numpy()
+        return f"{weight[matched].sum() / weight.sum():.1%}" if len(ids) else "–"
+
+    def tokens(table: pl.DataFrame) -> pl.Series:
+        return table["token_ids"].explode().drop_nulls()  # rows that were dropped have none
+
+    lines = [{"side": "student", "of": "emitted tokens", "share": share(tokens(rollouts), "student")}]
+    scores = pl.DataFrame(
+        _rows(run, "scores", pl.col("round") == number), schema_overrides={"top_logprobs": pl.List(pl.Float32)}
+    )
+    if len(scores):
+        lines.append({"side": "teacher", "of": "emitted tokens", "share": share(tokens(scores), "teacher")})
+        if scores["top_ids"].null_count() < len(scores):
+            top = scores.select(pl.col("top_ids").explode(), pl.col("top_logprobs").explode().exp().alias("mass")).drop_nulls()
+            lines.append({"side": "teacher", "of": "mass of the top k", "share": share(top["top_ids"], "teacher", top["mass"])})
+    return lines
 
 
 def one_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:

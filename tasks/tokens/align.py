@@ -82,6 +82,6 @@ def unit_sizes(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 def unit_starts(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Inclusive starts of units: the end of the unit before, 0 at a row's first."""
-    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    starts = np.concatenate([ends[:0], [0], ends[:-1]])[: len(ends)]
     starts[offsets[:-1][np.diff(offsets) > 0]] = 0
     return starts

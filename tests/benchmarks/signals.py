@@ -1,4 +1,4 @@
-"""What each signal of the real SmolLM2 costs on disk, and how much of a divergence it loses: `make bench-signals`.
+"""What each signal of SmolLM2 costs on disk, and how much of a divergence it loses: `python tests/benchmarks/signals.py`.
 
 The student is the teacher with noise on its weights, so that the full divergence between the two is known at every token.
 Texts are the teacher's own samples. Error: mean over tokens of |divergence from the signal - divergence from everything|.
@@ -9,26 +9,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
-import torch
-from rich.console import Console
-from rich.table import Table
+CHECKOUT = Path(__file__).parents[2]
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
-from configs.schema import Score
-from storage.schemas import SCORES
-from storage.store import write_parquet
-from tasks.engines.base import Sampling, Signal
-from tasks.engines.events import boundary_laws, likeliest
-from tasks.engines.transformers import TransformersEngine
-from tasks.models import ModelRef, finish_of, hidden_states
-from tasks.objectives.divergences import bucketed
-from tasks.score import scores_table
-from tasks.signals import Head
-from tasks.tokens.byte_laws import REST, ByteLaws
+import fetch  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from fetch import MODELS
-from fetch import main as fetch_all
+from configs.schema import Score  # noqa: E402
+from storage.schemas import SCORES  # noqa: E402
+from storage.store import write_parquet  # noqa: E402
+from tasks.engines.base import Sampling, Signal  # noqa: E402
+from tasks.engines.events import boundary_laws, likeliest  # noqa: E402
+from tasks.engines.transformers import TransformersEngine  # noqa: E402
+from tasks.models import ModelRef, finish_of, hidden_states  # noqa: E402
+from tasks.objectives.divergences import bucketed  # noqa: E402
+from tasks.score import scores_table  # noqa: E402
+from tasks.signals import Head  # noqa: E402
+from tasks.tokens.byte_laws import REST, ByteLaws  # noqa: E402
 
 TOPICS = (
     "the tides", "a lost key", "sorting a list in Python", "bread", "prime numbers", "the French Revolution", "bees", "a haiku",
@@ -39,18 +39,21 @@ NOISE = 0.06  # of each matrix's standard deviation
 CASES = [
     *(Score(signal="topk", k=k) for k in (16, 64, 256)),
     *(Score(signal="topk", k=k, top_p=p) for k, p in ((64, 0.99), (256, 0.99), (256, 0.995), (1024, 0.995))),
-    *(Score(signal="bytes", k=k, top_p=p) for k, p in ((257, 1.0), (64, 0.9999), (64, 0.999), (32, 0.999), (32, 0.99))),
+    *(
+        Score(signal="bytes", k=k, top_p=p)
+        for k, p in ((257, 1.0), (64, 0.9999), (64, 0.999), (64, 0.9985), (32, 0.998), (32, 0.99))
+    ),
     Score(signal="hidden", k=49_152),
     Score(signal="sampled"),
 ]
 
 
 @torch.inference_mode()
-def main(samples: int, tokens: int) -> None:
-    fetch_all(["smollm2"])
-    engine = TransformersEngine(ModelRef(str(MODELS / "smollm2"), "smollm2"), batch_size=64)
+def main(samples: int, tokens: int, temperature: float) -> None:
+    fetch.main(["smollm2"])
+    engine = TransformersEngine(ModelRef(str(fetch.MODELS / "smollm2"), "smollm2"), batch_size=64)
     prompts = [engine.side.render([{"role": "user", "content": f"Write about {topic}."}]) for topic in TOPICS] * samples
-    sampled = engine.generate(prompts, list(range(len(prompts))), Sampling(tokens))
+    sampled = engine.generate(prompts, list(range(len(prompts))), Sampling(tokens, temperature))
     completions = [completion.ids for completion in sampled]
     rows = [
         {"rollout_id": f"r{i}", "prompt_id": "p", "token_ids": ids, "text": "", "finish_reason": ""}
@@ -65,7 +68,7 @@ def main(samples: int, tokens: int) -> None:
             parameter.data += torch.randn(parameter.shape, generator=generator) * parameter.std() * NOISE
     s_hidden = flat_hidden(engine, prompts, completions)
     student_head = engine.model.get_output_embeddings().weight.clone()
-    engine = TransformersEngine(ModelRef(str(MODELS / "smollm2"), "smollm2"), batch_size=64)
+    engine = TransformersEngine(ModelRef(str(fetch.MODELS / "smollm2"), "smollm2"), batch_size=64)
     head = Head(engine.model.get_output_embeddings().weight.detach(), None, finish_of(engine.model))
     noisy = Head(student_head, None, head.finish)
 
@@ -154,4 +157,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=4, help="completions of each of 16 prompts")
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples that are scored")
     main(**vars(parser.parse_args()))

@@ -1,5 +1,6 @@
 """The `potstill` command as people meet it: help, tables, plain lines in a log, bars on a terminal."""
 
+import math
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ from helpers import CHECKOUT, POTSTILL, TINY, files
 
 from flows import cli
 from storage.read import scan
+from tasks.inspect import one_round
 
 ANSI = "\x1b"
 
@@ -165,6 +167,26 @@ def test_inspect_a_round(potstill, tiny):
     assert len(rows) == 10
     assert all(row[0].startswith("0002-") for row in rows)
     assert all(re.fullmatch(r"-?\d+\.\d{1,3}|", row[-1]) for row in rows), "log ratios have three digits"
+
+
+def test_inspect_what_both_vocabularies_know(tiny):
+    """Shares of tokens and of mass whose id has a match, and of ids that are not canonical, by loops over the tables."""
+    shown = one_round(str(tiny), 1)
+    vocab = scan(str(tiny), "vocab").collect().to_dicts()
+    known = {(row["side"], row["token_id"]) for row in vocab if row["match_id"] >= 0}
+    tables = {name: scan(str(tiny), name).filter(pl.col("round") == 1).collect().to_dicts() for name in ("rollouts", "scores")}
+    wanted = []
+    for side, table in (("student", "rollouts"), ("teacher", "scores")):
+        ids = [i for row in tables[table] for i in row["token_ids"] or []]
+        wanted.append(sum((side, i) in known for i in ids) / len(ids))
+    top = [pair for row in tables["scores"] for pair in zip(row["top_ids"] or [], row["top_logprobs"] or [], strict=True)]
+    masses = [math.exp(logprob) for _, logprob in top]
+    wanted.append(sum(m for (i, _), m in zip(top, masses, strict=True) if ("teacher", i) in known) / sum(masses))
+    got = [float(row["share"].rstrip("%")) / 100 for row in shown["Tokens that the other side has too"]]
+    assert got == pytest.approx(wanted, abs=1e-3)
+    canonical = scan(str(tiny), "aligned").filter(pl.col("round") == 1).collect()["canonical"].to_list()
+    (drift,) = shown["Retokenisation drift"]
+    assert drift == {"rollouts": 64, "ids that are not the text's encoding": f"{canonical.count(False) / 64:.1%}"}
 
 
 @pytest.mark.parametrize("source", ["student", "reference"])

@@ -39,7 +39,7 @@ from tasks.engines.transformers import TransformersEngine
 from tasks.models import side
 from tasks.ragged import offsets_of
 from tasks.score import teacher_ids
-from tasks.tokens.align import Kind, align
+from tasks.tokens.align import Kind, align, unit_starts
 from tasks.tokens.token_bytes import Encoder, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -99,6 +99,14 @@ def test_units_end_at_the_common_ends(pairs: list[tuple[list[int], list[int]]]) 
     """Ends are exactly E_S ∩ E_T, row by row; a stop, where both sides are equally long, is one more unit."""
     rows = [(s, t, sum(s) == sum(t)) for s, t in pairs]
     assert aligned_rows(rows) == [units_by_sets(*row) for row in rows]
+
+
+def test_starts_leave_their_ends_alone() -> None:
+    """Arrays that come from Arrow cannot be written to, empty ones neither."""
+    for ends, offsets, starts in (([2, 3, 1], [0, 2, 2, 3], [0, 2, 0]), ([], [0, 0], [])):
+        given = np.array(ends, np.int32)
+        given.flags.writeable = False
+        assert unit_starts(given, np.array(offsets)).tolist() == starts
 
 
 @settings(max_examples=60, deadline=None)
