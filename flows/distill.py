@@ -95,9 +95,11 @@ def _round(
         written = [complete_shard(recipe, number, p, teacher, prompts["train"]) for p in parts]
     rollouts = [roll_out(recipe, number, p, student, prompts["train"], written[p]) for p in parts]
     scores: list[Artifact | None] = [None for _ in parts]
+    head: Artifact | None = None
     if teacher is not None and recipe.objective.name != "sft":
         scores = [score_shard(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
-    head = keep_head(recipe, teacher) if teacher is not None and recipe.score.signal == "hidden" else None
+        if recipe.score.signal == "hidden":
+            head = keep_head(recipe, teacher)
     aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts]
     return train_round(recipe, number, student, teacher, rollouts, aligned, trainer)
 

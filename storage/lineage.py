@@ -20,9 +20,9 @@ def digest_json(value: Any) -> str:
 
 def digest_table(table: pa.Table) -> str:
     """sha256 of a table's columns and values, whatever its chunks."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as writer:
-        writer.write_table(table.replace_schema_metadata(None).combine_chunks())
+    whole, sink = table.replace_schema_metadata(None).combine_chunks(), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, whole.schema) as writer:
+        writer.write_table(whole)
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 

@@ -39,7 +39,7 @@ def complete_shard(recipe: Recipe, number: int, shard: int, teacher: ModelRef, p
     def make() -> pa.Table:
         table = read_table(prompts, ["prompt_id", "messages"])
         rows = plan(config, recipe.seed, number, shard, table["prompt_id"].to_pylist())
-        with progress(f"round {number} teacher's completions", len(rows)) as advance:
+        with progress(f"round {number} teacher's completions", sum(row.source == "teacher" for row in rows)) as advance:
             return completions_table(rows, table, config, teacher, advance)
 
     return run.build_table(round_slot(number, "completions", part(shard)), inputs, make, logger.info)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
     return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
 
 
-@lru_cache(maxsize=1)
 def read_head(artifact: Artifact, teacher: ModelRef) -> Head:
     """The head that `keep_head` kept, on the teacher's device."""
     with safe_open(Path(local_folder(artifact)) / FILE, "pt", device=str(device_of(teacher))) as file:

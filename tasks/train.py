@@ -29,7 +29,7 @@ from tasks.objectives.base import ObjectiveModule
 from tasks.progress import logger, progress
 from tasks.seeds import derive
 
-CODE = 1
+CODE = 2
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
