@@ -14,12 +14,13 @@ from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks import objectives
 from tasks.models import ModelRef, Side, side
 from tasks.objectives.base import ObjectiveModule, Pairing
+from tasks.objectives.divergences import FLOOR
 from tasks.progress import logger
 from tasks.ragged import Flat, first_of, flat, offsets_of, ragged, rows_of
 from tasks.signals import Head, nothing, read_head, read_signal
 from tasks.tokens.align import Units, align, unit_starts
 
-CODE = 1
+CODE = 2
 
 
 @task(name="aligned", task_run_name="aligned-{number}-{shard}", cache_policy=NO_CACHE)
@@ -81,6 +82,8 @@ def aligned_table(
     units = pairing.units
     status = np.where((status == "ok") & (np.diff(units.offsets) == 0), "no_unit", status)
     projection = objective.project(pairing)
+    # A row may hold no unit and still teach: not to begin with a control token.
+    status = np.where(np.isin(status, ["empty", "no_unit"]) & (np.diff(projection.offsets) > 0), "ok", status)
 
     covered, ok = _last(units.byte_ends, units.offsets), status == "ok"
     graded = _unit_sums(units, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets)
@@ -113,6 +116,7 @@ class Sampled:
     offsets: np.ndarray
     stopped: np.ndarray  # bool [rows]: the last of the ids is a stop
     logprobs: np.ndarray  # behaviour; NaN where the student did not sample
+    escapes: np.ndarray  # [rows] behaviour of the control token that ended the ids; NaN where none did
 
 
 def _sampled(rollouts: pa.Table, own: Side) -> Sampled:
@@ -127,12 +131,15 @@ def _sampled(rollouts: pa.Table, own: Side) -> Sampled:
     empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
     logprobs = np.full(len(ids), np.nan)
     logprobs[~rollouts["logprobs"].is_null().to_numpy()[row]] = flat(rollouts["logprobs"])[0]
+    escapes, escaped = np.full(rows, np.nan), np.flatnonzero(control)[::-1]
+    escapes[row[escaped]] = logprobs[escaped]  # backwards: a row's first control token is written last
     return Sampled(
         np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
         ids[keep],
         offsets_of(np.bincount(row[keep], minlength=rows)),
         np.bincount(row, is_stop & last & keep, rows) > 0,
         logprobs[keep],
+        escapes,
     )
 
 
@@ -150,6 +157,7 @@ def _pairing(
     counts, z_counts = _last(units.student_ends, units.offsets), _last(units.teacher_ends, units.offsets)
     keep, kept = first_of(z_offsets, z_counts), offsets_of(z_counts)
     signal = nothing(kept[-1])
+    escapes = _escapes(sampled, counts, scores, z, z_offsets, z_counts, other)
     if scores is not None:
         signal = read_signal(scores, kept, keep, config, laws, other.vocabulary, head)
     return Pairing(
@@ -160,8 +168,33 @@ def _pairing(
         stops=stops,
         units=units,
         behaviour=_unit_sums(units, units.student_ends, sampled.logprobs, offsets),
+        escapes=escapes,
         **signal,
     )
+
+
+def _escapes(
+    sampled: Sampled,
+    counts: np.ndarray,
+    scores: pa.Table | None,
+    z: np.ndarray,
+    z_offsets: np.ndarray,
+    z_counts: np.ndarray,
+    other: Side,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of the control token that ended each row behind its last unit, under its policy and under the teacher.
+
+    The policy's is NaN where there is none. A teacher that knows the same ids has scored it; to another it is impossible.
+    """
+    behaviour = np.where(counts == np.diff(sampled.offsets), sampled.escapes, np.nan)
+    grades = np.full(len(behaviour), FLOOR)
+    if scores is not None:
+        behaviour[~np.isin(scores["status"].to_numpy(zero_copy_only=False), ["ok", "empty"])] = np.nan
+        row = np.flatnonzero(z_counts < np.diff(z_offsets))
+        at = z_offsets[row] + z_counts[row]
+        known = (other.vocabulary.lengths[z[at]] == 0) & ~np.isin(z[at], other.stop_ids)
+        grades[row[known]] = flat(scores["logprobs"])[0][at[known]]
+    return behaviour, np.maximum(grades, FLOOR)
 
 
 def _last(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ class Pairing:
     rest: np.ndarray
     units: Units
     behaviour: np.ndarray  # log-prob of each unit under the policy that sampled it; NaN where none did
+    escapes: tuple[np.ndarray, np.ndarray] | None = None  # [rows] of the control token behind the units: see tasks.align
     laws: tuple[np.ndarray, ...] | None = None  # of the next byte before each teacher token: counts, classes, masses
 
     @property

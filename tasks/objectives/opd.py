@@ -1,5 +1,7 @@
 """`opd`: policy gradient on a unit's log-ratio (Thinking Machines, "On-Policy Distillation")."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -17,8 +19,13 @@ class OpdObjective(ObjectiveModule):
         self.register_buffer("stops", torch.tensor(student.stop_ids), persistent=False)
 
     def project(self, pairing: Pairing) -> Projection:
-        """Units of the student's own samples: a row without behaviour log-probs has no policy to take the gradient of."""
-        return project_units(pairing, only=~np.isnan(pairing.behaviour))
+        """Units of the student's own samples: a row without behaviour log-probs has no policy to take the gradient of.
+
+        A control token behind the last unit is a term of its own. It spells nothing, so no unit holds it; without the term
+        the student could leave a text there at no cost.
+        """
+        units = project_units(pairing, only=~np.isnan(pairing.behaviour))
+        return units if pairing.escapes is None else _with_escapes(units, pairing, *pairing.escapes)
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         """A surrogate whose gradient is -w·A·∇log P_S, with A = log P_T - log P_S and w = min(P_S / P_behaviour, C).
@@ -31,3 +38,22 @@ class OpdObjective(ObjectiveModule):
         sampled = unit_logprobs(logprobs.detach(), terms)  # of the very ids, as the behaviour's are
         weight = (sampled - terms.behaviour).exp().clamp(max=self.config.clip)
         return -advantage - weight * advantage * (path - path.detach())
+
+
+def _with_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray, grades: np.ndarray) -> Projection:
+    """`units` and, last in each row that has one, the term of its control token; it speaks of no byte."""
+    row = np.flatnonzero(~np.isnan(behaviour))
+    at, kept = units.offsets[row + 1], np.diff(pairing.student_offsets)[row]
+    more = np.zeros(len(units.offsets), np.int64)
+    more[row + 1] = 1
+    return replace(
+        units,
+        offsets=units.offsets + np.cumsum(more),
+        starts=np.insert(units.starts, at, kept),
+        ends=np.insert(units.ends, at, kept + 1),
+        counts=np.insert(units.counts, at, 1),
+        ids=np.insert(units.ids, at, 0),
+        logprobs=np.insert(units.logprobs, at, grades[row]),
+        rest=np.insert(units.rest, at, np.log(-np.expm1(np.minimum(grades[row], np.log1p(-1e-12))))),
+        behaviour=np.insert(units.behaviour, at, behaviour[row]),  # type: ignore[arg-type]
+    )

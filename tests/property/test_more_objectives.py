@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from toys import (
     losses,
     pairing,
     path_logprobs,
+    random_bytes,
     random_logprobs,
     random_rows,
     random_split,
@@ -31,8 +33,10 @@ from toys import (
 from toys import vocabulary as toy_vocabulary
 
 from configs.schema import Alm, Bpm, Gkd, Objective, Opd, Strict
+from storage.schemas import SCORES
 from tasks import objectives
 from tasks.align import aligned_table
+from tasks.batches import collate
 from tasks.engines.base import TokenScores
 from tasks.objectives.base import Projection
 from tasks.tokens.vocabulary import Vocabulary
@@ -802,6 +806,95 @@ def test_rows_that_the_student_did_not_sample(seed: int) -> None:
         assert record["student_logprobs"] == pytest.approx(wanted, abs=1e-4)
         assert record["target_logprobs"] == pytest.approx(graded, abs=1e-4)
         assert record["teacher_logprobs"] == pytest.approx(graded, abs=1e-4)
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two-vocabularies", "one-vocabulary"])
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS)
+def test_opd_grades_the_control_token_that_ends_a_text(seed: int, same: bool) -> None:
+    """A control token spells nothing, so no unit holds it, and yet a student must not leave its text there for free
+    (property 18): it is a term, impossible to a teacher that does not know it, as likely as it says to one that does."""
+    rng = np.random.default_rng(seed)
+    student = random_vocabulary(rng, stops=1, controls=2)
+    teacher = student if same else random_vocabulary(rng, stops=2)
+    controls = [i for i, role in enumerate(student.beta.roles) if role == "control"]
+    s_rows, t_rows, results, behaviours, wanted = [], [], [], [], []
+    for _ in range(6):
+        text = random_bytes(rng, int(rng.integers(0, 5)))
+        ids = random_split(rng, student, text)
+        given_row, escapes = rng.random() < 0.2, rng.random() < 0.6
+        escape = len(ids)
+        tail = [int(rng.choice(controls)), *random_split(rng, student, random_bytes(rng, 2))] if escapes else []
+        ids += tail + student.stop_ids[:1] * int(rng.random() < 0.5)
+        graded = ids if same else random_split(rng, teacher, text) + teacher.stop_ids[:1] * (ids[-1:] == student.stop_ids[:1])
+        behaviours.append(None if given_row or not ids else -rng.gamma(2.0, size=len(ids)))
+        s_rows.append(ids)
+        t_rows.append(graded)
+        table = random_logprobs(rng, len(graded), teacher.size)
+        results.append(
+            TokenScores(
+                table[np.arange(len(graded)), graded].astype(np.float32),
+                np.zeros(len(graded), np.int32),
+                table[:, 0].astype(np.float16),
+                np.ones(len(graded), np.int16),
+                np.log1p(-np.exp(table[:, 0])).astype(np.float32),
+            )
+        )
+        last = None
+        if escapes and not given_row:
+            grade = max(float(results[-1].logprobs[escape]), -20.0) if same else -20.0
+            last = (escape, escape + 1, float(behaviours[-1][escape]), grade)
+        wanted.append(last)
+    own, other = ToySide(student), ToySide(teacher)
+    module = objectives.build(Opd(name="opd"), student, teacher)
+    rollouts = rollouts_table([[0]] * len(s_rows), s_rows, own, logprobs=behaviours)  # type: ignore[arg-type]
+    scores = scores_of(results, t_rows).to_pylist()
+    for row in scores:
+        row["status"] = "ok" if row["token_ids"] else "empty"  # as the scoring stage has it
+    aligned = aligned_table(rollouts, pa.Table.from_pylist(scores, SCORES), own, other, module)  # type: ignore[arg-type]
+    for row, last, ids in zip(aligned.to_pylist(), wanted, s_rows, strict=True):
+        assert sum(row[f"{kind}_bytes"] for kind in ("supervised", "unmatched", "dropped", "tail")) == sum(
+            len(student.beta.values[i] or b"") for i in ids
+        )
+        units = len(row["student_ends"]) if row["student_logprobs"] is not None else 0
+        assert row["units"] == units + (last is not None)
+        if last is not None:
+            start, end, policy, grade = last
+            assert row["status"] == "ok"
+            assert (row["term_starts"][-1], row["term_ends"][-1]) == (start, end)
+            assert row["term_behaviour"][-1] == pytest.approx(policy, abs=1e-5)
+            assert row["target_logprobs"][-1] == pytest.approx(grade, abs=1e-5)
+
+
+def test_opd_makes_an_escape_less_likely() -> None:
+    """One step down the gradient takes mass from the control token that was sampled."""
+    student = toy_vocabulary([b"a", b"b", None, None], [3])
+    teacher = toy_vocabulary([b"a", b"b", b"ab", None], [3])
+    own, other = ToySide(student), ToySide(teacher)
+    ids = [0, 2]
+    rollouts = rollouts_table([[0]], [ids], own, logprobs=[np.log([0.5, 0.25])])  # type: ignore[arg-type]
+    half = np.log(0.5)
+    result = TokenScores(
+        np.array([half], np.float32),
+        np.zeros(1, np.int32),
+        np.array([half], np.float16),
+        np.ones(1, np.int16),
+        np.array([half], np.float32),
+    )
+    module = objectives.build(Opd(name="opd"), student, teacher)
+    table = aligned_table(rollouts, scores_of([result], [[0]]), own, other, module)  # type: ignore[arg-type]
+    batch = collate(
+        table.append_column("token_ids", rollouts["token_ids"]).append_column("prompt_token_ids", rollouts["prompt_token_ids"]),
+        0,
+        torch.device("cpu"),
+    )
+    logits = torch.zeros(len(ids), student.size, requires_grad=True)
+    (at, terms), *more = batch.chunks(100)
+    assert not more
+    module(logits[at], terms).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[1, 2] > 1  # and a step goes against the gradient
+    assert logits.grad[1, [0, 1, 3]].max() < 0
 
 
 # -- all four --------------------------------------------------------------------------------------------------------------
