@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, so that every command can end the same way."""
+"""The exceptions that say something to the user, so that every command can end in the same way."""
 
 
 class BadInput(Exception):
@@ -6,4 +6,11 @@ class BadInput(Exception):
 
     The message is for the person who wrote the recipe. Commands print it alone and exit with 2;
     a flow fails with it as its reason.
+    """
+
+
+class Stopped(Exception):
+    """A gate was breached: going on would spend time on a result that is not worth it.
+
+    The message has the figures and what to do. Commands print it alone and exit with 1; what is committed stays.
     """

@@ -47,8 +47,8 @@ def dumps(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for each field that differs: `train.batch_size is 64 there, 128 here`."""
-    left, right = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    """One line for each field that differs: `train.batch_size is 64 there, 128 here`. Gates may: they change no result."""
+    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates"})) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
         for key in sorted(left.keys() | right.keys())

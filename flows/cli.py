@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput
+from configs.errors import BadInput, Stopped
 
 app = App(name="potstill", help="On-policy distillation of a large language model into a small one of any family.")
 out = Console(width=None if sys.stdout.isatty() else 140)
@@ -25,6 +25,9 @@ def main() -> None:
     except (BadInput, CycloptsError) as error:
         print(f"potstill: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as reason:
+        print(f"potstill: {reason}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("potstill: stopped; the same command goes on from what is committed", file=sys.stderr)
         sys.exit(130)
@@ -60,6 +63,40 @@ def run(
     result = distill(str(config), rounds=rounds, overrides=set_)
     _print("Rounds", result["table"])
     out.print(f"Everything lies in {result['run']}; the last student in {result['student']}", soft_wrap=True, highlight=False)
+
+
+@app.command
+def preflight(
+    config: Path,
+    *,
+    prompts: int = 64,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+) -> None:
+    """Check a recipe before it costs anything: exit status 1 where a limit of its [gates] is breached.
+
+    Parameters
+    ----------
+    config
+        The recipe: a TOML file, such as configs/quickstart.toml.
+    prompts
+        How many of its prompts to try.
+    set_
+        Set a field of the recipe, as `--set rollout.max_new_tokens=512`; may be repeated.
+    """
+    if prompts < 1:
+        raise BadInput(f"--prompts {prompts}: give 1 or more")
+    _plain_logs()
+    from configs.load import load
+
+    recipe = load(config, set_)
+    from flows.distill import check
+    from flows.preflight import preflight as examine
+
+    check(recipe)  # before a server is started for nothing
+    rows = examine(str(config), prompts=prompts, overrides=set_)
+    _print("Preflight", [{key: row[key] for key in ("gate", "found", "limit", "verdict", "detail")} for row in rows])
+    if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["verdict"] == "BREACHED"]:
+        raise Stopped("\n  ".join([f"{config}: {len(breached)} of {len(rows)} gates breached", *breached]))
 
 
 @app.command

@@ -20,6 +20,7 @@ from storage.store import Artifact, Run, local_folder, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
+from tasks.gates import check_lead, check_round
 from tasks.models import ModelRef, check_weights, reference, side
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
@@ -47,8 +48,8 @@ def distill(
     recipe = load(config, overrides)
     run = Run(recipe.root, recipe.name)
     check(recipe)
-    teacher = _made(recipe, recipe.teacher) if recipe.teacher else None
-    given = None if recipe.student.scratch else _made(recipe, recipe.student)
+    teacher = made(recipe, recipe.teacher) if recipe.teacher else None
+    given = None if recipe.student.scratch else made(recipe, recipe.student)
     check_pair(recipe, given, teacher)
     run.freeze(recipe)
 
@@ -59,23 +60,23 @@ def distill(
     prompts = make_prompts(recipe)
     student = given or _local(recipe.student, make_scratch(recipe, prompts["train"]))
     vocab = match_vocabularies(recipe, student, teacher)
+    first = evaluate_model(recipe, 0, "student", student, teacher, prompts["eval"])
     if teacher is not None:
-        evaluate_model(recipe, 0, "teacher", teacher, teacher, prompts["eval"])
-    evaluate_model(recipe, 0, "student", student, teacher, prompts["eval"])
+        check_lead(recipe, evaluate_model(recipe, 0, "teacher", teacher, teacher, prompts["eval"]), first)
 
-    bar = create_progress_artifact(100 * done / max(target, done, 1), key=_slug(recipe.name, "progress"))
+    bar = create_progress_artifact(100 * done / max(target, done, 1), key=slug(recipe.name, "progress"))
     trainer: Artifact | None = None
     for number in range(1, target + 1):
-        made = _round(recipe, number, student, teacher, prompts, vocab, trainer)
-        student, trainer = _local(recipe.student, made["student"]), made["trainer"]
+        trained = _round(recipe, number, student, teacher, prompts, vocab, trainer)
+        student, trainer = _local(recipe.student, trained["student"]), trained["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
             table = rounds_table(run.path)
-            create_table_artifact(records(table), key=_slug(recipe.name, "rounds"), description=f"after round {number}")
+            create_table_artifact(records(table), key=slug(recipe.name, "rounds"), description=f"after round {number}")
             update_progress_artifact(bar, 100 * number / target)  # type: ignore[arg-type]
             logger.info("round %d: %s", number, _headline(records(table)[-1]))
     table = rounds_table(run.path)
-    create_markdown_artifact(markdown(table, run.path), key=_slug(recipe.name, "summary"))
+    create_markdown_artifact(markdown(table, run.path), key=slug(recipe.name, "summary"))
     return {"run": run.path, "rounds": run.rounds_done(), "student": student.path, "table": records(table)}
 
 
@@ -101,10 +102,11 @@ def _round(
         if recipe.score.signal == "hidden":
             head = keep_head(recipe, teacher)
     aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts]
+    check_round(recipe, number, student, rollouts, aligned)
     return train_round(recipe, number, student, teacher, rollouts, aligned, trainer)
 
 
-def _made(recipe: Recipe, config: Model) -> ModelRef:
+def made(recipe: Recipe, config: Model) -> ModelRef:
     """The model that `config` names; one that another recipe makes is made first, by the same flow."""
     if config.recipe is None:
         assert config.model is not None
@@ -112,9 +114,9 @@ def _made(recipe: Recipe, config: Model) -> ModelRef:
     overrides = inherited(recipe, config.recipe)
     maker = load(config.recipe, overrides)
     distill(config.recipe, overrides=overrides)
-    made = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
-    assert made is not None
-    return _local(config, made)
+    checkpoint = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
+    assert checkpoint is not None
+    return _local(config, checkpoint)
 
 
 def inherited(recipe: Recipe, path: str) -> tuple[str, ...]:
@@ -173,5 +175,5 @@ def _headline(row: dict[str, Any]) -> str:
     )
 
 
-def _slug(*parts: str) -> str:
+def slug(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

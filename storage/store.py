@@ -246,8 +246,8 @@ class Run:
                 raise BadInput(f"{self.root}: cannot be written ({existing} {reason}); set root to a folder of yours")
 
     def freeze(self, recipe: Recipe) -> None:
-        """Write `run.toml`, once."""
-        if self.frozen_recipe() is None:
+        """Write `run.toml`: once, and again when the gates change."""
+        if self.frozen_recipe() != recipe:
             self.write_text("run.toml", dumps(recipe))
 
 

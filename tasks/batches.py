@@ -28,11 +28,8 @@ def optimizer_batches(shards: list[tuple[Artifact, Artifact]], size: int, seed: 
     left: pa.Table | None = None
     for index in random.permutation(len(shards)):
         rollouts, aligned = shards[index]
-        table = read_table(aligned, ALIGNED_COLUMNS)
-        for name, column in zip(ROLLOUT_COLUMNS, read_table(rollouts, ROLLOUT_COLUMNS).columns, strict=True):
-            table = table.append_column(name, column)
-        good = np.flatnonzero(pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["units"], 0)).to_numpy())
-        table = table.take(random.permutation(good))
+        table = rows_to_train(read_table(rollouts, ROLLOUT_COLUMNS), read_table(aligned, ALIGNED_COLUMNS))
+        table = table.take(random.permutation(len(table)))
         if left is not None:
             table = pa.concat_tables([left, table])
         whole = len(table) // size * size
@@ -41,6 +38,14 @@ def optimizer_batches(shards: list[tuple[Artifact, Artifact]], size: int, seed: 
         left = table.slice(whole)
     if left is not None and len(left):
         yield left
+
+
+def rows_to_train(rollouts: pa.Table, aligned: pa.Table) -> pa.Table:
+    """What `collate` reads of a shard's rows that have a term of the loss."""
+    table = aligned.select(ALIGNED_COLUMNS)
+    for name in ROLLOUT_COLUMNS:
+        table = table.append_column(name, rollouts[name])
+    return table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["units"], 0)))
 
 
 @dataclass(frozen=True)

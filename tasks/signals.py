@@ -18,7 +18,7 @@ from configs.schema import Recipe, Score
 from storage.store import Artifact, Run, local_folder
 from tasks.engines.base import Signal
 from tasks.engines.events import Sparse, boundary_laws, likeliest
-from tasks.engines.transformers import SCORE_CHUNK, engine
+from tasks.engines.transformers import SCORE_CHUNK, TransformersEngine, engine
 from tasks.models import ModelRef, device_of, finish_of, finished
 from tasks.progress import logger
 from tasks.ragged import add_up, expand, flat, offsets_of, within
@@ -49,17 +49,23 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
     inputs = {"stage": "head", "code": CODE, "teacher": teacher.identity}
 
     def make(folder: Path) -> dict[str, int]:
-        loaded = engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
-        layer = loaded.model.get_output_embeddings()
-        tensors = {"weight": layer.weight[: loaded.size]}
-        if getattr(layer, "bias", None) is not None:
-            tensors["bias"] = layer.bias[: loaded.size]
+        head = head_of(engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens))
+        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         (folder / "teacher").mkdir()
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / "teacher" / FILE, {"finish": json.dumps(finish_of(loaded.model))})
-        return {"teacher": loaded.size}
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / "teacher" / FILE, {"finish": json.dumps(head.finish)})
+        return {"teacher": len(head.weight)}
 
     return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
+
+
+def head_of(loaded: TransformersEngine) -> Head:
+    """The head of a model that is loaded."""
+    layer = loaded.model.get_output_embeddings()
+    bias = getattr(layer, "bias", None)
+    return Head(
+        layer.weight[: loaded.size].detach(), None if bias is None else bias[: loaded.size].detach(), finish_of(loaded.model)
+    )
 
 
 def read_head(artifact: Artifact, teacher: ModelRef) -> Head:

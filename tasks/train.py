@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from prefect import task
@@ -17,12 +18,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, get_scheduler
 
-from configs.errors import BadInput
+from configs.errors import BadInput, Stopped
 from configs.schema import Recipe, Sft
 from storage.schemas import STEPS
 from storage.store import Artifact, Run, local_folder, part, round_slot, write_parquet
 from tasks import objectives
-from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches
+from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches, rows_to_train
 from tasks.engines.transformers import release
 from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
 from tasks.objectives.base import ObjectiveModule
@@ -72,6 +73,20 @@ def train_round(
         return dict.fromkeys(slots, len(steps))
 
     return run.build_files(slots, inputs, make, logger.info)
+
+
+def mean_loss(recipe: Recipe, student: ModelRef, teacher: ModelRef | None, rollouts: pa.Table, aligned: pa.Table) -> float:
+    """Loss a unit of rows, in nats, as training would see them before its first step; NaN where no row has a unit."""
+    table = rows_to_train(rollouts, aligned)
+    own, other, config = side(student), side(teacher or student), recipe.train
+    objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
+    module = Student(load_weights(student, torch.float32), objective, len(own.beta.values), config.chunk_positions).eval()
+    module, loss = module.to(device_of(student)), 0.0
+    with torch.no_grad():
+        for start in range(0, len(table), config.micro_batch_size):
+            batch = collate(table.slice(start, config.micro_batch_size), own.pad_id, device_of(student))
+            loss += float(module(batch.ids, batch))
+    return loss / units if (units := pc.sum(table["units"]).as_py()) else float("nan")
 
 
 def horizon(recipe: Recipe) -> int:
@@ -162,6 +177,7 @@ class Trainer:
                 accelerator.backward(part_loss)
             loss, tokens = loss + part_loss.detach(), tokens + batch.tokens
         norm = accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.train.grad_clip)
+        self._check(float(norm))
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -178,6 +194,16 @@ class Trainer:
             "tokens": int(accelerator.reduce(torch.tensor(tokens, device=accelerator.device), "sum")),
             "seconds": time.monotonic() - started,
         }
+
+    def _check(self, norm: float) -> None:
+        """Stop before the weights are lost. A loss that is not a number has a gradient that is none."""
+        limit = self.recipe.gates.grad_norm
+        if not norm <= limit:
+            raise Stopped(
+                f"round {self.number}, step {self.step + 1}: the gradient's norm is {norm:.3g}, at most {limit:.3g} is allowed "
+                "(gates.grad_norm); nothing of this round's training is kept; lower train.learning_rate, or add "
+                "train.warmup_steps"
+            )
 
     def _inputs(self, batch: MicroBatch, index: int) -> torch.Tensor:
         objective = self.recipe.objective

@@ -24,6 +24,18 @@ def gumbel(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
     return -torch.log(-torch.log(uniform))
 
 
+def warpers(sampling: Sampling) -> LogitsProcessorList:
+    """What turns a model's logits into those that tokens are drawn from. None of them for greedy decoding."""
+    chosen = LogitsProcessorList()
+    if sampling.temperature not in (0, 1):
+        chosen.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.temperature and sampling.top_k:
+        chosen.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.temperature and sampling.top_p < 1:
+        chosen.append(TopPLogitsWarper(sampling.top_p))
+    return chosen
+
+
 class SeededSampler(LogitsProcessor):
     """Makes greedy search sample: adds each row's own Gumbel noise, whose maximum is a sample (Gumbel-max).
 
@@ -32,13 +44,7 @@ class SeededSampler(LogitsProcessor):
 
     def __init__(self, seeds: torch.Tensor, sampling: Sampling, size: int):
         self.seeds, self.greedy, self.size = seeds, sampling.temperature == 0, size
-        self.warpers = LogitsProcessorList()
-        if not self.greedy and sampling.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if not self.greedy and sampling.top_k:
-            self.warpers.append(TopKLogitsWarper(sampling.top_k))
-        if not self.greedy and sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.warpers = warpers(sampling)
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

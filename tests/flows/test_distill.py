@@ -56,7 +56,7 @@ def test_the_folder_is_as_designed(tiny):
     assert {path.name for path in (tiny / "round=0000").iterdir()} == {"evals"}
     for number in (1, 2):
         names = {path.name for path in (tiny / f"round=000{number}").iterdir()}
-        assert names == {"rollouts", "scores", "aligned", "steps", "evals", "student", "trainer"}
+        assert names == {"rollouts", "scores", "aligned", "gates", "steps", "evals", "student", "trainer"}
         for name in ("rollouts", "scores", "aligned"):
             shards = {path.name for path in (tiny / f"round=000{number}" / name).iterdir()}
             assert shards == {"part-00000.parquet", "part-00001.parquet"}

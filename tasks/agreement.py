@@ -1,0 +1,45 @@
+"""The same tokens twice: whether an engine and the trainer mean the same distribution by them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from tasks.engines.base import Sampling
+from tasks.engines.sampling import warpers
+from tasks.models import ModelRef, device_of, hidden_states, logits_of, side
+
+POSITIONS = 256  # whose logits exist at once
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Distance of two lists of log-probs of the same tokens, in nats; None where there are no tokens."""
+
+    mean: float | None
+    largest: float | None
+
+    @classmethod
+    def between(cls, left: np.ndarray, right: np.ndarray) -> "Gap":
+        """NaN counts as infinitely far."""
+        apart = np.nan_to_num(np.abs(left.astype(np.float64) - right), nan=np.inf)
+        return cls(float(apart.mean()), float(apart.max())) if len(apart) else cls(None, None)
+
+
+def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, sampling: Sampling) -> np.ndarray:
+    """float32, flat: each sampled token's log-prob under the distribution that `sampling` draws from, one row at a time.
+
+    The forward pass is the trainer's, in float32 and without padding or a cache: nothing here is the engine's.
+    """
+    model, size = model.to(device_of(ref)), len(side(ref).beta.values)  # type: ignore[arg-type]
+    warp, found = warpers(sampling), []
+    for row in rollouts.select(["prompt_token_ids", "token_ids"]).to_pylist():
+        ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]], device=model.device)
+        hidden = hidden_states(model, ids)[0, len(row["prompt_token_ids"]) - 1 : -1]
+        actual = ids[0, len(row["prompt_token_ids"]) :]
+        for at in torch.arange(len(actual), device=model.device).split(POSITIONS):
+            logprobs = warp(ids, logits_of(model, hidden[at], size)).log_softmax(-1)  # type: ignore[arg-type]
+            found.append(logprobs.gather(1, actual[at][:, None])[:, 0].cpu())
+    return torch.cat(found).numpy() if found else np.zeros(0, np.float32)

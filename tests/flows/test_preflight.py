@@ -1,0 +1,370 @@
+"""Preflight and gates (DESIGN.md §7): each thing that would spoil a run is caught, by name, and nothing else is."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import tomli_w
+from helpers import files
+
+from configs.errors import Stopped
+from configs.load import load
+from configs.schema import Gates, Recipe
+from flows.distill import distill
+from flows.preflight import preflight
+from storage.read import scan
+from storage.store import Artifact, Run
+from tasks.checks import examine
+from tasks.engines.base import TokenScores
+from tasks.engines.transformers import TransformersEngine, release
+from tasks.gates import Gate, hold, lead, repetition, round_gates, stored
+from tasks.models import ModelRef, reference
+
+SHAPE = {"layers": 1, "width": 48, "heads": 2, "feed_forward": 64, "context": 64}
+
+
+def written(path: Path, data: dict[str, Any]) -> Path:
+    path.write_text(tomli_w.dumps(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def taught(server, tmp_path_factory) -> dict[str, Path]:
+    """Recipes of a teacher that has learnt to answer, of another that has not, and the prompts, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("taught")
+    words = [f"{a}{b}{c}" for a in "abcd" for b in "eiou" for c in "lmnr"]
+    rows = [{"prompt": f"what is {word}?", "reference": "a word, yes"} for word in words]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = {}
+    for name, size, epochs in (("good", 300, 40), ("student", 310, 40), ("poor", 320, 1)):
+        recipe = {
+            "name": name,
+            "root": str(folder / "runs"),
+            "student": {"scratch": {"vocab_size": size, **SHAPE}},
+            "prompts": {"source": "file", "path": "prompts.jsonl", "train": 40, "eval": 12},
+            "rollout": {"on_policy": 0.0, "prompts": 40, "max_new_tokens": 12},
+            "objective": {"name": "sft"},
+            "train": {"learning_rate": 1e-2, "batch_size": 16, "micro_batch_size": 16, "epochs": epochs},
+            "evaluate": {"samples": 1},
+        }
+        made[name] = Path(distill(str(written(folder / f"{name}.toml", recipe)))["student"])
+    return made | {"prompts": folder / "prompts.jsonl"}
+
+
+@pytest.fixture
+def pair(taught, tmp_path) -> Callable[..., Path]:
+    """Writes a recipe with the taught models, and with changes (`train__batch_size=8`)."""
+
+    def write(**changes: Any) -> Path:
+        data: dict[str, Any] = {
+            "name": "pair",
+            "root": str(tmp_path / "runs"),
+            "student": {"model": str(taught["student"])},
+            "teacher": {"model": str(taught["good"])},
+            "prompts": {"source": "file", "path": str(taught["prompts"]), "train": 40, "eval": 12},
+            "rollout": {"prompts": 32, "max_new_tokens": 12},
+            "score": {"k": 64},
+            "objective": {"name": "bytes"},
+            "train": {"learning_rate": 1e-4, "batch_size": 16, "micro_batch_size": 16},
+            "evaluate": {"samples": 1},
+        }
+        for key, value in changes.items():
+            *tables, last = key.split("__")
+            table = data
+            for name in tables:
+                table = table.setdefault(name, {})
+            table[last] = value
+        return written(tmp_path / "pair.toml", data)
+
+    return write
+
+
+def found(path: Path, student: Path | None = None, teacher: Path | None = None) -> dict[str, Gate]:
+    """The gates of a recipe by name, with other models where they are given."""
+    recipe = load(path)
+    release()  # a patched engine is not the one that was loaded
+
+    def ref(role: str, other: Path | None) -> ModelRef:
+        config = getattr(recipe, role)
+        return reference(config, str(other or config.model))
+
+    return {gate.name: gate for gate in examine(recipe, ref("student", student), ref("teacher", teacher), 16)}
+
+
+def breached(gates: dict[str, Gate]) -> set[str]:
+    return {name for name, gate in gates.items() if gate.ok is False}
+
+
+def changed(model: Path, target: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of a model's folder with a change made to it."""
+    target.mkdir()
+    for path in model.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    change(target)
+    return target
+
+
+# -- preflight ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_recipe_passes(pair):
+    gates = found(pair())
+    assert breached(gates) == set()
+    assert gates["lead"].detail.startswith("teacher 1.000, student 1.000")
+    assert gates["own teacher"].value == pytest.approx(0, abs=0.01)
+    measured = {name for name, gate in gates.items() if gate.ok}
+    assert measured >= {"student: template", "teacher: room", "engine, largest", "teacher's engine", "disk", "memory"}
+
+
+def test_a_template_that_doubles_bos(pair, taught, tmp_path):
+    def double(folder: Path) -> None:
+        template = folder / "chat_template.jinja"
+        template.write_text("{{ bos_token }}" + template.read_text())
+
+    gates = found(pair(), teacher=changed(taught["good"], tmp_path / "doubled", double))
+    assert "teacher: template" in breached(gates)
+    assert gates["teacher: template"].value == 16
+    assert "2 BOS" in gates["teacher: template"].detail
+
+
+def test_a_tokenizer_of_the_same_size_that_belongs_to_other_weights(pair, taught, tmp_path):
+    def swap(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        data = json.loads(path.read_text())
+        special = {token["id"] for token in data["added_tokens"]}
+        pieces = sorted((i, piece) for piece, i in data["model"]["vocab"].items() if i not in special)
+        ids = [i for i, _ in pieces]
+        data["model"]["vocab"] |= {piece: ids[(n + 7) % len(ids)] for n, (_, piece) in enumerate(pieces)}
+        path.write_text(json.dumps(data))
+
+    gates = found(pair(), teacher=changed(taught["good"], tmp_path / "swapped", swap))
+    assert "teacher: chance" in breached(gates)
+    assert gates["teacher: spelled"].ok  # its bytes are as right as they were
+    assert "does not belong to the weights" in gates["teacher: chance"].advice
+
+
+def test_scores_that_are_shifted_by_one_position(pair, taught, monkeypatch):
+    score = TransformersEngine.score
+
+    def shifted(self: TransformersEngine, *arguments: Any) -> list[TokenScores]:
+        return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in score(self, *arguments)]
+
+    monkeypatch.setattr(TransformersEngine, "score", shifted)
+    assert "teacher's engine" in breached(found(pair(), teacher=taught["poor"]))
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_sampled_logprobs_that_are_shifted_by_one_position(pair, taught, monkeypatch, shift):
+    generate = TransformersEngine.generate
+
+    def shifted(self: TransformersEngine, *arguments: Any) -> list[Any]:
+        return [replace(c, logprobs=np.roll(c.logprobs, shift).tolist()) for c in generate(self, *arguments)]
+
+    monkeypatch.setattr(TransformersEngine, "generate", shifted)
+    assert "engine, mean" in breached(found(pair(), student=taught["poor"]))
+
+
+def test_an_engine_that_samples_at_another_temperature(pair, taught, monkeypatch):
+    generate = TransformersEngine.generate
+
+    def colder(self: TransformersEngine, prompts: Any, seeds: Any, sampling: Any) -> list[Any]:
+        return generate(self, prompts, seeds, replace(sampling, temperature=0.5 * sampling.temperature))
+
+    monkeypatch.setattr(TransformersEngine, "generate", colder)
+    assert "engine, mean" in breached(found(pair(), student=taught["poor"]))
+
+
+def test_a_teacher_that_is_worse_than_its_student(pair, taught):
+    gates = found(pair(), teacher=taught["poor"])
+    assert "lead" in breached(gates)
+    assert gates["lead"].value < -0.5
+
+
+def test_prompts_that_leave_no_room(pair):
+    gates = found(pair(rollout__max_new_tokens=60))
+    assert breached(gates) == {"student: room", "teacher: room"}
+    assert "engine, mean" not in gates  # nothing was run that could not work
+
+
+def test_scores_that_are_never_the_same(pair, monkeypatch):
+    score, rng = TransformersEngine.score, np.random.default_rng(0)
+
+    def noisy(self: TransformersEngine, *arguments: Any) -> list[TokenScores]:
+        return [replace(s, logprobs=s.logprobs + rng.normal(size=len(s.logprobs))) for s in score(self, *arguments)]
+
+    monkeypatch.setattr(TransformersEngine, "score", noisy)
+    assert "noise" in breached(found(pair()))
+
+
+def test_a_loss_against_itself(pair, monkeypatch):
+    """What the objective reads are other tokens' distributions: the student is not its own teacher any more."""
+    score = TransformersEngine.score
+
+    def wrong(self: TransformersEngine, *arguments: Any) -> list[TokenScores]:
+        return [s if s.top_ids is None else replace(s, top_ids=(s.top_ids + 5) % 290) for s in score(self, *arguments)]
+
+    monkeypatch.setattr(TransformersEngine, "score", wrong)
+    assert "own teacher" in breached(found(pair()))
+
+
+@pytest.mark.parametrize("signal", ["hidden", "bytes"])
+def test_signals_pass(pair, signal):
+    assert breached(found(pair(score__signal=signal))) == set()
+
+
+def test_the_command(potstill, pair, tmp_path, taught):
+    """A table, exit status 1 with what to do, and of the run itself nothing is written."""
+    ended = potstill("preflight", pair(gates__supervised=1.0, gates__own_teacher=0.0), "--prompts", 8)
+    assert ended.status == 1, ended.err
+    assert "own teacher" in ended.out
+    assert "BREACHED" in ended.out
+    assert "own teacher: the student has a loss against itself" in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "runs").exists()
+    ended = potstill("preflight", pair(), "--prompts", 8)
+    assert ended.status == 0, ended.err
+    assert "BREACHED" not in ended.out
+
+
+def test_a_new_student_has_nothing_to_try(server, taught):
+    rows = preflight(str(taught["prompts"].parent / "good.toml"))
+    assert [row["gate"] for row in rows] == ["prompts"]
+
+
+# -- gates of a round --------------------------------------------------------------------------------------------------
+
+
+def test_a_breached_gate_stops_the_run_and_a_wider_one_lets_it_go_on(potstill, pair, tmp_path):
+    ended = potstill("run", pair(gates__truncated=0.0, rollout__max_new_tokens=2))
+    assert ended.status == 1, ended.err
+    message = ended.err[ended.err.index("potstill: ") :]
+    assert "round 1: stopped by a gate" in message
+    assert "truncated: 1 (32 of 32 samples), at most 0 is allowed; raise rollout.max_new_tokens" in message
+    assert "Traceback" not in ended.err
+    run = tmp_path / "runs" / "pair"
+    before = files(run)
+    assert any("round=0001/rollouts" in name for name in before)
+    assert not (run / "round=0001" / "student").exists()
+    gates = scan(str(run), "gates").collect()
+    assert gates.filter(~pl.col("ok"))["gate"].to_list() == ["truncated"]
+    ended = potstill("run", pair(gates__truncated=1.0, rollout__max_new_tokens=2))
+    assert ended.status == 0, ended.err
+    after = files(run)
+    assert {name for name in before if after.get(name) == before[name]} >= {
+        n for n in before if "rollouts" in n or "scores" in n
+    }
+    assert "truncated = 1.0" in (run / "run.toml").read_text()
+
+
+def test_a_gradient_that_explodes_stops_the_round(potstill, pair, tmp_path):
+    ended = potstill("run", pair(gates__grad_norm=1e-9))
+    assert ended.status == 1, ended.err
+    assert "round 1, step 1: the gradient's norm is" in ended.err
+    assert not (tmp_path / "runs" / "pair" / "round=0001" / "steps").exists()
+    assert potstill("run", pair()).status == 0
+
+
+def test_a_teacher_without_a_lead_stops_before_the_first_round(server, pair, taught, tmp_path):
+    with pytest.raises(Stopped, match="round 0: stopped by a gate\n  lead: -"):
+        distill(str(pair(teacher__model=str(taught["poor"]))))
+    assert {path.name for path in (tmp_path / "runs" / "pair").glob("round=*")} == {"round=0000"}
+
+
+def test_repetition_by_counting():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows = [rng.integers(0, int(rng.integers(1, 5)), int(rng.integers(0, 15))) for _ in range(4)]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+        wanted = []
+        for row in rows:
+            runs = [tuple(row[i : i + 4].tolist()) for i in range(len(row) - 3)]
+            wanted.append(1 - len(set(runs)) / len(runs) if runs else 0.0)
+        assert repetition(np.concatenate(rows).astype(np.int32), offsets, 5) == pytest.approx(wanted)
+
+
+def test_the_figures_of_a_round_by_hand(tmp_path):
+    run = Run(str(tmp_path), "x")
+
+    def kept(name: str, rows: list[dict[str, Any]]) -> Artifact:
+        return run.build_table(
+            f"round=0001/{name}/part-00000", {"name": name}, lambda: pa.Table.from_pylist(rows), lambda _: None
+        )
+
+    rollouts = kept(
+        "rollouts",
+        [
+            {"source": "student", "finish_reason": "length", "token_ids": [1, 1, 1, 1, 1]},
+            {"source": "student", "finish_reason": "stop", "token_ids": [1, 2, 3]},
+            {"source": "reference", "finish_reason": "length", "token_ids": [4] * 50},
+        ],
+    )
+    names = ("supervised_bytes", "unmatched_bytes", "dropped_bytes", "tail_bytes")
+    rows = [("ok", 5, 1, 0, 1), ("ok", 3, 0, 0, 0), ("lossy_text", 0, 0, 10, 0)]
+    aligned = kept("aligned", [dict(zip(("status", *names), row, strict=True)) for row in rows])
+    gates = {gate.name: gate for gate in round_gates([rollouts], [aligned], 10, Gates(), tokens_before=1.0)}
+    assert {name: gate.value for name, gate in gates.items()} == pytest.approx(
+        {"supervised": 0.4, "dropped": 1 / 3, "truncated": 0.5, "repetition": 0.25, "tokens": 4.0, "length": 4.0}
+    )
+    assert [name for name, gate in gates.items() if gate.ok is False] == ["dropped"]
+    longer = {gate.name: gate.value for gate in round_gates([rollouts], [aligned], 10, Gates(), tokens_before=20.0)}
+    assert longer["length"] == pytest.approx(5.0)  # as far down as up
+    nothing = round_gates([], [], 10, Gates(), None)
+    assert {gate.ok for gate in nothing} == {None}
+
+
+def test_what_is_no_number_holds_no_limit():
+    assert Gate("loss", math.nan, 1.0).ok is False
+    assert Gate("loss", np.float64(2), 1.0).ok is False  # numpy's False is another object
+    assert Gate("loss", math.nan, 1.0, least=True).ok is False
+    with pytest.raises(Stopped, match="length: nan"):
+        hold([Gate("length", math.nan, 1.0)], "here")
+
+
+def test_gates_come_back_from_their_table(tiny):
+    for number in (1, 2):
+        table = scan(str(tiny), "gates").filter(pl.col("round") == number).collect()
+        gates = stored(table.to_arrow())
+        assert [gate.ok for gate in gates] == table["ok"].to_list()
+        assert {gate.name for gate in gates} == {
+            "supervised", "dropped", "truncated", "repetition", "tokens", "length", "engine, mean", "engine, largest",
+        }  # fmt: skip
+    (drift,) = table.filter(pl.col("gate") == "length")["value"]
+    lengths = scan(str(tiny), "rollouts").filter(pl.col("source") == "student").group_by("round")
+    one, two = lengths.agg(pl.col("token_ids").list.len().mean()).sort("round").collect()["token_ids"]
+    assert drift == pytest.approx(max(one / two, two / one))
+
+
+def test_the_lead_is_held_against_by_its_upper_end():
+    """The 95% interval of the mean difference of prompts, by its plain formula; chance stops no run."""
+    rng = np.random.default_rng(1)
+    limits = Recipe.model_fields["gates"].default
+
+    def evals(shares: np.ndarray) -> pa.Table:
+        rows = [
+            {"prompt_id": str(n), "decoding": "sampled", "correct": bool(rng.random() < share)}
+            for n, share in enumerate(shares)
+            for _ in range(4)
+        ]
+        return pa.Table.from_pylist(rows)
+
+    def means(table: pa.Table) -> np.ndarray:
+        correct = table["correct"].to_numpy(zero_copy_only=False).reshape(-1, 4)
+        order = np.argsort([str(n) for n in range(len(correct))])
+        return correct.mean(1)[order]
+
+    teacher, student = evals(np.full(50, 0.5)), evals(np.full(50, 0.55))
+    apart = means(teacher) - means(student)
+    gate = lead(teacher, student, limits)
+    assert gate.value == pytest.approx(apart.mean() + 1.96 * apart.std(ddof=1) / math.sqrt(50))
+    assert gate.ok
+    assert lead(evals(np.full(50, 0.1)), evals(np.full(50, 0.9)), limits).ok is False
+    assert lead(evals(np.zeros(5)), evals(np.zeros(5)), limits).ok is None
+    assert all(a <= b for a, b in pairwise([0.0, lead(evals(np.ones(5)), evals(np.zeros(5)), limits).value]))
