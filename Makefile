@@ -30,10 +30,11 @@ fuzz: $(VENV)/.installed  ## 100,000 texts through eight pairs of real tokenizer
 	$(BIN)/python tests/fetch.py tokenizers smollm2
 	POTSTILL_FUZZ=100000 $(BIN)/python -m pytest -s tests/property/test_real_tokenizers.py
 
-bench: $(VENV)/.installed  ## ratios: alignment, loss steps, and what signals cost and lose (half an hour)
+bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignment, loss steps, what signals cost (half an hour)
+	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null
 	$(BIN)/python tests/benchmarks/alignment.py
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
-	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2
+	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
 	$(BIN)/python tests/benchmarks/signals.py
 
 format: $(VENV)/.installed
