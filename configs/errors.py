@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, so that every command can end the same way."""
+"""The exceptions that a person is to read, so that every command can end the same way."""
 
 
 class BadInput(Exception):
@@ -6,4 +6,12 @@ class BadInput(Exception):
 
     The message is for the person who wrote the recipe. Commands print it alone and exit with 2;
     a flow fails with it as its reason.
+    """
+
+
+class Unavailable(Exception):
+    """Something outside this process broke: a server does not answer, an engine's process ended. Worth trying again.
+
+    The message names it and says what its last words were. Commands print it alone and exit with 1; what is committed
+    stays, and the same command goes on from there.
     """

@@ -53,8 +53,30 @@ class Model(Table):
         "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
     trust_remote_code: bool = False
+    engine: Literal["transformers", "vllm", "server"] = Field(
+        "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
+    )
+    urls: tuple[str, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
+    vllm_python: str = Field(
+        ".venv-vllm/bin/python", min_length=1, description="engine = 'vllm': a Python that has vLLM; `make vllm` makes this one"
+    )
+    vllm_memory: Float = Field(0.9, gt=0, le=1, description="engine = 'vllm': share of a GPU's memory that it takes")
+
+    @model_validator(mode="after")
+    def _engine_fields(self) -> "Model":
+        if self.engine == "server" and not self.urls:
+            raise ValueError("engine = 'server' needs urls, such as urls = ['http://127.0.0.1:8000']")
+        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"urls: {wrong[0]!r} is no address; give one as http://host:8000")
+        owners = {"urls": "server", "vllm_python": "vllm", "vllm_memory": "vllm"}
+        for key, owner in owners.items():
+            if self.engine != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is for engine = '{owner}', and engine is '{self.engine}'; set engine or leave {key} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
@@ -256,6 +278,16 @@ class Recipe(Table):
             raise ValueError(f"objective.name = '{self.objective.name}' needs a [teacher]")
         if self.teacher is not None and self.teacher.scratch is not None:
             raise ValueError("teacher.scratch: a teacher cannot be a new model; give teacher.model or teacher.recipe")
+        if self.student.engine == "server":
+            raise ValueError(
+                "student.engine = 'server': a student has new weights each round, and a server would go on with the old ones; "
+                "set student.engine to 'vllm' or 'transformers'"
+            )
+        if self.teacher is not None and self.teacher.engine != "transformers" and self.score.signal in ("bytes", "hidden"):
+            raise ValueError(
+                f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which vLLM does not give: set "
+                f"teacher.engine = 'transformers' (found '{self.teacher.engine}'), or score.signal = 'topk'"
+            )
         if self.objective.name == "sft" and self.rollout.on_policy > 0:
             raise ValueError(
                 f"objective.name = 'sft' learns from given text: set rollout.on_policy = 0 (found {self.rollout.on_policy})"

@@ -17,8 +17,9 @@ from torch.nn import functional
 from configs.schema import Recipe, Score
 from storage.store import Artifact, Run, local_folder
 from tasks.engines.base import Signal
+from tasks.engines.choose import engine
 from tasks.engines.events import Sparse, boundary_laws, likeliest
-from tasks.engines.transformers import SCORE_CHUNK, engine
+from tasks.engines.transformers import SCORE_CHUNK, TransformersEngine
 from tasks.models import ModelRef, device_of, finish_of, finished
 from tasks.progress import logger
 from tasks.ragged import add_up, expand, flat, offsets_of, within
@@ -50,6 +51,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
 
     def make(folder: Path) -> dict[str, int]:
         loaded = engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
+        assert isinstance(loaded, TransformersEngine), "the recipe is refused before"
         layer = loaded.model.get_output_embeddings()
         tensors = {"weight": layer.weight[: loaded.size]}
         if getattr(layer, "bias", None) is not None:

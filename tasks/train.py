@@ -23,7 +23,7 @@ from storage.schemas import STEPS
 from storage.store import Artifact, Run, local_folder, part, round_slot, write_parquet
 from tasks import objectives
 from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches
-from tasks.engines.transformers import release
+from tasks.engines.choose import release
 from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
 from tasks.objectives.base import ObjectiveModule
 from tasks.progress import logger, progress
