@@ -1,4 +1,4 @@
-"""The exceptions that say something to the user, so that every command can end in the same way."""
+"""The exceptions that a person is to read, so that every command can end the same way."""
 
 
 class BadInput(Exception):
@@ -13,4 +13,12 @@ class Stopped(Exception):
     """A gate was breached: going on would spend time on a result that is not worth it.
 
     The message has the figures and what to do. Commands print it alone and exit with 1; what is committed stays.
+    """
+
+
+class Unavailable(Exception):
+    """Something outside this process broke: a server does not answer, an engine's process ended. Worth trying again.
+
+    The message names it and says what its last words were. Commands print it alone and exit with 1; what is committed
+    stays, and the same command goes on from there.
     """

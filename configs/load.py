@@ -8,7 +8,10 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import BadInput
-from configs.schema import Objective, Prompts, Recipe
+from configs.objectives import Objective
+from configs.schema import Prompts, Recipe
+
+PLACES = ("urls", "vllm_python", "vllm_memory")
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -47,12 +50,15 @@ def dumps(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for each field that differs: `train.batch_size is 64 there, 128 here`. Gates may: they change no result."""
+    """One line for each field that differs: `train.batch_size is 64 there, 128 here`.
+
+    Gates may: they change no result. Where an engine is found is no part of what a run is: a server may move.
+    """
     left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates"})) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key)
+        if left.get(key) != right.get(key) and key.rpartition(".")[2] not in PLACES
     ]
 
 

@@ -2,20 +2,13 @@
 
 from typing import Annotated, Any, Literal
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from configs.fields import Float, Int, Table
+from configs.objectives import SIGNALS, Objective
 
 MOST = 32_767  # events a token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-
-Int = Annotated[int, pydantic.Strict()]  # TOML knows its types: neither "3" nor true is a number
-Float = Annotated[float, pydantic.Strict()]
-
-
-class Table(BaseModel):
-    """A TOML table: immutable, and a key that nothing reads is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Scratch(Table):
@@ -53,8 +46,30 @@ class Model(Table):
         "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
     trust_remote_code: bool = False
+    engine: Literal["transformers", "vllm", "server"] = Field(
+        "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
+    )
+    urls: tuple[str, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
+    vllm_python: str = Field(
+        ".venv-vllm/bin/python", min_length=1, description="engine = 'vllm': a Python that has vLLM; `make vllm` makes this one"
+    )
+    vllm_memory: Float = Field(0.9, gt=0, le=1, description="engine = 'vllm': share of a GPU's memory that it takes")
+
+    @model_validator(mode="after")
+    def _engine_fields(self) -> "Model":
+        if self.engine == "server" and not self.urls:
+            raise ValueError("engine = 'server' needs urls, such as urls = ['http://127.0.0.1:8000']")
+        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
+            raise ValueError(f"urls: {wrong[0]!r} is no address; give one as http://host:8000")
+        owners = {"urls": "server", "vllm_python": "vllm", "vllm_memory": "vllm"}
+        for key, owner in owners.items():
+            if self.engine != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is for engine = '{owner}', and engine is '{self.engine}'; set engine or leave {key} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
@@ -129,88 +144,6 @@ class Score(Table):
     batch_tokens: Int = Field(16_384, ge=1, description="tokens scored at once, padding included")
 
 
-class Divergence(Table):
-    beta: Float = Field(1.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
-
-
-class Gkd(Divergence):
-    """Same tokenizer: the divergence at every position."""
-
-    name: Literal["gkd"]
-    rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description="what becomes of mass outside the top k")
-
-
-class Uld(Table):
-    """Sorted L1 over positions paired by index."""
-
-    name: Literal["uld"]
-    cross_entropy: Float = Field(0.0, ge=0, description="weight of cross-entropy on the rollout's own tokens")
-
-
-class Gold(Divergence):
-    """Units merged on both sides; a divergence on matched entries, sorted L1 on unmatched ones."""
-
-    name: Literal["gold"]
-    merge: Literal["chain", "sum", "observed"] = "chain"
-    matched_weight: Float = Field(1.0, ge=0)
-    unmatched_weight: Float = Field(1.0, ge=0)
-    rest: Literal["bucket", "drop", "renormalise"] = "bucket"
-
-
-class Bytes(Divergence):
-    """The divergence of both models' next-byte laws where the teacher stands on a boundary."""
-
-    name: Literal["bytes"]
-
-
-class Strict(Table):
-    """One-to-one units and the stop; both laws on matched ids alone, reverse KL on the likeliest."""
-
-    name: Literal["strict"]
-    top: Int = Field(16, ge=1, le=1024, description="likeliest ids of either side that are compared")
-
-
-class Alm(Table):
-    """A unit's probability on both sides, as two coins."""
-
-    name: Literal["alm"]
-    beta: Float = Field(0.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
-    temperature: Float = Field(1.0, gt=0, le=1000, description="τ: probabilities are taken to the power 1/τ")
-
-
-class Bpm(Divergence):
-    """The teacher's mass at a unit's start, carried onto student tokens by their bytes."""
-
-    name: Literal["bpm"]
-
-
-class Opd(Table):
-    """Policy gradient on the log-ratio of a unit; on-policy rows only."""
-
-    name: Literal["opd"]
-    clip: Float = Field(2.0, ge=1, description="C: largest importance weight")
-
-
-class Sft(Table):
-    """Cross-entropy on the rows' own tokens; no teacher signal."""
-
-    name: Literal["sft"]
-    corrupt_rows: Float = Field(0.0, ge=0, le=1, description="share of rows whose input is corrupted")
-    corrupt_tokens: Float = Field(
-        0.3, ge=0, le=1, description="share of completion tokens replaced in such a row's input; the labels stay"
-    )
-
-
-# What each objective can be computed from.
-SIGNALS = {
-    **dict.fromkeys(("gkd", "uld", "gold", "strict", "bpm"), ("topk", "hidden")),
-    "bytes": ("topk", "bytes", "hidden"),
-    **dict.fromkeys(("alm", "opd", "sft"), ("topk", "bytes", "hidden", "sampled")),
-}
-
-Objective = Annotated[Gkd | Uld | Gold | Bytes | Strict | Alm | Bpm | Opd | Sft, Field(discriminator="name")]
-
-
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
@@ -279,6 +212,16 @@ class Recipe(Table):
             raise ValueError(f"objective.name = '{self.objective.name}' needs a [teacher]")
         if self.teacher is not None and self.teacher.scratch is not None:
             raise ValueError("teacher.scratch: a teacher cannot be a new model; give teacher.model or teacher.recipe")
+        if self.student.engine == "server":
+            raise ValueError(
+                "student.engine = 'server': a student has new weights each round, and a server would go on with the old ones; "
+                "set student.engine to 'vllm' or 'transformers'"
+            )
+        if self.teacher is not None and self.teacher.engine != "transformers" and self.score.signal in ("bytes", "hidden"):
+            raise ValueError(
+                f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which vLLM does not give: set "
+                f"teacher.engine = 'transformers' (found '{self.teacher.engine}'), or score.signal = 'topk'"
+            )
         if self.objective.name == "sft" and self.rollout.on_policy > 0:
             raise ValueError(
                 f"objective.name = 'sft' learns from given text: set rollout.on_policy = 0 (found {self.rollout.on_policy})"

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput, Stopped
+from configs.errors import BadInput, Stopped, Unavailable
 
 app = App(name="potstill", help="On-policy distillation of a large language model into a small one of any family.")
 out = Console(width=None if sys.stdout.isatty() else 140)
@@ -27,6 +27,9 @@ def main() -> None:
         sys.exit(2)
     except Stopped as reason:
         print(f"potstill: {reason}", file=sys.stderr)
+        sys.exit(1)
+    except Unavailable as error:
+        print(f"potstill: {error}\npotstill: the same command goes on from what is committed", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("potstill: stopped; the same command goes on from what is committed", file=sys.stderr)

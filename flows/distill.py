@@ -15,10 +15,12 @@ from pydantic import Field
 
 from configs.errors import BadInput
 from configs.load import load
-from configs.schema import Gkd, Model, Recipe
+from configs.objectives import Gkd
+from configs.schema import Model, Recipe
 from storage.store import Artifact, Run, local_folder, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
+from tasks.engines.choose import check_engine
 from tasks.evaluate import evaluate_model
 from tasks.gates import check_lead, check_round
 from tasks.models import ModelRef, check_weights, reference, side
@@ -155,6 +157,7 @@ def check_pair(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | Non
     for ref in (student, teacher):
         if ref is not None:
             side(ref).encoder.check(ref.path)
+            check_engine(ref)
     if teacher is not None and recipe.score.signal in ("topk", "hidden") and recipe.score.k > side(teacher).vocabulary.size:
         raise BadInput(
             f"score.k = {recipe.score.k} is more than the {side(teacher).vocabulary.size} ids "

@@ -32,6 +32,7 @@ COMPLETIONS = pa.schema(
         "policy": pa.string(),  # digest of the teacher
         "text": pa.string(),
         "finish_reason": pa.string(),  # stop, length
+        "engine": pa.string(),  # that sampled it, with its version
     }
 )
 

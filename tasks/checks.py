@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,8 @@ from storage.store import Run, write_parquet
 from tasks import objectives
 from tasks.agreement import Gap
 from tasks.align import aligned_table
-from tasks.engines.base import Sampling, Signal
-from tasks.engines.transformers import engine, release
+from tasks.engines.base import Engine, Sampling, Signal
+from tasks.engines.choose import engine, release
 from tasks.evaluate import completions
 from tasks.gates import Gate, engine_gates, lead
 from tasks.models import ModelRef, Side, device_of, side
@@ -59,7 +58,7 @@ class Sample:
     def sides(self) -> dict[str, ModelRef]:
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
 
-    def loaded(self, ref: ModelRef) -> Any:
+    def loaded(self, ref: ModelRef) -> Engine:
         return engine(ref, self.recipe.rollout.batch_size, self.recipe.score.batch_tokens)
 
 
@@ -184,12 +183,13 @@ def teacher_engine_gate(sample: Sample, teacher: ModelRef) -> Gate:
 def objective_gates(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> Iterator[Gate]:
     """What the objective makes of the signal: the student as its own teacher, then the teacher."""
     recipe, own, other = sample.recipe, side(sample.student), side(teacher)
-    for ref, table in ((sample.student, scored(sample, rollouts, sample.student)), (teacher, scores)):
+    itself = replace(sample.student, engine="transformers", urls=())  # whichever the signal, this engine gives it
+    for ref, table in ((itself, scored(sample, rollouts, itself)), (teacher, scores)):
         head = head_of(sample.loaded(ref)) if recipe.score.signal == "hidden" else None
         objective = objectives.build(recipe.objective, own.vocabulary, side(ref).vocabulary)
         aligned = aligned_table(rollouts, table, own, side(ref), objective, recipe.score, head)
         loss = mean_loss(recipe, sample.student, ref, rollouts, aligned)
-        if ref is sample.student:
+        if ref is itself:
             yield Gate("own teacher", loss, recipe.gates.own_teacher, detail="nats a unit")
             continue
         yield Gate("loss", loss, detail="nats a unit, before training")

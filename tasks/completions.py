@@ -11,13 +11,13 @@ from configs.schema import Recipe, Rollout
 from storage.schemas import COMPLETIONS
 from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks.engines.base import Sampling
-from tasks.engines.transformers import engine
+from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
-from tasks.rollout import ENGINE, Row, plan
+from tasks.rollout import Row, plan
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 1
+CODE = 2
 
 
 @task(name="completions", task_run_name="completions-{number}-{shard}", cache_policy=NO_CACHE)
@@ -27,7 +27,7 @@ def complete_shard(recipe: Recipe, number: int, shard: int, teacher: ModelRef, p
     inputs = {
         "stage": "completions",
         "code": CODE,
-        "engine": ENGINE,
+        "engine": engine_name(teacher),
         "teacher": teacher.identity,
         "prompts": prompts.digest,
         "recipe": config.model_dump(),
@@ -54,6 +54,7 @@ def completions_table(
     ids = chosen["prompt_id"].to_pylist()
     text_side, generator, records = side(teacher), engine(teacher, config.batch_size), []
     rendered = [text_side.render(messages) for messages in chosen["messages"].to_pylist()]
+    name = engine_name(teacher)
     sampling, stops = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k), set(text_side.stop_ids)
     for start in range(0, len(mine), config.batch_size):
         batch = slice(start, start + config.batch_size)
@@ -61,7 +62,7 @@ def completions_table(
         for row, prompt_id, completion in zip(mine[batch], ids[batch], made, strict=True):
             text, whole = split_completion(text_side.beta, completion.ids, stops)
             finish = "stop" if whole and completion.ids[-1] in stops else "length"
-            record = (row.rollout_id, prompt_id, teacher.digest, text, finish)
+            record = (row.rollout_id, prompt_id, teacher.digest, text, finish, name)
             records.append(dict(zip(COMPLETIONS.names, record, strict=True)))
         advance(len(made))
     return pa.Table.from_pylist(records, COMPLETIONS)

@@ -12,11 +12,10 @@ from configs.schema import Recipe
 from storage.schemas import EVALS
 from storage.store import Artifact, Run, read_table, round_slot
 from tasks.engines.base import Sampling, Signal
-from tasks.engines.transformers import engine
+from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
 from tasks.prompts import gym_dataset
-from tasks.rollout import ENGINE
 from tasks.score import teacher_ids
 from tasks.seeds import derive
 from tasks.tokens.token_bytes import split_completion
@@ -33,7 +32,8 @@ def evaluate_model(
     inputs = {
         "stage": "evals",
         "code": CODE,
-        "engine": ENGINE,
+        "engine": engine_name(model),
+        "teacher_engine": engine_name(teacher) if teacher else None,
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,

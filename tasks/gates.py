@@ -16,7 +16,7 @@ from storage.schemas import GATES
 from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks.agreement import Gap, trainer_logprobs
 from tasks.engines.base import Sampling
-from tasks.engines.transformers import release
+from tasks.engines.choose import release
 from tasks.models import ModelRef, load_weights, side
 from tasks.progress import logger
 from tasks.ragged import flat, rows_of, within

@@ -37,16 +37,23 @@ class ModelRef:
     device: str = "auto"
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    engine: str = "transformers"
+    urls: tuple[str, ...] = ()
+    vllm_python: str = ""
+    vllm_memory: float = 0.9
 
     @property
     def identity(self) -> dict[str, str]:
-        """What of it can change a result, for keys: not the path, not the device."""
+        """What of it can change a result, for keys: not where it or its engine lies, not the device.
+
+        The engine is named by the stages that use it (`tasks.engines.choose.engine_name`).
+        """
         return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
 
 
 def reference(config: Model, path: str) -> ModelRef:
     """A ModelRef for the weights at `path` (a folder or hub id), used as `config` says."""
-    use = {k: getattr(config, k) for k in ("rendering", "dtype", "device", "attention", "trust_remote_code")}
+    use = config.model_dump(exclude={"model", "recipe", "scratch"})
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)
     return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
@@ -103,12 +110,16 @@ class Side:
     def beta(self) -> TokenBytes:
         """Bytes of the ids that the model can emit: a tokenizer may know more ids than the head has rows."""
         beta = token_bytes(self.tokenizer, self.stop_ids, self.ref.path)
+        return TokenBytes(beta.values[: self.rows], beta.roles[: self.rows])
+
+    @cached_property
+    def rows(self) -> int | None:
+        """Rows of the model's head, padding included; None for a tokenizer alone."""
         try:
             config = AutoConfig.from_pretrained(self.ref.path, trust_remote_code=self.ref.trust_remote_code)
         except (OSError, ValueError):
-            return beta  # a tokenizer alone
-        rows = config.get_text_config().vocab_size
-        return TokenBytes(beta.values[:rows], beta.roles[:rows])
+            return None
+        return config.get_text_config().vocab_size
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

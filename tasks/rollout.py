@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import transformers
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -14,14 +13,13 @@ from configs.schema import Recipe, Rollout
 from storage.schemas import ROLLOUTS
 from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.transformers import engine
+from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
 from tasks.seeds import derive, uniform
 from tasks.tokens.token_bytes import split_completion
 
 CODE = 1
-ENGINE = f"transformers-{transformers.__version__}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def roll_out(
     inputs = {
         "stage": "rollouts",
         "code": CODE,
-        "engine": ENGINE,
+        "engine": engine_name(student),
         "policy": student.identity,
         "completions": completions.digest if completions else None,
         "prompts": prompts.digest,
@@ -98,7 +96,7 @@ def rollouts_table(
     """Fill in the completions of `rows` from where each comes from: the student, references, or the teacher's `completions`."""
     chosen = prompts.take(np.array([row.prompt for row in rows]))
     messages, references = chosen["messages"].to_pylist(), chosen["reference"].to_pylist()
-    text_side = side(student)
+    text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(m) for m in messages]
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     made: dict[int, dict[str, Any]] = {}
@@ -121,7 +119,7 @@ def rollouts_table(
         elif row.source == "teacher":
             source = written[row.rollout_id]
             made[i] = _given(source["text"], source["finish_reason"] == "stop", text_side, config.max_new_tokens)
-            made[i]["policy"] = source["policy"]
+            made[i] |= {"policy": source["policy"], "engine": source["engine"]}
 
     return pa.Table.from_pylist(
         [
@@ -134,7 +132,7 @@ def rollouts_table(
                 "policy": student.digest if row.source == "student" else "",
                 "prompt_token_ids": rendered[i],
                 "seed": row.seed,
-                "engine": ENGINE if row.source != "reference" else "",
+                "engine": name if row.source == "student" else "",
                 **made[i],
             }
             for i, (row, prompt_id) in enumerate(zip(rows, chosen["prompt_id"].to_pylist(), strict=True))

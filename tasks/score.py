@@ -11,10 +11,9 @@ from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Artifact, Run, part, read_table, round_slot
 from tasks.engines.base import Engine, Signal, TokenScores
-from tasks.engines.transformers import engine
+from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
-from tasks.rollout import ENGINE
 
 CODE = 1
 ROWS_AT_ONCE = 1024  # between two steps of the progress bar
@@ -36,7 +35,7 @@ def score_shard(
     inputs = {
         "stage": "scores",
         "code": CODE,
-        "engine": ENGINE,
+        "engine": engine_name(teacher),
         "teacher": teacher.identity,
         "prompts": prompts.digest,
         "rollouts": digest_table(wanted),

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from configs.schema import Recipe, Score
 from storage.store import Artifact, Run, local_folder
-from tasks.engines.base import Signal
+from tasks.engines.base import Engine, Signal
+from tasks.engines.choose import engine
 from tasks.engines.events import Sparse, boundary_laws, likeliest
-from tasks.engines.transformers import SCORE_CHUNK, TransformersEngine, engine
+from tasks.engines.transformers import SCORE_CHUNK, TransformersEngine
 from tasks.models import ModelRef, device_of, finish_of, finished
 from tasks.progress import logger
 from tasks.ragged import add_up, expand, flat, offsets_of, within
@@ -59,8 +60,9 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
     return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
 
 
-def head_of(loaded: TransformersEngine) -> Head:
-    """The head of a model that is loaded."""
+def head_of(loaded: Engine) -> Head:
+    """The head of a model that is loaded in this process."""
+    assert isinstance(loaded, TransformersEngine), "the recipe is refused before"
     layer = loaded.model.get_output_embeddings()
     bias = getattr(layer, "bias", None)
     return Head(

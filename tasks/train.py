@@ -19,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, get_scheduler
 
 from configs.errors import BadInput, Stopped
-from configs.schema import Recipe, Sft
+from configs.objectives import Sft
+from configs.schema import Recipe
 from storage.schemas import STEPS
 from storage.store import Artifact, Run, local_folder, part, round_slot, write_parquet
 from tasks import objectives
 from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches, rows_to_train
-from tasks.engines.transformers import release
+from tasks.engines.choose import release
 from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
 from tasks.objectives.base import ObjectiveModule
 from tasks.progress import logger, progress

@@ -52,7 +52,7 @@ class TokenScores:
 
 
 class Engine(Protocol):
-    name: str  # with its version, for keys
+    """What runs a model. Raises BadInput for what it can never do, Unavailable for what may work the next time."""
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
         """One completion a prompt. A completion depends on its prompt and seed, not on its neighbours."""
@@ -60,4 +60,8 @@ class Engine(Protocol):
 
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
         """Scores of every completion token given its prompt."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
         ...

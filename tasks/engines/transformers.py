@@ -2,11 +2,10 @@
 
 import gc
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
-import transformers
 from transformers import GenerationConfig
 
 from tasks.engines.base import Completion, Sampling, Signal, TokenScores
@@ -21,7 +20,6 @@ SCORE_CHUNK = 1024  # positions whose full logits exist at once
 class TransformersEngine:
     def __init__(self, ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384):
         """`batch_size` sequences are generated at once; `batch_tokens`, padding included, are scored at once."""
-        self.name = f"transformers-{transformers.__version__}"
         self.side, self.batch_size, self.batch_tokens = side(ref), batch_size, batch_tokens
         self.device = device_of(ref)
         self.model = load_weights(ref).eval().to(self.device)  # type: ignore[arg-type]
@@ -98,6 +96,13 @@ class TransformersEngine:
     def laws(self) -> ByteLaws:
         return ByteLaws(self.side.vocabulary).to(self.device)
 
+    def close(self) -> None:
+        del self.model
+        self.__dict__.pop("laws", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
 
 def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Rows in batches of similar length, each at most `budget` tokens with padding (a longer row stands alone)."""
@@ -108,21 +113,3 @@ def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
-
-
-_loaded = lru_cache(maxsize=1)(TransformersEngine)
-
-
-def engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> TransformersEngine:
-    """The engine for a model; one model at a time stays loaded, so the shards of a stage share it."""
-    loaded = _loaded(ref)
-    loaded.batch_size, loaded.batch_tokens = batch_size, batch_tokens
-    return loaded
-
-
-def release() -> None:
-    """Give back the memory of the model that is loaded."""
-    _loaded.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

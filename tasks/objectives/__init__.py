@@ -1,6 +1,6 @@
 """Objectives: how a teacher's scores become targets, and how far the student is from them."""
 
-from configs.schema import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
+from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks.objectives.alm import AlmObjective
 from tasks.objectives.base import ObjectiveModule
 from tasks.objectives.bpm import BpmObjective

@@ -2,7 +2,7 @@
 
 import torch
 
-from configs.schema import Alm
+from configs.objectives import Alm
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, project_units, unit_logprobs
 from tasks.objectives.divergences import jsd, log_rest
 from tasks.tokens.vocabulary import Vocabulary

@@ -7,7 +7,7 @@ several teacher tokens gets their joint probability, which is taken from where t
 import numpy as np
 import torch
 
-from configs.schema import Bpm
+from configs.objectives import Bpm
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
 from tasks.objectives.classes import Classes
 from tasks.objectives.divergences import bucketed

@@ -6,7 +6,7 @@ Whatever their tokens are, both models say something about the next byte of the 
 import numpy as np
 import torch
 
-from configs.schema import Bytes
+from configs.objectives import Bytes
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
 from tasks.objectives.divergences import bucketed
 from tasks.ragged import add_up, expand, offsets_of, rows_of, within

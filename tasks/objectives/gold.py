@@ -6,7 +6,7 @@
 import numpy as np
 import torch
 
-from configs.schema import Gold
+from configs.objectives import Gold
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
 from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed

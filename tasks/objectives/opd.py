@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from configs.schema import Opd
+from configs.objectives import Opd
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, project_units, unit_logprobs
 from tasks.tokens.vocabulary import Vocabulary
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from configs.schema import Strict
+from configs.objectives import Strict
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
 from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from configs.schema import Uld
+from configs.objectives import Uld
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
 from tasks.ragged import expand, offsets_of, within
 from tasks.tokens.align import byte_ends

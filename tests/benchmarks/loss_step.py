@@ -29,7 +29,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 import fetch  # noqa: E402
 
-from configs.schema import Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld  # noqa: E402
+from configs.objectives import Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld  # noqa: E402
 from storage.schemas import ALIGNED, ROLLOUTS  # noqa: E402
 from tasks import objectives  # noqa: E402
 from tasks.batches import MicroBatch, collate  # noqa: E402

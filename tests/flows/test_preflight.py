@@ -24,7 +24,8 @@ from storage.read import scan
 from storage.store import Artifact, Run
 from tasks.checks import examine
 from tasks.engines.base import TokenScores
-from tasks.engines.transformers import TransformersEngine, release
+from tasks.engines.choose import release
+from tasks.engines.transformers import TransformersEngine
 from tasks.gates import Gate, hold, lead, repetition, round_gates, stored
 from tasks.models import ModelRef, reference
 

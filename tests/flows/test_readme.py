@@ -6,7 +6,7 @@ from typing import get_args
 import polars as pl
 from helpers import CHECKOUT
 
-from configs.schema import Objective
+from configs.objectives import Objective
 
 README = (CHECKOUT / "README.md").read_text()
 

@@ -31,7 +31,7 @@ from toys import (
 )
 from toys import vocabulary as toy_vocabulary
 
-from configs.schema import Alm, Bpm, Bytes, Gold, Objective, Opd, Sft, Strict, Uld
+from configs.objectives import Alm, Bpm, Bytes, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks import objectives
 from tasks.align import aligned_table
 from tasks.engines.base import Signal, TokenScores

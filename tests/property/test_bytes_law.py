@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toys import LETTERS, SEEDS, Rows, floored_jsd, losses, pairing, random_bytes, random_rows, random_vocabulary, terms_of
 from toys import vocabulary as toy_vocabulary
 
-from configs.schema import Bytes
+from configs.objectives import Bytes
 from tasks import objectives
 from tasks.objectives.base import Terms
 from tasks.objectives.bytes import BytesObjective

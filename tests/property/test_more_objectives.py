@@ -32,7 +32,7 @@ from toys import (
 )
 from toys import vocabulary as toy_vocabulary
 
-from configs.schema import Alm, Bpm, Gkd, Objective, Opd, Strict
+from configs.objectives import Alm, Bpm, Gkd, Objective, Opd, Strict
 from storage.schemas import SCORES
 from tasks import objectives
 from tasks.align import aligned_table

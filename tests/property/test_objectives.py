@@ -24,7 +24,7 @@ from toys import (
 )
 from toys import vocabulary as toy_vocabulary
 
-from configs.schema import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
+from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks import objectives
 from tasks.tokens.vocabulary import Vocabulary
 

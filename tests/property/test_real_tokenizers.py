@@ -19,7 +19,7 @@ import pytest
 from toys import rollouts_table, valid_prefix
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from configs.schema import Alm
+from configs.objectives import Alm
 from storage.schemas import SCORES
 from tasks import objectives
 from tasks.align import aligned_table

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from test_bytes_law import law_at
 from toys import SEEDS, TEXTS, full_logprobs, random_split, rollouts_table, student_ref, teacher_ref
 
-from configs.schema import Alm, Bpm, Bytes, Gold, Objective, Opd, Score, Strict, Uld
+from configs.objectives import Alm, Bpm, Bytes, Gold, Objective, Opd, Strict, Uld
+from configs.schema import Score
 from storage.schemas import ALIGNED
 from tasks import objectives
 from tasks.align import aligned_table

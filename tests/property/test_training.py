@@ -30,23 +30,8 @@ from toys import (
     twin_ref,
 )
 
-from configs.schema import (
-    Alm,
-    Bpm,
-    Bytes,
-    Gkd,
-    Gold,
-    GymPrompts,
-    Model,
-    Objective,
-    Opd,
-    Recipe,
-    Rollout,
-    Sft,
-    Strict,
-    Train,
-    Uld,
-)
+from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
+from configs.schema import GymPrompts, Model, Recipe, Rollout, Train
 from storage.store import Artifact, read_table, write_parquet
 from tasks import objectives
 from tasks.align import aligned_table

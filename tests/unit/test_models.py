@@ -8,7 +8,8 @@ import pytest
 from configs.errors import BadInput
 from configs.schema import Scratch
 from tasks.engines.base import Sampling
-from tasks.engines.transformers import TransformersEngine, engine, release
+from tasks.engines.choose import engine, release
+from tasks.engines.transformers import TransformersEngine
 from tasks.models import ModelRef, Side
 from tasks.scratch import new_model, new_tokenizer
 

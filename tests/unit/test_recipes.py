@@ -7,7 +7,8 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import differences, dumps, load, validate
-from configs.schema import Bytes, FilePrompts, Gold
+from configs.objectives import Bytes, Gold
+from configs.schema import FilePrompts
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPES = sorted([*(CHECKOUT / "configs").rglob("*.toml"), *(CHECKOUT / "tests" / "recipes").rglob("*.toml")])

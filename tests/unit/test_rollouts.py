@@ -12,7 +12,7 @@ from configs.schema import Rollout, Scratch
 from storage.schemas import PROMPTS, ROLLOUTS
 from tasks.completions import completions_table
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.transformers import engine
+from tasks.engines.choose import engine
 from tasks.models import ModelRef, Side, side
 from tasks.rollout import Row, plan, rollouts_table, shards
 from tasks.scratch import new_model, new_tokenizer

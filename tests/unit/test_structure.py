@@ -21,11 +21,15 @@ MAY_IMPORT = {
 
 OPENERS = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "cat_file", "url_to_fs"}
 OPENERS |= {"read_parquet", "scan_parquet", "write_parquet", "sink_parquet", "read_table", "write_table", "ParquetFile"}
+OPENERS |= {"memory_map", "new_file", "open_file"}
 OPENERS |= {"read_ndjson", "scan_ndjson", "read_csv", "load_file", "save_file", "safe_open", "memmap", "mkdir", "makedirs"}
 # (module, function) -> what it opens: recipes and prompt files, which are not a run's, and the inside of folders
-# that storage hands out and commits (Run.build_files, storage.store.local_folder), in model libraries' own formats.
+# that storage hands out and commits (Run.build_files, storage.store.local_folder), in model libraries' own formats,
+# and what passes between this process and vLLM's.
 MAY_OPEN = {
     ("configs/load.py", "load"),
+    *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
+    *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
     ("tasks/prompts.py", "read_rows"),
     ("tasks/signals.py", "make"),
     ("tasks/signals.py", "read_head"),

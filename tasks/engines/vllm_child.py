@@ -1,0 +1,156 @@
+"""vLLM in a process of its own: `PYTHON -I vllm_child.py OPTIONS`, where PYTHON has vLLM and pyarrow and nothing of ours.
+
+One JSON request a line on standard input, one JSON reply a line on standard output; tables in and out are Arrow IPC files.
+It ends when its standard input does.
+"""
+
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+from importlib.metadata import packages_distributions, version
+from typing import Any
+
+ENTRIES = 4_000_000  # log-probs held at once, before they are written
+
+
+def main(options: dict[str, Any]) -> None:
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints is no reply
+    requests = _requests()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its end gives everything back
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    llm = LLM(
+        **options,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
+        max_logprobs=-1,
+        max_model_len=-1,  # the model's own, or less where the cache is too small for it
+        enforce_eager=current_platform.is_cpu(),
+        disable_log_stats=True,
+    )
+    print(json.dumps({"ready": True}), file=replies)
+    while True:
+        request = requests.get()
+        try:
+            WORK[request["do"]](llm, request)
+            reply: dict[str, Any] = {"done": True}
+        except ValueError as error:  # vLLM's way of refusing a request
+            reply = {"refused": str(error)}
+        print(json.dumps(reply), file=replies)
+
+
+def _requests() -> queue.Queue[dict[str, Any]]:
+    """Requests as they come. When no more can come nobody waits for an answer either: the process ends at once."""
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            requests.put(json.loads(line))
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return requests
+
+
+def generate(llm: Any, request: dict[str, Any]) -> None:
+    """(prompt, seed) to (ids, logprobs)."""
+    import pyarrow as pa
+    from vllm import SamplingParams
+
+    rows = _read(request)
+    bias = dict.fromkeys(range(*request["padding"]), -100.0) or None
+    shared = {**request["sampling"], "stop_token_ids": request["stops"], "ignore_eos": True, "logit_bias": bias}
+    plain = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
+    params = [SamplingParams(**shared, **plain, seed=seed) for seed in rows["seed"].to_pylist()]
+    outputs = llm.generate(_prompts(rows["prompt"]), params, use_tqdm=False)
+    made = [output.outputs[0] for output in outputs]
+    ids = pa.array([list(one.token_ids) for one in made], pa.list_(pa.int32()))
+    logprobs = pa.array([one.logprobs.logprobs for one in made], pa.list_(pa.float32()))
+    _write(request, [pa.record_batch({"ids": ids, "logprobs": logprobs})])
+
+
+def tops(llm: Any, request: dict[str, Any]) -> None:
+    """(prompt, completion) to (actual, ids, logprobs), the last two flat: k for each completion token, best first."""
+    import numpy as np
+    import pyarrow as pa
+    from vllm import SamplingParams
+
+    rows, k = _read(request), request["k"]
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=k, flat_logprobs=True, detokenize=False)
+    prompts, completions = rows["prompt"].to_pylist(), rows["completion"].to_pylist()
+
+    def scored(part: slice) -> Any:
+        sequences = [prompt + completion for prompt, completion in zip(prompts[part], completions[part], strict=True)]
+        columns: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
+        for output, completion in zip(outputs, completions[part], strict=True):
+            flat, n = output.prompt_logprobs, len(completion)
+            ids = np.array(flat.token_ids[-n * (k + 1) :], np.int32).reshape(n, k + 1)
+            logprobs = np.array(flat.logprobs[-n * (k + 1) :], np.float32).reshape(n, k + 1)
+            assert ids[:, 0].tolist() == completion, "vLLM scored other tokens than it was given"
+            for column, values in zip(columns, (logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]), strict=True):
+                column.append(values.reshape(-1))
+        kinds = {"actual": pa.float32(), "ids": pa.int32(), "logprobs": pa.float32()}
+        return pa.record_batch({n: pa.array(c, pa.list_(t)) for (n, t), c in zip(kinds.items(), columns, strict=True)})
+
+    _write(request, (scored(part) for part in _parts([len(p) + len(c) for p, c in zip(prompts, completions)], k + 1)))
+
+
+def stops(llm: Any, request: dict[str, Any]) -> None:
+    """(prompt) to (logprobs): of each stop id as the next token."""
+    import pyarrow as pa
+    from vllm import SamplingParams
+
+    asked = request["stops"]
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=len(asked), logprob_token_ids=asked, detokenize=False)
+    outputs = llm.generate(_prompts(_read(request)["prompt"]), params, use_tqdm=False)
+    found = [[output.outputs[0].logprobs[0][i].logprob for i in asked] for output in outputs]
+    _write(request, [pa.record_batch({"logprobs": pa.array(found, pa.list_(pa.float32()))})])
+
+
+def _prompts(column: Any) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": ids} for ids in column.to_pylist()]
+
+
+def _parts(lengths: list[int], width: int) -> list[slice]:
+    """Rows in order, cut so that each part holds about ENTRIES log-probs."""
+    cuts, total = [0], 0
+    for row, length in enumerate(lengths):
+        if total and (total + length) * width > ENTRIES:
+            cuts.append(row)
+            total = 0
+        total += length
+    return [slice(low, high) for low, high in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
+
+
+def _read(request: dict[str, Any]) -> Any:
+    import pyarrow as pa
+
+    with pa.memory_map(request["in"]) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _write(request: dict[str, Any], batches: Any) -> None:
+    import pyarrow as pa
+
+    batches = iter(batches)
+    first = next(batches)
+    with pa.ipc.new_file(request["out"], first.schema) as writer:
+        for batch in itertools.chain([first], batches):
+            writer.write_batch(batch)
+
+
+WORK = {"generate": generate, "tops": tops, "stops": stops}
+
+if __name__ == "__main__":
+    if sys.argv[1] == "version":
+        print(version(packages_distributions()["vllm"][0]))
+    else:
+        main(json.loads(sys.argv[1]))
