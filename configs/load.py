@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from configs.errors import BadInput
 from configs.schema import Objective, Prompts, Recipe
 
+MACHINERY = {"train.processes", "train.sharding"}
+
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path` with `overrides` (each `a.b=value`, the value in TOML's notation) applied.
@@ -47,12 +49,15 @@ def dumps(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for each field that differs: `train.batch_size is 64 there, 128 here`."""
+    """One line for each field that differs: `train.batch_size is 64 there, 128 here`.
+
+    A run may go on with more machinery, or less: fields that change no result but its rounding are left out.
+    """
     left, right = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return [
         f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key)
+        if left.get(key) != right.get(key) and key not in MACHINERY
     ]
 
 

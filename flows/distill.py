@@ -21,6 +21,7 @@ from tasks.align import align_shard
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
 from tasks.models import ModelRef, check_weights, reference, side
+from tasks.processes import check_processes
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
 from tasks.report import markdown, records, rounds_table
@@ -133,6 +134,7 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     `above` are the recipes that ask for this one's model.
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
+    check_processes(recipe)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef] = {}

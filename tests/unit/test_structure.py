@@ -26,6 +26,8 @@ OPENERS |= {"read_ndjson", "scan_ndjson", "read_csv", "load_file", "save_file", 
 # that storage hands out and commits (Run.build_files, storage.store.local_folder), in model libraries' own formats.
 MAY_OPEN = {
     ("configs/load.py", "load"),
+    ("tasks/processes.py", "launch"),
+    ("tasks/processes.py", "main"),
     ("tasks/prompts.py", "read_rows"),
     ("tasks/signals.py", "make"),
     ("tasks/signals.py", "read_head"),
