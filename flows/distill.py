@@ -71,13 +71,15 @@ def distill(
         student, trainer = _local(recipe.student, made["student"]), made["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
-            table = rounds_table(run.path)
+            table = rounds_table(run.address)
             create_table_artifact(records(table), key=_slug(recipe.name, "rounds"), description=f"after round {number}")
             update_progress_artifact(bar, 100 * number / target)  # type: ignore[arg-type]
             logger.info("round %d: %s", number, _headline(records(table)[-1]))
-    table = rounds_table(run.path)
-    create_markdown_artifact(markdown(table, run.path), key=_slug(recipe.name, "summary"))
-    return {"run": run.path, "rounds": run.rounds_done(), "student": student.path, "table": records(table)}
+    table = rounds_table(run.address)
+    create_markdown_artifact(markdown(table, run.address), key=_slug(recipe.name, "summary"))
+    last = run.find(round_slot(target, "student"))
+    student_at = last.path if last else student.path
+    return {"run": run.address, "rounds": run.rounds_done(), "student": student_at, "table": records(table)}
 
 
 def _round(
