@@ -11,7 +11,9 @@ from configs.errors import BadInput
 from configs.objectives import Objective
 from configs.schema import Prompts, Recipe
 
-PLACES = ("urls", "vllm_python", "vllm_memory")
+# Where and on how much a run is made is no part of what it is: a server may move in the middle of it.
+MACHINERY = {"train.processes", "train.sharding"}
+MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("urls", "vllm_python", "vllm_memory")}
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -52,13 +54,14 @@ def dumps(recipe: Recipe) -> str:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """One line for each field that differs: `train.batch_size is 64 there, 128 here`.
 
-    Gates may: they change no result. Where an engine is found is no part of what a run is: a server may move.
+    A run may go on with more machinery, or less, and with wider gates: fields that change no result but its rounding are
+    left out.
     """
     left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates"})) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and key.rpartition(".")[2] not in PLACES
+        if left.get(key) != right.get(key) and key not in MACHINERY
     ]
 
 

@@ -158,6 +158,11 @@ class Train(Table):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
+    processes: Int = Field(1, ge=1, le=1024, description="that share each batch: one a GPU, or a part of the CPU's cores")
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="none: each process holds the whole student (DDP); full: a part of it, gathered layer by layer (FSDP)",
+    )
 
 
 class Evaluate(Table):
@@ -235,6 +240,13 @@ class Recipe(Table):
             )
         if self.score.signal == "topk" and self.score.k > MOST:
             raise ValueError(f"score.k = {self.score.k} is more than a scores file can count; set it to at most {MOST}")
+        if self.train.sharding == "full" and self.train.processes == 1:
+            raise ValueError("train.sharding = 'full' parts the student among processes: set train.processes to 2 or more")
+        if self.train.processes > 1 and ":" in self.student.device:
+            raise ValueError(
+                f"student.device = '{self.student.device}' is one device, but train.processes = {self.train.processes} "
+                "use one each; set student.device = 'auto'"
+            )
         if self.train.micro_batch_size > self.train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size} "

@@ -24,6 +24,7 @@ from tasks.engines.choose import check_engine
 from tasks.evaluate import evaluate_model
 from tasks.gates import check_lead, check_round
 from tasks.models import ModelRef, check_weights, reference, side
+from tasks.processes import check_processes
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
 from tasks.report import markdown, records, rounds_table
@@ -73,13 +74,15 @@ def distill(
         student, trainer = _local(recipe.student, trained["student"]), trained["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
-            table = rounds_table(run.path)
+            table = rounds_table(run.address)
             create_table_artifact(records(table), key=slug(recipe.name, "rounds"), description=f"after round {number}")
             update_progress_artifact(bar, 100 * number / target)  # type: ignore[arg-type]
             logger.info("round %d: %s", number, _headline(records(table)[-1]))
-    table = rounds_table(run.path)
-    create_markdown_artifact(markdown(table, run.path), key=slug(recipe.name, "summary"))
-    return {"run": run.path, "rounds": run.rounds_done(), "student": student.path, "table": records(table)}
+    table = rounds_table(run.address)
+    create_markdown_artifact(markdown(table, run.address), key=slug(recipe.name, "summary"))
+    last = run.find(round_slot(target, "student"))
+    student_at = last.path if last else student.path
+    return {"run": run.address, "rounds": run.rounds_done(), "student": student_at, "table": records(table)}
 
 
 def _round(
@@ -137,6 +140,7 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     `above` are the recipes that ask for this one's model.
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
+    check_processes(recipe)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef] = {}

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -27,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from configs.errors import BadInput
 from configs.load import differences, dumps, validate
 from configs.schema import Recipe
+from storage.filesystems import filesystem, fsync_folder, link, unreachable, unwritable
 from storage.lineage import digest_file, digest_folder, digest_json, versions
 
 
@@ -57,12 +57,15 @@ class Run:
 
     def __init__(self, root: str, name: str):
         try:
-            self.fs, base = fsspec.url_to_fs(root)
-        except (ValueError, ImportError) as error:
+            self.fs, base = filesystem(root)
+        except ImportError as error:
+            raise BadInput(f"root: {root} cannot be used: {error}; for s3:// that is: pip install 'potstill[s3]'") from None
+        except ValueError as error:
             raise BadInput(f"root: {root} cannot be used: {error}; give a folder, or a URI such as s3://bucket/runs") from None
         self.uri, self.root, self.name = root, base.rstrip("/"), name
         self.path = posixpath.join(self.root, name)
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.address = self._address(self.path)
 
     # -- what is there --------------------------------------------------------------------------------------------
 
@@ -74,7 +77,7 @@ class Run:
         path = posixpath.join(self.path, manifest["path"])
         if not self.fs.exists(path):
             return None
-        return Artifact(self.fs.unstrip_protocol(path) if not self.local else path, manifest["digest"], manifest["rows"])
+        return Artifact(self._address(path), manifest["digest"], manifest["rows"])
 
     def manifest(self, slot: str) -> dict[str, Any] | None:
         try:
@@ -159,9 +162,9 @@ class Run:
                 if not self.local:
                     self.fs.get(source, str(copy), recursive=self.fs.isdir(source))
                 elif os.path.isdir(source):
-                    shutil.copytree(source, copy, copy_function=_link)
+                    shutil.copytree(source, copy, copy_function=link)
                 else:
-                    _link(source, copy)
+                    link(source, copy)
                 self._commit(copy, manifest["path"])
             self._write_manifest(slot, {**manifest, "taken_from": other.name})
             log(f"{slot}: {found.rows} rows, taken over from {other.name}")
@@ -193,7 +196,7 @@ class Run:
             if os.path.isdir(target):
                 os.rename(target, tempfile.mkdtemp(dir=made.parent))  # goes with the workspace
             os.replace(made, target)
-            _fsync_folder(Path(target).parent)
+            fsync_folder(Path(target).parent)
         else:
             if self.fs.isdir(target):
                 self.fs.rm(target, recursive=True)  # put would go inside it
@@ -201,6 +204,10 @@ class Run:
 
     def _write_manifest(self, slot: str, manifest: dict[str, Any]) -> None:
         self.write_text(posixpath.relpath(self._manifest_path(slot), self.path), json.dumps(manifest, indent=1))
+
+    def _address(self, path: str) -> str:
+        """What others call a path: polars, the user, another process."""
+        return path if self.local else self.fs.unstrip_protocol(path)
 
     def _manifest_path(self, slot: str) -> str:
         return posixpath.join(self.path, "_manifests", slot + ".json")
@@ -228,7 +235,9 @@ class Run:
             raise BadInput(f"{path}: not valid TOML: {error}; put it back, or choose another name or root") from None
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Refuse a run folder that belongs to another recipe, or a root that cannot be written. Writes nothing."""
+        """Refuse a run folder that belongs to another recipe, or a root that cannot be written. Leaves nothing behind."""
+        if not self.local and (reason := unreachable(self.fs, self.path)):
+            raise BadInput(f"{self.uri}: cannot be written ({reason}); check its name, the credentials and the endpoint")
         inside = self.fs.ls(self.path, detail=False) if self.fs.isdir(self.path) else []
         left = posixpath.join(self.path, "_tmp")  # by a run that was killed at its start
         frozen = self.frozen_recipe()
@@ -242,7 +251,7 @@ class Run:
             )
         if self.local:
             existing = next(p for p in (Path(self.path), *Path(self.path).parents) if p.exists())
-            if reason := _unwritable(existing):
+            if reason := unwritable(existing):
                 raise BadInput(f"{self.root}: cannot be written ({existing} {reason}); set root to a folder of yours")
 
     def freeze(self, recipe: Recipe) -> None:
@@ -271,14 +280,14 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
     """A committed table, whole: one shard."""
-    fs, path = fsspec.url_to_fs(artifact.path)
+    fs, path = filesystem(artifact.path)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=columns)
 
 
 def local_folder(artifact: Artifact) -> str:
     """A committed folder as a local path; fetched once where the run lies on a remote filesystem."""
-    fs, path = fsspec.url_to_fs(artifact.path)
+    fs, path = filesystem(artifact.path)
     if isinstance(fs, LocalFileSystem):
         return path
     target = Path(tempfile.gettempdir()) / f"potstill-{os.getuid()}" / artifact.digest
@@ -288,33 +297,3 @@ def local_folder(artifact: Artifact) -> str:
             fs.get(path, f"{folder}/fetched", recursive=True)
             os.replace(f"{folder}/fetched", target)
     return str(target)
-
-
-def _link(source: str, target: str | Path) -> object:
-    """A hard link: committed files are never changed. A copy where the disk cannot link."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
-
-
-def _unwritable(folder: Path) -> str | None:
-    """Why no folder can be made in `folder`; tried out, because a superuser's permissions always say yes."""
-    if not folder.is_dir():
-        return "is a file"
-    if not os.access(folder, os.W_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
-        return "is read-only"
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=folder))
-    except OSError as error:
-        return f"takes no folders: {error.strerror}"
-    return None
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

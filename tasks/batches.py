@@ -10,7 +10,7 @@ import torch
 
 from storage.store import Artifact, read_table
 from tasks.objectives.base import Terms
-from tasks.ragged import expand, flat, offsets_of, rows_of
+from tasks.ragged import expand, flat, offsets_of, ragged, rows_of
 
 ROLLOUT_COLUMNS = ["prompt_token_ids", "token_ids"]
 ALIGNED_COLUMNS = [
@@ -106,7 +106,7 @@ class MicroBatch:
 
 
 def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
-    """Rows of an optimizer batch as one forward pass."""
+    """Rows of an optimizer batch as one forward pass; it reads `input_ids` where they differ from the labels."""
     prompts, prompt_offsets = flat(table["prompt_token_ids"])
     tokens, token_offsets = flat(table["token_ids"])
     prompt_lengths, lengths = np.diff(prompt_offsets), np.diff(token_offsets)
@@ -114,7 +114,7 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
     place, row = expand(np.zeros_like(prompt_lengths), prompt_lengths)
     ids[row, place] = prompts
     place, row = expand(prompt_lengths, prompt_lengths + lengths)
-    ids[row, place] = tokens
+    ids[row, place] = flat(table["input_ids"])[0] if "input_ids" in table.column_names else tokens
 
     starts, term_offsets = flat(table["term_starts"])
     shift = token_offsets[rows_of(term_offsets)]
@@ -140,16 +140,14 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
     )
 
 
-def corrupted(batch: MicroBatch, rows_share: float, tokens_share: float, seed: int) -> torch.Tensor:
-    """`batch.ids` where some completion tokens are replaced by others of the batch; labels are not touched.
+def corrupted(table: pa.Table, rows_share: float, tokens_share: float, seed: int) -> pa.Table:
+    """`table` with a column `input_ids`: `token_ids` where some are replaced by others of the table.
 
     A model that has read wrong tokens in training can still grade what comes behind a student's mistake.
     """
     random = np.random.default_rng(seed)
-    row = batch.row.cpu().numpy()
-    chosen = (random.random(len(batch.ids)) < rows_share)[row] & (random.random(len(row)) < tokens_share)
-    replacement = random.permutation(batch.actual.cpu().numpy())
-    at = torch.from_numpy(np.flatnonzero(chosen)).to(batch.ids.device)
-    ids = batch.ids.clone()
-    ids[batch.row[at], batch.time[at]] = torch.from_numpy(replacement[chosen]).to(ids.device)
-    return ids
+    tokens, offsets = flat(table["token_ids"])
+    row = rows_of(offsets)
+    chosen = (random.random(len(table)) < rows_share)[row] & (random.random(len(row)) < tokens_share)
+    shown = np.where(chosen, random.permutation(tokens), tokens)
+    return table.append_column("input_ids", ragged(shown, offsets, pa.int32()))

@@ -2,19 +2,30 @@
 
 import json
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, get_scheduler
 
@@ -22,16 +33,17 @@ from configs.errors import BadInput, Stopped
 from configs.objectives import Sft
 from configs.schema import Recipe
 from storage.schemas import STEPS
-from storage.store import Artifact, Run, local_folder, part, round_slot, write_parquet
+from storage.store import Artifact, Run, local_folder, part, read_table, round_slot, write_parquet
 from tasks import objectives
 from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches, rows_to_train
 from tasks.engines.choose import release
 from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
 from tasks.objectives.base import ObjectiveModule
+from tasks.processes import launch
 from tasks.progress import logger, progress
 from tasks.seeds import derive
 
-CODE = 2
+CODE = 3
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -54,7 +66,7 @@ def train_round(
         "trainer": trainer.digest if trainer else None,
         "rollouts": [artifact.digest for artifact in rollouts],
         "aligned": [artifact.digest for artifact in aligned],
-        "recipe": recipe.train.model_dump(mode="json"),
+        "recipe": recipe.train.model_dump(mode="json", exclude={"processes", "sharding"}),
         "objective": recipe.objective.model_dump(),
         "horizon": horizon(recipe),
         "seed": recipe.seed,
@@ -69,11 +81,38 @@ def train_round(
     def make(folder: Path) -> dict[str, int]:
         release()  # the teacher's memory is the student's now
         state = local_folder(trainer) if trainer else None
-        steps = Trainer(recipe, number, student, teacher, state).run(list(zip(rollouts, aligned, strict=True)), folder)
-        write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
-        return dict.fromkeys(slots, len(steps))
+        job = Job(recipe, number, student, teacher, list(zip(rollouts, aligned, strict=True)), state)
+        if recipe.train.processes > 1:
+            launch(JOB.dump_json(job).decode(), folder, recipe.train.processes)
+        else:
+            train(job, folder)
+        return dict.fromkeys(slots, read_table(Artifact(str(folder / "steps.parquet"), "")).num_rows)
 
     return run.build_files(slots, inputs, make, logger.info)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is told of a round's training."""
+
+    recipe: Recipe
+    number: int
+    student: ModelRef
+    teacher: ModelRef | None
+    shards: list[tuple[Artifact, Artifact]]  # rollouts and aligned
+    state: str | None  # folder of what the last round's trainer left
+
+
+JOB = TypeAdapter(Job)
+
+
+def train(job: Job, folder: Path) -> None:
+    """Write `student`, `trainer` and `steps.parquet` under `folder`; where several processes run this, their first does."""
+    trainer = Trainer(job.recipe, job.number, job.student, job.teacher, job.state)
+    steps = trainer.run(job.shards, folder)
+    if trainer.accelerator.is_main_process:
+        write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
+    trainer.accelerator.end_training()
 
 
 def mean_loss(recipe: Recipe, student: ModelRef, teacher: ModelRef | None, rollouts: pa.Table, aligned: pa.Table) -> float:
@@ -120,6 +159,16 @@ class Student(nn.Module):
         return torch.stack(losses).sum()
 
 
+def sharded(module: nn.Module, model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """FSDP: weights, gradients and optimizer state lie in parts, one a process; a layer's weights are whole while it runs."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    module.to(accelerator.device)
+    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
 class Trainer:
     """Optimizer steps of one round; the optimizer goes on from the state that the last round left."""
 
@@ -129,10 +178,20 @@ class Trainer:
         torch.manual_seed(derive(recipe.seed, "train", number))
         device, half = device_of(student), dtype_of(student) == torch.bfloat16
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")
+        if self.accelerator.num_processes != config.processes:
+            raise RuntimeError(
+                f"train.processes = {config.processes}, but {self.accelerator.num_processes} take part: "
+                "start potstill itself, not torchrun or accelerate launch"
+            )
         own, other = side(student), side(teacher or student)
         model = load_weights(student, torch.float32).train()
         objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
-        module = Student(model, objective, len(own.beta.values), config.chunk_positions)
+        module: nn.Module = Student(model, objective, len(own.beta.values), config.chunk_positions)
+        module = sharded(module, model, self.accelerator) if config.sharding == "full" else self.accelerator.prepare(module)
+        if config.processes > 1 and self.accelerator.is_main_process:
+            here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
+            total = sum(p.numel() for p in module.parameters())
+            logger.info("round %d train: %d processes, this one holds %d of %d weights", number, config.processes, here, total)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
         optimizer = torch.optim.AdamW(
@@ -140,7 +199,7 @@ class Trainer:
             lr=config.learning_rate,
             betas=config.adam_betas,
         )
-        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.module, self.optimizer = module, self.accelerator.prepare(optimizer)
         self.scheduler = get_scheduler(config.schedule, optimizer, config.warmup_steps, horizon(recipe))
         self.step = self._restore(state) if state else 0
 
@@ -164,19 +223,23 @@ class Trainer:
 
     def _optimize(self, table: pa.Table) -> dict[str, Any]:
         started = time.monotonic()
-        accelerator, size = self.accelerator, self.recipe.train.micro_batch_size
-        units = sum(table["units"].to_pylist())
-        mine = table.take(list(range(accelerator.process_index, len(table), accelerator.num_processes)))
-        micro = [mine.slice(start, size) for start in range(0, len(mine), size)]
+        accelerator, size, objective = self.accelerator, self.recipe.train.micro_batch_size, self.recipe.objective
+        units, processes = sum(table["units"].to_pylist()), accelerator.num_processes
+        if isinstance(objective, Sft) and objective.corrupt_rows:
+            seed = derive(self.recipe.seed, "corrupt", self.step, 0, 0)
+            table = corrupted(table, objective.corrupt_rows, objective.corrupt_tokens, seed)
+        mine = table.take(np.arange(accelerator.process_index, len(table), processes))
+        passes = -(-len(table) // (processes * size))  # of the process with most rows, and so of all: they wait for each other
         loss, tokens = torch.zeros((), device=accelerator.device), 0
-        for index, rows in enumerate(micro):
-            batch = collate(rows, side(self.ref).pad_id, accelerator.device)
-            # DDP averages gradients over processes: the loss is a sum over all their terms.
-            scale = accelerator.num_processes / units
-            with nullcontext() if index + 1 == len(micro) else accelerator.no_sync(self.module):
-                part_loss = self.module(self._inputs(batch, index), batch) * scale
+        for index in range(passes):
+            rows = mine.slice(index * size, size)
+            batch = collate(rows if len(rows) else table.slice(0, 1), side(self.ref).pad_id, accelerator.device)
+            # Gradients are averaged over processes: the loss is a sum over all their terms. A row that stands in counts 0.
+            scale = processes / units if len(rows) else 0.0
+            with self._last(index + 1 == passes), accelerator.autocast():
+                part_loss = self.module(batch.ids, batch) * scale
                 accelerator.backward(part_loss)
-            loss, tokens = loss + part_loss.detach(), tokens + batch.tokens
+            loss, tokens = loss + part_loss.detach(), tokens + batch.tokens * bool(len(rows))
         norm = accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.train.grad_clip)
         self._check(float(norm))
         rate = self.scheduler.get_last_lr()[0]
@@ -188,7 +251,7 @@ class Trainer:
             "step": self.step,
             "round": self.number,
             "loss": float(accelerator.reduce(loss, "mean")),
-            "grad_norm": float(norm),
+            "grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
             "learning_rate": rate,
             "rows": len(table),
             "units": units,
@@ -206,17 +269,19 @@ class Trainer:
                 "train.warmup_steps"
             )
 
-    def _inputs(self, batch: MicroBatch, index: int) -> torch.Tensor:
-        objective = self.recipe.objective
-        if not isinstance(objective, Sft) or not objective.corrupt_rows:
-            return batch.ids
-        seed = derive(self.recipe.seed, "corrupt", self.step, index, self.accelerator.process_index)
-        return corrupted(batch, objective.corrupt_rows, objective.corrupt_tokens, seed)
+    def _last(self, last: bool) -> AbstractContextManager[None]:
+        """Whether the gradients of this forward and backward pass, and those gathered before, are summed over processes."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.module)
 
     # No pickle: the optimizer's tensors, by parameter name, go to safetensors, and the rest to JSON.
 
     def _save(self, folder: Path) -> None:
         state: dict[str, Any] = get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=FULL)
+        model = self.accelerator.unwrap_model(self.module).model
+        whole = get_model_state_dict(model, options=FULL) if isinstance(self.module, FSDPModule) else None
         if not self.accelerator.is_main_process:
             return
         (folder / "trainer").mkdir()
@@ -224,7 +289,8 @@ class Trainer:
         save_file(tensors, folder / "trainer" / "optimizer.safetensors")
         saved = {"step": self.step, "param_groups": state["param_groups"]}
         (folder / "trainer" / "state.json").write_text(json.dumps(saved, indent=1))
-        self.accelerator.unwrap_model(self.module).model.save_pretrained(folder / "student")
+        weights = whole and {name: value for name, value in whole.items() if name not in model.all_tied_weights_keys}
+        model.save_pretrained(folder / "student", state_dict=weights)
         side(self.ref).tokenizer.save_pretrained(folder / "student")
 
     def _restore(self, folder: str) -> int:

@@ -160,6 +160,8 @@ BAD = [
     (["objective.beta=-1"], "objective.beta", "greater than or equal to 0"),
     (["objective.name=sft"], "objective.name = 'sft'", "set rollout.on_policy = 0"),
     (["train.micro_batch_size=128"], "train.micro_batch_size = 128", "larger than train.batch_size = 64"),
+    (["train.sharding=full"], "train.sharding = 'full'", "train.processes to 2 or more"),
+    (["train.processes=2", "student.device=cuda:1"], "student.device = 'cuda:1'", "student.device = 'auto'"),
     (["train.learning_rate=fast"], "train.learning_rate", "number"),
     (["train.schedule=step"], "train.schedule", "'cosine', 'linear' or 'constant'"),
     (["train.adam_betas=[0.9]"], "train.adam_betas", "missing"),
@@ -232,6 +234,10 @@ def test_differences_name_both_values(plain):
     assert "objective.name is 'bytes' there, 'gold' here" in lines
     assert "objective.merge is 'absent' there, 'chain' here" in lines
     assert len(lines) == 6  # name, merge, rest and two weights beside the batch size
+
+
+def test_a_run_may_go_on_with_other_machinery(plain):
+    assert differences(load(plain), load(plain, ["train.processes=4", "train.sharding=full"])) == []
 
 
 def test_recipes_cannot_be_changed(plain):

@@ -30,6 +30,8 @@ MAY_OPEN = {
     ("configs/load.py", "load"),
     *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
+    ("tasks/processes.py", "launch"),
+    ("tasks/processes.py", "main"),
     ("tasks/prompts.py", "read_rows"),
     ("tasks/signals.py", "make"),
     ("tasks/signals.py", "read_head"),
