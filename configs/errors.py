@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, so that every command can end the same way."""
+"""The exceptions that end a command with a message alone."""
 
 
 class BadInput(Exception):
@@ -6,4 +6,11 @@ class BadInput(Exception):
 
     The message is for the person who wrote the recipe. Commands print it alone and exit with 2;
     a flow fails with it as its reason.
+    """
+
+
+class CannotWrite(Exception):
+    """The disk became full or read-only during a run: nobody's mistake, and nothing committed is lost.
+
+    Commands print it alone and exit with 1; once there is space, the same command goes on.
     """
