@@ -6,7 +6,7 @@ SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fuzz bench format clean
+.PHONY: demo test check fuzz faults bench format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -29,6 +29,9 @@ check: $(VENV)/.installed  ## ruff and mypy
 fuzz: $(VENV)/.installed  ## 100,000 texts through eight pairs of real tokenizers; prints what is refused and why
 	$(BIN)/python tests/fetch.py tokenizers smollm2
 	POTSTILL_FUZZ=100000 $(BIN)/python -m pytest -s tests/property/test_real_tokenizers.py
+
+faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
+	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults
 
 bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignment, loss steps, what signals cost (half an hour)
 	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null

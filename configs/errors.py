@@ -22,3 +22,10 @@ class Unavailable(Exception):
     The message names it and says what its last words were. Commands print it alone and exit with 1; what is committed
     stays, and the same command goes on from there.
     """
+
+
+class CannotWrite(Exception):
+    """The disk became full or read-only during a run: nobody's mistake, and nothing committed is lost.
+
+    Commands print it alone and exit with 1; once there is space, the same command goes on.
+    """

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -12,28 +13,39 @@ from rich.table import Table
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput, Stopped, Unavailable
+from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
 
 app = App(name="potstill", help="On-policy distillation of a large language model into a small one of any family.")
 out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit status 2."""
+    """Entry point: a user's mistake is one message and exit status 2; a stop or a full disk is one message too."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(exit_on_error=False, print_error=False)
     except (BadInput, CycloptsError) as error:
-        print(f"potstill: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as reason:
-        print(f"potstill: {reason}", file=sys.stderr)
-        sys.exit(1)
+        _end(str(error), 2)
+    except (CannotWrite, Stopped) as error:
+        _end(str(error), 1)
     except Unavailable as error:
-        print(f"potstill: {error}\npotstill: the same command goes on from what is committed", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("potstill: stopped; the same command goes on from what is committed", file=sys.stderr)
-        sys.exit(130)
+        _end(f"{error}\npotstill: the same command goes on from what is committed", 1)
+    except KeyboardInterrupt as stop:
+        status = 143 if isinstance(stop, Terminated) else 130
+        _end("stopped; the same command goes on from what is committed", status)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: from a scheduler, a container's stop, a machine's shutdown."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def _end(message: str, status: int) -> NoReturn:
+    print(f"potstill: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 @app.command
@@ -61,8 +73,10 @@ def run(
 
     recipe = load(config, set_)
     from flows.distill import check, distill
+    from storage.store import Run
 
     check(recipe)  # before a server is started for nothing
+    Run(recipe.root, recipe.name).check_free()
     result = distill(str(config), rounds=rounds, overrides=set_)
     _print("Rounds", result["table"])
     out.print(f"Everything lies in {result['run']}; the last student in {result['student']}", soft_wrap=True, highlight=False)

@@ -49,8 +49,14 @@ def distill(
 ) -> dict[str, Any]:
     """Run, or go on with, the run of a recipe. What is committed is not made again; a complete run is left as it is."""
     recipe = load(config, overrides)
-    run = Run(recipe.root, recipe.name)
     check(recipe)
+    nested = runtime.flow_run.parent_flow_run_id is not None  # a model that two runs need is made by one of them
+    with Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
+        return _distill(recipe, rounds, at_most)
+
+
+def _distill(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
+    run = Run(recipe.root, recipe.name)
     teacher = made(recipe, recipe.teacher) if recipe.teacher else None
     given = None if recipe.student.scratch else made(recipe, recipe.student)
     check_pair(recipe, given, teacher)

@@ -1,10 +1,6 @@
-"""What disks and object stores do differently, in small functions."""
+"""What lies behind a URI."""
 
-import os
 import posixpath
-import shutil
-import tempfile
-from pathlib import Path
 
 import fsspec
 
@@ -12,15 +8,6 @@ import fsspec
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem and the path in it; listings are not cached, because other machines write there too."""
     return fsspec.url_to_fs(uri, use_listings_cache=False)
-
-
-def link(source: str, target: str | Path) -> object:
-    """A hard link: committed files are never changed. A copy where the disk cannot link."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
 
 
 def unreachable(fs: fsspec.AbstractFileSystem, run: str) -> str | None:
@@ -33,24 +20,3 @@ def unreachable(fs: fsspec.AbstractFileSystem, run: str) -> str | None:
     except Exception as error:  # each filesystem's library has errors of its own
         return " ".join(f"{type(error).__name__}: {error}".split())
     return None
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why no folder can be made in `folder`; tried out, because a superuser's permissions always say yes."""
-    if not folder.is_dir():
-        return "is a file"
-    if not os.access(folder, os.W_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
-        return "is read-only"
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=folder))
-    except OSError as error:
-        return f"takes no folders: {error.strerror}"
-    return None
-
-
-def fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

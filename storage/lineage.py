@@ -6,7 +6,7 @@ import os
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -28,25 +28,38 @@ def digest_table(table: pa.Table) -> str:
 
 def digest_file(path: str | Path) -> str:
     """sha256 of a local file's content."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
+    return _digest_file(os.fspath(path), _stamp(Path(path)))
 
 
 def digest_folder(path: str | Path) -> str:
     """One digest for the names and contents of a local folder's files."""
     root = Path(path)
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    stamp = tuple((str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return _digest_folder(os.fspath(root), stamp)
+    return digest_json({str(f.relative_to(root)): digest_file(f) for f in sorted(root.rglob("*")) if f.is_file()})
 
 
-@lru_cache(maxsize=256)
-def _digest_folder(root: str, stamp: tuple[tuple[str, int, int], ...]) -> str:
-    """Gigabytes of weights are read once a process, and again only when a size or time changed."""
-    return digest_json({name: digest_file(Path(root) / name) for name, _, _ in stamp})
+def digest_local(path: str | Path) -> str:
+    """The digest of a local file or folder, whichever it is."""
+    return digest_folder(path) if os.path.isdir(path) else digest_file(path)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=16_384)
+def _digest_file(path: str, stamp: tuple[int, int, int]) -> str:
+    """Gigabytes are read once a process, and again only when a file's size or time changed."""
+    with open(path, "rb") as file:
+        return digest_stream(file)
+
+
+def digest_stream(file: IO[bytes]) -> str:
+    """sha256 of what is left to read of an open file."""
+    sha = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        sha.update(chunk)
+    return sha.hexdigest()
 
 
 @lru_cache(maxsize=1)

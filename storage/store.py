@@ -4,6 +4,10 @@ Everything a stage makes goes through `Run.build_table` and `Run.build_files`: w
 or in another run under the same root, is not made again. A file is written under `_tmp/`, closed, fsynced and renamed
 into place, and its manifest last; so a data folder holds finished Parquet only, and a reader who goes by manifests sees
 whole artifacts only.
+
+What is committed is taken for what it says only after its digest was computed again: once a process, before it is an
+input of anything (a second or less a gigabyte, where making one takes an hour). What was truncated, altered or lost is
+made again. On a remote filesystem, which guards its content itself, the size alone is compared.
 """
 
 import json
@@ -14,7 +18,6 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,10 @@ from fsspec.implementations.local import LocalFileSystem
 from configs.errors import BadInput
 from configs.load import differences, dumps, validate
 from configs.schema import Recipe
-from storage.filesystems import filesystem, fsync_folder, link, unreachable, unwritable
-from storage.lineage import digest_file, digest_folder, digest_json, versions
+from storage import disk
+from storage.filesystems import filesystem, unreachable
+from storage.folder import Folder
+from storage.lineage import digest_json, digest_local, versions
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def part(number: int) -> str:
     return f"part-{number:05d}"
 
 
-class Run:
+class Run(Folder):
     """One run's folder under a root, on any fsspec filesystem.
 
     A *slot* is where an artifact lives, relative to the run and without its ending:
@@ -56,16 +61,8 @@ class Run:
     """
 
     def __init__(self, root: str, name: str):
-        try:
-            self.fs, base = filesystem(root)
-        except ImportError as error:
-            raise BadInput(f"root: {root} cannot be used: {error}; for s3:// that is: pip install 'potstill[s3]'") from None
-        except ValueError as error:
-            raise BadInput(f"root: {root} cannot be used: {error}; give a folder, or a URI such as s3://bucket/runs") from None
-        self.uri, self.root, self.name = root, base.rstrip("/"), name
-        self.path = posixpath.join(self.root, name)
-        self.local = isinstance(self.fs, LocalFileSystem)
-        self.address = self._address(self.path)
+        super().__init__(root, name)
+        self.name = name
 
     # -- what is there --------------------------------------------------------------------------------------------
 
@@ -77,19 +74,47 @@ class Run:
         path = posixpath.join(self.path, manifest["path"])
         if not self.fs.exists(path):
             return None
-        return Artifact(self._address(path), manifest["digest"], manifest["rows"])
+        return Artifact(self.address_of(path), manifest["digest"], manifest["rows"])
 
     def manifest(self, slot: str) -> dict[str, Any] | None:
+        """What was committed at `slot`; None where nothing was, or where the manifest cannot be read."""
         try:
-            return json.loads(self.fs.cat_file(self._manifest_path(slot)))
+            return _parsed(self.fs.cat_file(self._manifest_path(slot)))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def slots(self) -> list[str]:
+        """Every slot of the run that has a manifest, in order."""
+        folder = posixpath.join(self.path, "_manifests")
+        paths = sorted(self.fs.find(folder)) if self.fs.exists(folder) else []
+        return [posixpath.relpath(path, folder).removesuffix(".json") for path in paths]
+
     def manifests(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every committed slot of the run with its manifest, in order of the slots."""
-        folder = posixpath.join(self.path, "_manifests")
-        for path in sorted(self.fs.find(folder)) if self.fs.exists(folder) else []:
-            yield posixpath.relpath(path, folder).removesuffix(".json"), json.loads(self.fs.cat_file(path))
+        for slot in self.slots():
+            if (manifest := self.manifest(slot)) is not None:
+                yield slot, manifest
+
+    def damage(self, slot: str, read: bool = True) -> str | None:
+        """What is wrong with what was committed at `slot`; None: it is what its manifest says.
+
+        Without `read` the size is compared, not the content.
+        """
+        manifest = self.manifest(slot)
+        if manifest is None:
+            return "its manifest cannot be read"
+        path = posixpath.join(self.path, manifest["path"])
+        try:
+            if not self.fs.exists(path):
+                return "it is missing"
+            size = disk.size(path) if self.local else self.fs.du(path)
+            if size != manifest.get("bytes", size):
+                return f"it has {size} bytes, and had {manifest['bytes']}"
+            if read and self.digest(path) != manifest["digest"]:
+                return "its content was altered"
+        except OSError as error:
+            return f"it cannot be read: {error.strerror or error}"
+        return None
 
     def rounds_done(self) -> int:
         """How many rounds are complete: a round is, when the student it trained has been evaluated."""
@@ -127,102 +152,72 @@ class Run:
         `make` gets an empty local folder, writes the files and folders named by `slots`, and returns the rows in each.
         """
         key = digest_json(inputs)
-        found = {name: self.find(slot, key) or self._take_over(slot, key, log) for name, slot in slots.items()}
+        found = {name: self._whole(slot, key, log) or self._take_over(slot, key, log) for name, slot in slots.items()}
         complete = {name: artifact for name, artifact in found.items() if artifact is not None}
         if len(complete) == len(slots):
             return complete
         started = time.monotonic()
-        with self._workspace() as folder:
+        with self.writing(), self.workspace() as folder:
             rows = make(folder)
             seconds = round(time.monotonic() - started, 3)
             for name, slot in slots.items():
                 made = folder / name
-                digest = digest_folder(made) if made.is_dir() else digest_file(made)
-                place = slot + made.suffix * made.is_file()
-                if self.manifest(slot) is not None:
-                    self.fs.rm_file(self._manifest_path(slot))  # it does not speak of what comes
-                self._commit(made, place)
-                manifest = {"key": key, "path": place, "digest": digest, "rows": rows[name], "seconds": seconds}
-                self._write_manifest(slot, {**manifest, "inputs": inputs, "versions": versions()})
+                manifest = {
+                    "key": key,
+                    "path": slot + made.suffix * made.is_file(),
+                    "digest": digest_local(made),
+                    "bytes": disk.size(made),
+                    "rows": rows[name],
+                    "seconds": seconds,
+                }
+                self._commit_slot(slot, made, {**manifest, "inputs": inputs, "versions": versions()})
         log(f"{', '.join(slots.values())}: {max(rows.values())} rows, {seconds:.1f} s")
         return {name: artifact for name, slot in slots.items() if (artifact := self.find(slot, key))}
+
+    def _whole(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
+        """As `find`; what is damaged is told and not found."""
+        if not self.fs.exists(self._manifest_path(slot)):
+            return None
+        manifest = self.manifest(slot)
+        if manifest is not None and manifest["key"] != key:
+            return None
+        if problem := self.damage(slot, read=self.local):
+            log(f"{slot}: damaged ({problem}); it is made again")
+            return None
+        return self.find(slot, key)
 
     def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
         """Link (or copy) what another run under this root committed at the same slot under the same key."""
         entries = self.fs.ls(self.root, detail=True) if self.fs.exists(self.root) else []
         for path in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
             other = Run(self.uri, posixpath.basename(path))
-            if other.name == self.name or (found := other.find(slot, key)) is None:
+            if other.name == self.name or (manifest := other.manifest(slot)) is None or manifest["key"] != key:
                 continue
-            manifest = other.manifest(slot)
-            assert manifest is not None
             source = posixpath.join(other.path, manifest["path"])
-            with self._workspace() as folder:
+            with self.writing(), self.workspace() as folder:
                 copy = folder / "copy"
-                if not self.local:
-                    self.fs.get(source, str(copy), recursive=self.fs.isdir(source))
-                elif os.path.isdir(source):
-                    shutil.copytree(source, copy, copy_function=link)
-                else:
-                    link(source, copy)
-                self._commit(copy, manifest["path"])
-            self._write_manifest(slot, {**manifest, "taken_from": other.name})
-            log(f"{slot}: {found.rows} rows, taken over from {other.name}")
+                try:
+                    self.copy(source, copy)
+                except (FileNotFoundError, shutil.Error):
+                    continue  # it is missing there, or replaced just now
+                if digest_local(copy) != manifest["digest"]:
+                    log(f"{slot}: damaged in {other.name}; not taken over")
+                    continue
+                self._commit_slot(slot, copy, {**manifest, "taken_from": other.name})
+            log(f"{slot}: {manifest['rows']} rows, taken over from {other.name}")
             return self.find(slot, key)
         return None
 
-    @contextmanager
-    def _workspace(self) -> Iterator[Path]:
-        """A folder for half-made things: on the run's own disk where it has one, so that a rename is atomic."""
-        parent = None
-        if self.local:
-            parent = Path(self.path) / "_tmp"
-            parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=parent))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            if parent is not None and not any(parent.iterdir()):
-                parent.rmdir()
-
-    def _commit(self, made: Path, place: str) -> None:
-        target = posixpath.join(self.path, place)
-        if self.local:
-            for file in [made] if made.is_file() else sorted(f for f in made.rglob("*") if f.is_file()):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            if os.path.isdir(target):
-                os.rename(target, tempfile.mkdtemp(dir=made.parent))  # goes with the workspace
-            os.replace(made, target)
-            fsync_folder(Path(target).parent)
-        else:
-            if self.fs.isdir(target):
-                self.fs.rm(target, recursive=True)  # put would go inside it
-            self.fs.put(str(made), target, recursive=made.is_dir())
-
-    def _write_manifest(self, slot: str, manifest: dict[str, Any]) -> None:
-        self.write_text(posixpath.relpath(self._manifest_path(slot), self.path), json.dumps(manifest, indent=1))
-
-    def _address(self, path: str) -> str:
-        """What others call a path: polars, the user, another process."""
-        return path if self.local else self.fs.unstrip_protocol(path)
+    def _commit_slot(self, slot: str, made: Path, manifest: dict[str, Any]) -> None:
+        if self.fs.exists(self._manifest_path(slot)):
+            self.fs.rm_file(self._manifest_path(slot))  # it does not speak of what comes
+        self.commit(made, manifest["path"])
+        self.write_text(posixpath.join("_manifests", slot + ".json"), json.dumps(manifest, indent=1))
 
     def _manifest_path(self, slot: str) -> str:
         return posixpath.join(self.path, "_manifests", slot + ".json")
 
-    # -- small files ----------------------------------------------------------------------------------------------
-
-    def write_text(self, place: str, text: str) -> None:
-        """Write a small file of the run atomically."""
-        with self._workspace() as folder:
-            file = folder / "text"
-            file.write_text(text, encoding="utf-8")
-            self._commit(file, place)
-
-    def read_text(self, place: str) -> str:
-        return self.fs.cat_file(posixpath.join(self.path, place)).decode()
+    # -- whose it is ----------------------------------------------------------------------------------------------
 
     def frozen_recipe(self) -> Recipe | None:
         """The recipe this run was started with; None where there is no run yet."""
@@ -251,11 +246,12 @@ class Run:
             )
         if self.local:
             existing = next(p for p in (Path(self.path), *Path(self.path).parents) if p.exists())
-            if reason := unwritable(existing):
+            if reason := disk.unwritable(existing):
                 raise BadInput(f"{self.root}: cannot be written ({existing} {reason}); set root to a folder of yours")
 
     def freeze(self, recipe: Recipe) -> None:
-        """Write `run.toml`: once, and again when the gates change."""
+        """Write `run.toml`: once, and again when what may change does."""
+        self.check_recipe(recipe)  # again: now nobody else can start the run
         if self.frozen_recipe() != recipe:
             self.write_text("run.toml", dumps(recipe))
 
@@ -297,3 +293,13 @@ def local_folder(artifact: Artifact) -> str:
             fs.get(path, f"{folder}/fetched", recursive=True)
             os.replace(f"{folder}/fetched", target)
     return str(target)
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """A manifest; None where it was cut or altered so that it is none."""
+    try:
+        manifest = json.loads(data)
+        whole = all(isinstance(manifest[name], str) for name in ("key", "path", "digest")) and isinstance(manifest["rows"], int)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return manifest if whole else None

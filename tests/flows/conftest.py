@@ -1,4 +1,4 @@
-"""One Prefect server for all tests that run a flow, one small run to look at, and commands as a shell runs them."""
+"""One small run to look at, and commands as a shell runs them."""
 
 import json
 import os
@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import tomli_w
 from helpers import CHECKOUT, TINY, Ended
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.distill import distill
 
@@ -30,20 +28,13 @@ def potstill(tmp_path_factory) -> Iterator[Callable[..., Ended]]:
         place = tmp_path_factory.mktemp("command")
         request = [[str(arg) for arg in arguments], str(folder or place), f"{place}/out", f"{place}/err"]
         print(json.dumps(request), file=forks.stdin, flush=True)
-        status = int(forks.stdout.readline())
+        _, status = forks.stdout.readline(), int(forks.stdout.readline())
         return Ended(status, (place / "out").read_text(), (place / "err").read_text())
 
     yield run
     forks.stdin.close()
     forks.stdout.close()
     assert forks.wait(10) == 0
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """A Prefect server for the session; its address."""
-    with prefect_test_harness(server_startup_timeout=120):
-        yield PREFECT_API_URL.value()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Runs `potstill` many times: everything is imported once, each command is a fork with its own output and exit status.
 
-Reads one JSON list a line, `[arguments, folder, file for output, file for errors]`; answers with the exit status.
+Reads one JSON list a line, `[arguments, folder, file for output, file for errors]`; answers with the fork's process id
+when it starts and with its exit status when it has ended.
 """
 
 import atexit
@@ -39,4 +40,5 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # without taking the interpreter down piece by piece, which takes 2 s
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -210,7 +210,7 @@ def test_killed_between_data_and_manifest(root, monkeypatch):
     run = Run(root, "a")
     run.build_table(SLOT, {"x": 1}, Maker(1).table, quiet)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_write_manifest", lambda *_: 1 / 0)
+        patch.setattr(Run, "write_text", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run.build_table(SLOT, {"x": 2}, Maker(2).table, quiet)
     artifact = run.build_table(SLOT, {"x": 1}, Maker(1).table, quiet)
