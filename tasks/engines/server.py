@@ -118,11 +118,11 @@ class ServerEngine(RemoteEngine):
         )
 
     def _check_draws(self, prompt: list[int]) -> None:
-        """Two ids, made equally likely: a log-prob of the distribution drawn from is log ½; the model's own is another."""
-        flat = {"temperature": 1000.0, "top_k": 2, "top_p": 1.0, "logprobs": 0, "seed": 0}
+        """Drawn from one id alone, each token's log-prob is 0; the model's own is another."""
+        one = {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "seed": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 0}
         for url in set(self.urls) - self.drawn:
-            (choice,) = self._complete(url, [prompt], flat)
-            if abs(choice["logprobs"]["token_logprobs"][0] - np.log(0.5)) > 0.05:
+            (choice,) = self._complete(url, [prompt], one)
+            if any(choice["logprobs"]["token_logprobs"]):
                 raise BadInput(
                     f"{url}: its log-probs are the model's own, not those of the distribution that is drawn from; start it "
                     "with --logprobs-mode processed_logprobs, or sample with temperature = 1, top_p = 1, top_k = 0"
@@ -163,7 +163,7 @@ class ServerEngine(RemoteEngine):
                 continue
             failure = f"status {response.status_code} for {path}: {_reason(response)}"
             if response.status_code < 500:
-                raise BadInput(f"{url}: {failure}")
+                raise BadInput(f"{url}: {failure}; change the recipe, or what the server is started with")
         raise Unavailable(f"{url}: no answer in {attempts} attempts ({failure}); start this server again or name another")
 
 
