@@ -22,6 +22,7 @@ ATTEMPTS = 6
 PAUSE = 1.0  # seconds before the second attempt, doubled with each
 SECONDS = 600.0  # until a response begins, or goes on
 PROBE = "The naïve fox's 3.14159 jumps,\n\tif x != 0: return  “日本語” 👩‍👩‍👧 Ångström — Привет!"
+PROBE_TOKENS = 512
 
 Job = TypeVar("Job")
 Made = TypeVar("Made")
@@ -94,9 +95,9 @@ class ServerEngine(RemoteEngine):
             if url in self.names:
                 continue
             name = self._served(url, self._call(url, "/v1/models", None, attempts)["data"])
-            body = {"model": name, "prompt": PROBE, "add_special_tokens": False}
+            body = {"model": name, "prompt": self.probe, "add_special_tokens": False}
             theirs = self._call(url, "/tokenize", body, attempts)["tokens"]
-            if theirs != (ours := self.side.tokenizer(PROBE, add_special_tokens=False)["input_ids"]):
+            if theirs != (ours := self.side.tokenizer(self.probe, add_special_tokens=False)["input_ids"]):
                 at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
                 raise BadInput(
                     f"{url}: serves {name} with another vocabulary than {self.ref.path}: of a probe text its token {at} is "
@@ -104,6 +105,13 @@ class ServerEngine(RemoteEngine):
                 )
             self.names[url] = name
             logger.info("%s serves %s", url, name)
+
+    @property
+    def probe(self) -> str:
+        """A text that tells tokenizers apart: hard places, and tokens from all over the vocabulary."""
+        texts = [token.decode(errors="replace") for token in self.side.beta.values if token]
+        own = [text for text in texts if "\ufffd" not in text]
+        return "\n".join([PROBE, *own[:: -(-len(own) // PROBE_TOKENS)]])
 
     def _served(self, url: str, models: list[dict[str, Any]]) -> str:
         """The served name of the recipe's model: the same name or path, or one that ends like it."""
