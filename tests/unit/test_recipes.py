@@ -244,3 +244,46 @@ def test_recipes_cannot_be_changed(plain):
     recipe = load(plain)
     with pytest.raises(Exception, match="frozen"):
         recipe.seed = 3
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["teacher.engine=server"], ["teacher", "engine = 'server' needs urls", "http://127.0.0.1:8000"]),
+        (['teacher.urls=["http://a:1"]'], ["teacher", "urls is for engine = 'server', and engine is 'transformers'"]),
+        (["teacher.engine=vllm", 'teacher.urls=["http://a:1"]'], ["urls is for engine = 'server', and engine is 'vllm'"]),
+        (["teacher.engine=server", 'teacher.urls=["a:1"]'], ["urls: 'a:1' is no address", "http://host:8000"]),
+        (["teacher.vllm_python=python"], ["vllm_python is for engine = 'vllm'"]),
+        (["teacher.vllm_memory=0.5"], ["vllm_memory is for engine = 'vllm'"]),
+        (["teacher.engine=vllm", "teacher.vllm_memory=1.5"], ["teacher.vllm_memory", "1.5"]),
+        (["teacher.engine=sglang"], ["teacher.engine", "'transformers', 'vllm' or 'server'"]),
+        (["student.engine=server", 'student.urls=["http://a:1"]'], ["student.engine = 'server'", "'vllm' or 'transformers'"]),
+        (["teacher.engine=vllm", "score.signal=bytes"], ["score.signal = 'bytes'", "teacher.engine = 'transformers'"]),
+        (
+            ["teacher.engine=server", 'teacher.urls=["http://a:1"]', "score.signal=hidden"],
+            ["score.signal = 'hidden'", "(found 'server')"],
+        ),
+    ],
+)
+def test_engines_that_cannot_be(plain, overrides, parts):
+    text = message(plain, *overrides)
+    assert len(text.splitlines()) == 1
+    for part in parts:
+        assert part in text
+
+
+def test_engines_that_can(plain):
+    recipe = load(plain, ["student.engine=vllm", "teacher.engine=server", 'teacher.urls=["http://a:1", "https://b/c"]'])
+    assert recipe.student.vllm_python == ".venv-vllm/bin/python"
+    assert recipe.teacher.urls == ("http://a:1", "https://b/c")
+    assert validate(tomllib.loads(dumps(recipe)), "run.toml") == recipe
+
+
+def test_where_an_engine_is_found_may_change_in_the_middle_of_a_run(plain):
+    server = ["teacher.engine=server", 'teacher.urls=["http://a:1"]']
+    moved = load(plain, ["teacher.engine=server", 'teacher.urls=["http://b:2"]', "student.engine=vllm"])
+    assert differences(load(plain, [*server, "student.engine=vllm", "student.vllm_python=python"]), moved) == []
+    assert differences(load(plain, server), moved) == ["student.engine is 'transformers' there, 'vllm' here"]

@@ -1,0 +1,30 @@
+"""Toy models from the property tests, served over real sockets."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+sys.path.append(str(CHECKOUT / "tests" / "property"))
+
+from fake_server import FakeServer  # noqa: E402
+
+from tasks.engines import server  # noqa: E402
+from tasks.models import ModelRef  # noqa: E402
+
+
+@pytest.fixture
+def serve(monkeypatch) -> Iterator[Callable[..., FakeServer]]:
+    """Starts a server of a model; all are stopped in the end. Second attempts come soon."""
+    monkeypatch.setattr(server, "PAUSE", 0.01)
+    started: list[FakeServer] = []
+
+    def start(ref: ModelRef, **options) -> FakeServer:
+        started.append(FakeServer(ref.path, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()

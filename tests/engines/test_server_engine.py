@@ -1,0 +1,268 @@
+"""The server engine against a real model behind real sockets: the same scores as the embedded engine, and every fault."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toys import full_logprobs, student_ref, teacher_ref, twin_ref
+
+from configs.errors import BadInput, Unavailable
+from tasks.engines import remote, server
+from tasks.engines.base import Sampling, Signal, TokenScores
+from tasks.engines.choose import check_engine, engine_name
+from tasks.engines.server import ServerEngine
+from tasks.engines.transformers import TransformersEngine
+from tasks.models import ModelRef, side
+
+
+def at(ref: ModelRef, *fakes) -> ModelRef:
+    return replace(ref, engine="server", urls=tuple(fake.url for fake in fakes))
+
+
+def sequences(ref: ModelRef, rows: int = 9, seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and completions of many lengths; every second one ends with a stop, each of them in turn."""
+    rng, stops = np.random.default_rng(seed), side(ref).stop_ids
+    prompts = [rng.integers(6, 280, rng.integers(1, 9)).tolist() for _ in range(rows)]
+    completions = [rng.integers(6, 280, rng.integers(1, 9)).tolist() for _ in range(rows)]
+    return prompts, [ids + stops[i % len(stops) :][:1] * (i % 2) for i, ids in enumerate(completions)]
+
+
+def named(scores: TokenScores) -> list[dict[int, float]]:
+    """Of each token the ids that are kept, with their log-probs (near-equal ones may stand in another order)."""
+    ends = np.cumsum(scores.counts)
+    parts = [slice(end - count, end) for end, count in zip(ends, scores.counts, strict=True)]
+    return [dict(zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)) for at in parts]
+
+
+# -- the same as the embedded engine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ref", [student_ref, teacher_ref], ids=["one-stop", "several-stops"])
+@pytest.mark.parametrize(("k", "top_p"), [(1, 1.0), (8, 1.0), (20, 0.6), (400, 2.0)], ids=["1", "8", "adaptive", "all"])
+def test_scores_are_the_embedded_engines(ref, serve, monkeypatch, k: int, top_p: float) -> None:
+    """Ids, counts, log-probs and rest, also when a shard is many requests at two addresses."""
+    monkeypatch.setattr(server, "ENTRIES", 40 * (k + 1))
+    fakes = [serve(ref()), serve(ref())]
+    prompts, completions = sequences(ref())
+    signal = Signal("topk", k, top_p)
+    wanted = TransformersEngine(ref()).score(prompts, completions, signal)
+    for ours, theirs in zip(wanted, ServerEngine(at(ref(), *fakes)).score(prompts, completions, signal), strict=True):
+        assert theirs.counts.tolist() == ours.counts.tolist()
+        assert named(theirs) == [pytest.approx(each, abs=1e-3, rel=2**-10) for each in named(ours)]
+        assert theirs.logprobs == pytest.approx(ours.logprobs, abs=1.1e-3)  # STOP_ERROR
+        assert theirs.logprobs[:-1] == pytest.approx(ours.logprobs[:-1], abs=1e-4)
+        assert np.exp(theirs.rest) == pytest.approx(np.exp(ours.rest), abs=2e-6)
+        kinds = [(a.dtype, b.dtype) for a, b in zip(vars(theirs).values(), vars(ours).values()) if b is not None]
+        assert all(a == b for a, b in kinds)
+    assert all(fake.requests for fake in fakes)
+
+
+def test_the_sampled_signal_has_log_probs_alone(serve) -> None:
+    prompts, completions = sequences(teacher_ref())
+    ours = TransformersEngine(teacher_ref()).score(prompts, completions, Signal("sampled"))
+    theirs = ServerEngine(at(teacher_ref(), serve(teacher_ref()))).score(prompts, completions, Signal("sampled"))
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1.1e-3)
+        assert (a.top_ids, a.counts, a.rest) == (None, None, None)
+
+
+def test_stops_that_were_not_returned_are_asked_for(serve, monkeypatch) -> None:
+    """With k = 1 the other stops are hardly ever among the returned ids; without asking, the event is too small."""
+    prompts, completions = sequences(teacher_ref(), 30)
+    embedded = TransformersEngine(teacher_ref())
+    wanted = np.array([s.logprobs[-1] for s in embedded.score(prompts, completions, Signal(k=1))])
+    remote_engine = ServerEngine(at(teacher_ref(), serve(teacher_ref())))
+
+    def gaps() -> np.ndarray:
+        return abs(np.array([s.logprobs[-1] for s in remote_engine.score(prompts, completions, Signal(k=1))]) - wanted)
+
+    assert gaps().max() < 1.1e-3
+    monkeypatch.setattr(remote, "STOP_ERROR", np.inf)
+    assert gaps().max() > 0.1
+
+
+def test_a_padded_head_is_in_the_rest(serve) -> None:
+    """Rows of the head that are no ids are never named, and never sampled; vLLM cannot leave them out of the sum."""
+    ref = twin_ref()
+    fake, size = serve(ref), len(side(ref).beta.values)
+    prompts, completions = sequences(ref)
+    engine = ServerEngine(at(ref, fake))
+    for prompt, ids, scored in zip(prompts, completions, engine.score(prompts, completions, Signal(k=30)), strict=True):
+        full = full_logprobs(fake.model, prompt + ids, size + 7)[len(prompt) - 1 : -1].exp().numpy()
+        owner = np.repeat(np.arange(len(ids)), scored.counts)
+        named = np.bincount(owner, [full[t, i] for t, i in zip(owner, scored.top_ids)], len(ids))
+        assert scored.top_ids.max() < size
+        assert np.exp(scored.rest) == pytest.approx(1 - named, abs=1e-5)
+        assert (np.exp(scored.rest) >= full[:, size:].sum(1) - 1e-6).all()
+    sampled = engine.generate(prompts * 9, list(range(9 * len(prompts))), Sampling(4))
+    assert max(max(completion.ids) for completion in sampled) < size
+    del fake.requests[-1]["logit_bias"]  # (it is what keeps them out)
+    assert max(fake.sample([9], 50, fake.requests[-1] | {"stop_token_ids": []})[0]) >= size
+
+
+def test_greedy_completions_are_the_embedded_engines(serve) -> None:
+    prompts, _ = sequences(teacher_ref())
+    ours = TransformersEngine(teacher_ref()).generate(prompts, [0] * 9, Sampling(8, temperature=0))
+    theirs = ServerEngine(at(teacher_ref(), serve(teacher_ref()))).generate(prompts, [0] * 9, Sampling(8, temperature=0))
+    assert [c.ids for c in theirs] == [c.ids for c in ours]
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(8), Sampling(8, 0.5, 0.8, 20)], ids=["plain", "shaped"])
+def test_a_completion_depends_on_its_seed_alone(serve, sampling: Sampling) -> None:
+    fake = serve(student_ref())
+    engine, (prompts, _) = ServerEngine(at(student_ref(), fake)), sequences(student_ref())
+    together = engine.generate(prompts, list(range(9)), sampling)
+    backward = engine.generate(prompts[::-1], list(range(9))[::-1], sampling)[::-1]
+    assert [c.ids for c in together] == [c.ids for c in backward]
+    assert [c.ids for c in engine.generate(prompts, list(range(9, 18)), sampling)] != [c.ids for c in together]
+    if sampling == Sampling(8):
+        scored = TransformersEngine(student_ref()).score(prompts, [c.ids for c in together], Signal("sampled"))
+        for completion, score in zip(together, scored, strict=True):
+            assert completion.logprobs == pytest.approx(score.logprobs, abs=1e-4)
+
+
+def test_log_probs_of_another_distribution_are_refused(serve) -> None:
+    """A server whose log-probs are the model's own will do where nothing is shaped, and not where something is."""
+    fake = serve(student_ref(), processed=False)
+    engine, prompts = ServerEngine(at(student_ref(), fake)), [[9, 8, 7]]
+    engine.generate(prompts, [0], Sampling(4))
+    engine.generate(prompts, [0], Sampling(4, temperature=0))
+    for shaped in (Sampling(4, 0.7), Sampling(4, top_p=0.9), Sampling(4, top_k=5)):
+        with pytest.raises(BadInput, match=rf"{fake.url}.*--logprobs-mode processed_logprobs"):
+            engine.generate(prompts, [0], shaped)
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [500, 503, "reset", "garbage", 1.0], ids=str)
+def test_what_fails_for_a_moment_is_tried_again(serve, monkeypatch, fault) -> None:
+    """The answers are in the right order, and every fault costs one request more."""
+    monkeypatch.setattr(server, "PROMPTS", 2)
+    monkeypatch.setattr(server, "SECONDS", 0.5)
+    fake = serve(student_ref())
+    prompts, completions = sequences(student_ref())
+    wanted = ServerEngine(at(student_ref(), fake)).score(prompts, completions, Signal(k=4))
+    calm = len(fake.requests)
+    fake.faults.extend([None, fault, None, fault])
+    got = ServerEngine(at(student_ref(), fake)).score(prompts, completions, Signal(k=4))
+    assert [s.logprobs.tolist() for s in got] == [s.logprobs.tolist() for s in wanted]
+    assert len(fake.requests) == 2 * calm + 2
+
+
+def test_a_server_that_keeps_failing_is_named(serve) -> None:
+    good, bad = serve(student_ref()), serve(student_ref())
+    bad.faults.extend([500] * 1000)
+    engine = ServerEngine(at(student_ref(), good, bad))
+    with pytest.raises(Unavailable, match=rf"{bad.url}: no answer in 6 attempts \(status 500.*a fault on demand"):
+        engine.generate([[9, 8]] * 4, [0, 1, 2, 3], Sampling(2))
+
+
+def test_a_dead_server_is_named_and_may_come_back(serve) -> None:
+    fake = serve(student_ref())
+    engine = ServerEngine(at(student_ref(), fake))
+    engine.score([[9]], [[8]], Signal())
+    fake.stop()
+    with pytest.raises(Unavailable, match=rf"{fake.url}: no answer"):
+        engine.score([[9]], [[8]], Signal())
+    serve(student_ref(), port=int(fake.url.rpartition(":")[2]))
+    engine.score([[9]], [[8]], Signal())
+    never = ServerEngine(replace(student_ref(), engine="server", urls=("http://127.0.0.1:9",)))
+    with pytest.raises(Unavailable, match=r"http://127.0.0.1:9: no answer"):
+        never.score([[9]], [[8]], Signal())
+
+
+def test_the_pauses_double(serve, monkeypatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(server.time, "sleep", pauses.append)
+    monkeypatch.setattr(server, "PAUSE", 1.0)
+    fake = serve(student_ref())
+    fake.faults.extend([500] * 6)
+    with pytest.raises(Unavailable):
+        ServerEngine(at(student_ref(), fake)).generate([[9, 8]], [0], Sampling(2))
+    assert pauses == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_is_not_tried_again(serve, status: int) -> None:
+    fake = serve(student_ref())
+    fake.faults.append(status)
+    with pytest.raises(BadInput, match=rf"{fake.url}: status {status} for /v1/completions: a fault on demand"):
+        ServerEngine(at(student_ref(), fake)).generate([[9, 8]], [0], Sampling(2))
+    assert len(fake.requests) == 1
+
+
+def test_more_ids_than_the_server_gives(serve) -> None:
+    fake = serve(student_ref(), max_logprobs=20)
+    with pytest.raises(BadInput, match=r"prompt logprobs of 64.*max allowed: 20.*what the server is started with"):
+        ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], Signal(k=64))
+
+
+def test_requests_in_flight_are_bounded(serve, monkeypatch) -> None:
+    """Never more than IN_FLIGHT at one address, and more than one."""
+    monkeypatch.setattr(server, "IN_FLIGHT", 3)
+    fake = serve(student_ref())
+    fake.faults.extend([0.05] * 12)
+    busy, most = Counter(), []
+    answer = fake.answer
+
+    def watched(path, body):
+        busy["now"] += 1
+        most.append(busy["now"])
+        result = answer(path, body)
+        busy["now"] -= 1
+        return result
+
+    monkeypatch.setattr(fake, "answer", watched)
+    ServerEngine(at(student_ref(), fake)).generate([[9, 8]] * 12, list(range(12)), Sampling(6))
+    assert 1 < max(most) <= 3
+
+
+# -- another model -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused_before_the_first_request(serve) -> None:
+    fake = serve(student_ref(), name="somebody/else")
+    fake.path = "/models/else"
+    with pytest.raises(BadInput, match=rf"{fake.url}: serves somebody/else, not {student_ref().path}"):
+        ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], Signal())
+    assert not fake.requests
+
+
+@pytest.mark.parametrize("spelling", ["the name", "the path", "the last part of it"])
+def test_names_that_are_the_same_model(serve, spelling: str) -> None:
+    ref = student_ref()
+    fake = serve(ref)
+    if spelling != "the name":
+        fake.name = "served"
+    if spelling == "the last part of it":
+        fake.path = f"/elsewhere/{ref.path.rpartition('/')[2]}"
+    engine = ServerEngine(at(ref, fake))
+    engine.score([[9]], [[8]], Signal())
+    assert engine.names == {fake.url: fake.name}
+
+
+def test_another_vocabulary_under_the_same_name_is_refused(serve) -> None:
+    fakes = [serve(student_ref()), serve(teacher_ref(), name=student_ref().path)]
+    with pytest.raises(BadInput, match=rf"{fakes[1].url}: serves .* with another vocabulary than {student_ref().path}"):
+        ServerEngine(at(student_ref(), *fakes)).score([[9]], [[8]], Signal())
+    assert not fakes[0].requests
+    assert not fakes[1].requests
+
+
+def test_check_engine(serve) -> None:
+    """Before a run: another model is refused; a server that is down is none of its business (all may be there already)."""
+    fake = serve(teacher_ref(), name=student_ref().path)
+    with pytest.raises(BadInput, match="another vocabulary"):
+        check_engine(at(student_ref(), fake))
+    check_engine(replace(student_ref(), engine="server", urls=("http://127.0.0.1:9",)))
+    assert engine_name(at(student_ref(), fake)) == "server"
+
+
+def test_places_are_not_part_of_a_key() -> None:
+    ref = student_ref()
+    moved = replace(ref, path="/else", urls=("http://a",), vllm_python="python", vllm_memory=0.5, device="cpu")
+    assert ref.identity == moved.identity

@@ -1,0 +1,245 @@
+"""The vLLM engine and its child script, under an interpreter whose vLLM is a fake one: exchange, faults, ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toys import student_ref, teacher_ref, twin_ref
+
+from configs.errors import BadInput, Unavailable
+from tasks.engines import vllm as parent
+from tasks.engines import vllm_child
+from tasks.engines.base import Sampling, Signal
+from tasks.engines.choose import engine, engine_name, release
+from tasks.engines.vllm import VllmEngine
+from tasks.models import ModelRef, side
+
+FAKES = Path(__file__).parent / "fakes"
+
+
+@pytest.fixture
+def python(tmp_path) -> str:
+    """An interpreter as `vllm_python` names one: this one, with the fake vLLM; its arguments are -I SCRIPT …"""
+    return interpreter(
+        tmp_path,
+        f"import runpy; sys.path.insert(0, {str(FAKES)!r}); sys.argv = sys.argv[2:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')",
+    )
+
+
+def interpreter(folder: Path, code: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[1] == '-I'\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def start(python, tmp_path) -> Iterator[Callable[..., VllmEngine]]:
+    """An engine for a copy of a toy model (so that a fault can be put beside it)."""
+    made: list[VllmEngine] = []
+
+    def make(ref: ModelRef) -> VllmEngine:
+        folder = tmp_path / "model"
+        shutil.copytree(ref.path, folder, dirs_exist_ok=True)
+        made.append(VllmEngine(replace(ref, path=str(folder), engine="vllm", vllm_python=python)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def law(of: VllmEngine) -> np.ndarray:
+    sys.path.insert(0, str(FAKES))
+    try:
+        from vllm import bigrams
+    finally:
+        sys.path.remove(str(FAKES))
+        sys.modules.pop("vllm", None)
+    return bigrams(of.rows)
+
+
+def fault(of: VllmEngine, kind: str) -> None:
+    path = Path(of.ref.path) / "fault"
+    path.write_text(kind) if kind else path.unlink()
+
+
+# -- what comes back -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ref", [student_ref, teacher_ref, twin_ref], ids=["plain", "several-stops", "padded-head"])
+@pytest.mark.parametrize(("k", "top_p"), [(1, 1.0), (20, 0.6), (1000, 2.0)], ids=["1", "adaptive", "all"])
+def test_scores(start, monkeypatch, ref, k: int, top_p: float) -> None:
+    """Actual tokens, likeliest ids, rest and stop event, against the table of bigrams itself."""
+    grader = start(ref())
+    table, stops, size = law(grader), side(ref()).stop_ids, len(side(ref()).beta.values)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(6, 280, rng.integers(1, 9)).tolist() for _ in range(8)]
+    completions = [[*rng.integers(6, 280, rng.integers(1, 9)).tolist(), stops[i % len(stops)]] for i in range(8)]
+    for prompt, ids, scored in zip(
+        prompts, completions, grader.score(prompts, completions, Signal("topk", k, top_p)), strict=True
+    ):
+        ends = np.cumsum(scored.counts)
+        for t, (before, actual) in enumerate(zip([prompt[-1], *ids], ids)):
+            row = table[before]
+            wanted = np.logaddexp.reduce(row[stops]) if actual in stops else row[actual]
+            assert scored.logprobs[t] == pytest.approx(wanted, abs=1.1e-3)
+            best = [i for i in np.argsort(-row)[:k].tolist() if i < size]
+            mass = np.cumsum(np.exp(row[best]))
+            best = best[: int((mass < top_p).sum()) + 1]
+            assert scored.top_ids[ends[t] - scored.counts[t] : ends[t]].tolist() == best
+            assert np.exp(scored.rest[t]) == pytest.approx(1 - np.exp(row[best]).sum(), abs=2e-6)
+
+
+def test_a_shard_in_parts_is_the_same(start, monkeypatch) -> None:
+    """However few log-probs the child holds at once."""
+    assert vllm_child._parts([3, 3, 9, 1, 1], 100_000_000) == [slice(i, i + 1) for i in range(5)]
+    assert vllm_child._parts([3, 3, 9, 1, 1], 1) == [slice(0, 5)]
+    assert vllm_child._parts([3, 3, 9, 1, 1], 600_000) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+
+
+def test_completions(start) -> None:
+    """From seeds, in order, under the distribution drawn from; padded rows of the head are never drawn."""
+    generator = start(twin_ref())
+    prompts, seeds = [[9 + i % 5] for i in range(40)], list(range(2**62, 2**62 + 40))
+    made = generator.generate(prompts, seeds, Sampling(6, 0.5))
+    backward = generator.generate(prompts[::-1], seeds[::-1], Sampling(6, 0.5))[::-1]
+    assert [c.ids for c in made] == [c.ids for c in backward]
+    assert len({tuple(c.ids) for c in made}) > 30
+    cold = law(generator)[:, : generator.size] * 2
+    cold -= np.log(np.exp(cold).sum(1, keepdims=True))
+    for prompt, completion in zip(prompts, made, strict=True):
+        assert max(completion.ids) < generator.size < generator.rows
+        wanted = [cold[before, i] for before, i in zip([prompt[-1], *completion.ids], completion.ids)]
+        assert completion.logprobs == pytest.approx(wanted, abs=1e-4)
+    greedy = generator.generate([[9]], [0], Sampling(1, temperature=0))[0]
+    raw = law(generator)[9]
+    assert greedy.ids == [int(raw[: generator.size].argmax())]
+    assert generator.generate([], [], Sampling(6)) == []
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_does_not_start(start) -> None:
+    broken = start(student_ref())
+    fault(broken, "start")
+    with pytest.raises(Unavailable, match=r"(?s)ended with status 1; its last words:.*RuntimeError: no room for the model"):
+        broken.score([[9]], [[8]], Signal(k=2))
+    fault(broken, "")
+    assert len(broken.score([[9]], [[8]], Signal(k=2))) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("memory", r"(?s)ended with status 1.*RuntimeError: out of memory in the middle of a shard"),
+        ("killed", r"(?s)was killed \(SIGKILL\).*the last words before the kill"),
+    ],
+)
+def test_a_child_that_dies_in_a_shard(start, kind: str, words: str) -> None:
+    """Its last words are told, nothing of it is left, and the next request starts another one."""
+    broken = start(student_ref())
+    wanted = broken.score([[9]], [[8]], Signal(k=2))
+    process, folder = broken.child.process, Path(broken.child.folder.name)
+    fault(broken, kind)
+    with pytest.raises(Unavailable, match=words) as caught:
+        broken.score([[9]], [[8]], Signal(k=2))
+    assert broken.ref.path in str(caught.value)
+    assert process.poll() is not None
+    assert not folder.exists()
+    fault(broken, "")
+    again = broken.score([[9]], [[8]], Signal(k=2))
+    assert again[0].logprobs.tolist() == wanted[0].logprobs.tolist()
+    assert broken.child.process.pid != process.pid
+
+
+def test_a_child_killed_between_two_shards(start) -> None:
+    broken = start(student_ref())
+    broken.score([[9]], [[8]], Signal(k=2))
+    broken.child.process.kill()
+    broken.child.process.wait()
+    with pytest.raises(Unavailable, match=r"was killed \(SIGKILL\)"):
+        broken.score([[9]], [[8]], Signal(k=2))
+
+
+def test_garbage_is_no_reply(tmp_path) -> None:
+    """From a program that is no child of ours."""
+    python = interpreter(tmp_path, "print('Hello! How can I help?', flush=True); sys.stdin.read()")
+    broken = VllmEngine(replace(student_ref(), engine="vllm", vllm_python=python))
+    with pytest.raises(Unavailable, match=r"answered 'Hello! How can I help\?', which is no reply"):
+        broken.score([[9]], [[8]], Signal())
+    assert broken.child is None
+
+
+def test_a_refused_request_leaves_the_child_alive(start) -> None:
+    """What vLLM cannot do is the recipe's fault, not the child's."""
+    grader = start(student_ref())
+    with pytest.raises(BadInput, match=r"vLLM refuses a request: the prompt of 71 tokens is longer than the context of 60"):
+        grader.score([[9] * 70], [[8]], Signal(k=2))
+    process = grader.child.process
+    grader.score([[9]], [[8]], Signal(k=2))
+    assert grader.child.process is process
+
+
+@pytest.mark.parametrize("code", ["sys.exit('no module named vllm')", None], ids=["without vLLM", "missing"])
+def test_an_interpreter_without_vllm(tmp_path, code: str | None) -> None:
+    path = str(tmp_path / "none") if code is None else interpreter(tmp_path, code)
+    with pytest.raises(BadInput, match=rf"vllm_python: {path} is no Python that has vLLM .*run `make vllm`"):
+        engine_name(replace(student_ref(), engine="vllm", vllm_python=path))
+
+
+# -- its end ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_child_at_a_time_and_none_after_release(start, python) -> None:
+    """The shards of a stage share a child; another model, or training, ends it."""
+    ref = start(student_ref()).ref
+    assert engine_name(ref) == "vllm-0.0.1"
+    first = engine(ref)
+    first.score([[9]], [[8]], Signal(k=2))
+    process = first.child.process
+    assert engine(ref, 1, 2) is first
+    first.score([[9]], [[8]], Signal(k=2))
+    assert first.child.process is process
+    other = engine(replace(twin_ref(), engine="vllm", vllm_python=python))
+    assert process.poll() is not None
+    other.score([[9]], [[8]], Signal(k=2))
+    process, folder = other.child.process, other.child.folder.name
+    release()
+    assert process.poll() is not None
+    assert not os.path.exists(folder)
+
+
+def test_a_child_ends_with_its_parent(start, tmp_path) -> None:
+    """Also when the parent is killed while the child works."""
+    ref = start(student_ref()).ref
+    code = (
+        "import os, signal, sys, threading; from tasks.models import ModelRef; from tasks.engines.base import Signal; "
+        "from tasks.engines.vllm import VllmEngine; "
+        "e = VllmEngine(ModelRef(*sys.argv[1:3], device='cpu', vllm_python=sys.argv[3])); e.score([[9]], [[8]], Signal(k=2)); "
+        "print(e.child.process.pid, flush=True); open(sys.argv[1] + '/fault', 'w').write('slow'); "
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start(); e.score([[9]], [[8]], Signal(k=2))"
+    )
+    made = subprocess.run([sys.executable, "-c", code, ref.path, "", ref.vllm_python], capture_output=True, text=True)
+    assert made.returncode == -signal.SIGKILL, made.stderr
+    child = int(made.stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+
+
+def test_the_child_knows_nothing_of_ours() -> None:
+    """Its interpreter has vLLM and pyarrow; whatever else it imported would be missing there."""
+    source = Path(parent.CHILD).read_text()
+    assert not [line for line in source.splitlines() if line.strip().startswith(("from tasks", "from configs", "from storage"))]
