@@ -15,7 +15,11 @@ from rich.text import Text
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
 
-app = App(name="potstill", help="On-policy distillation of a large language model into a small one of any family.")
+app = App(
+    name="potstill",
+    help="On-policy distillation of a large language model into a small one of any family.",
+    suppress_keyboard_interrupt=False,  # `main` says what a stop means
+)
 out = Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -117,8 +121,15 @@ def preflight(
 
 
 @app.command
-def inspect(run: str, *, round: int | None = None, rollout: str | None = None) -> None:
-    """Show the tables of a run, of one of its rounds, or one rollout token by token.
+def inspect(
+    run: str,
+    *,
+    round: int | None = None,
+    rollout: str | None = None,
+    lineage: Annotated[bool, Parameter(negative="")] = False,
+    verify: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Show the tables of a run, of one of its rounds, one rollout token by token, or where a checkpoint comes from.
 
     Parameters
     ----------
@@ -128,12 +139,25 @@ def inspect(run: str, *, round: int | None = None, rollout: str | None = None) -
         Show this round: byte accounts and some of its rollouts.
     rollout
         Show the rollout with this `rollout_id`: each token's bytes, both models' log-probs, its unit.
+    lineage
+        Show what the last checkpoint (or that of `--round`) was made from, with digests, options and versions.
+    verify
+        Compute every digest again; name what was altered or is missing, and exit with 1 if anything is.
     """
     from tasks import inspect as show
+    from tasks import trace
     from tasks.report import records, rounds_table
 
     show.check_run(run)
-    if rollout is not None:
+    if verify:
+        damages = trace.damages(run)
+        _print("Altered or missing", damages)
+        out.print(f"{trace.committed(run) - len(damages)} of {trace.committed(run)} artifacts are what their manifests say")
+        sys.exit(bool(damages))
+    if lineage:
+        for title, rows in trace.lineage(run, round).items():
+            _print(title, rows)
+    elif rollout is not None:
         for title, rows in show.one_rollout(run, rollout).items():
             _print(title, rows)
     elif round is not None:

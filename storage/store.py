@@ -103,6 +103,8 @@ class Run(Folder):
         manifest = self.manifest(slot)
         if manifest is None:
             return "its manifest cannot be read"
+        if digest_json(manifest.get("inputs")) != manifest["key"]:
+            return "its manifest was altered"
         path = posixpath.join(self.path, manifest["path"])
         try:
             if not self.fs.exists(path):

@@ -17,11 +17,12 @@ SHOWN = 10  # rollouts in the view of a round
 
 def check_run(run: str) -> None:
     """BadInput where `run` is not a run's folder."""
-    if _run(run).frozen_recipe() is None:
+    if run_at(run).frozen_recipe() is None:
         raise BadInput(f"{run}: not a run (no run.toml in it); give a run's folder, such as runs/quickstart")
 
 
-def _run(run: str) -> Run:
+def run_at(run: str) -> Run:
+    """The run whose folder or URI is `run`."""
     root, name = posixpath.split(run.rstrip("/"))
     return Run(root or ".", name)
 
@@ -29,7 +30,7 @@ def _run(run: str) -> Run:
 def tables(run: str) -> list[dict[str, Any]]:
     """One row a committed table or folder, its shards added up."""
     rows: dict[str, dict[str, Any]] = {}
-    for slot, manifest in _run(run).manifests():
+    for slot, manifest in run_at(run).manifests():
         place = posixpath.dirname(slot) if "/part-" in slot else slot
         row = rows.setdefault(place, {"artifact": place, "files": 0, "rows": 0, "seconds": 0.0, "taken from": ""})
         row["files"] += 1

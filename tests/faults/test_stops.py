@@ -1,0 +1,178 @@
+"""A stop that was asked for, a disk that is full or read-only, a file that was damaged: one message, and the run goes on."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from killing import TINY, Potstill, committed, damages, digests, halves, started, steps, unbroken
+
+
+def arguments(root: Path) -> list[str]:
+    return ["run", str(TINY), "--set", f"root={root}"]
+
+
+@pytest.fixture(scope="module")
+def potstill(server, tmp_path_factory) -> Iterator[Potstill]:
+    with started(server, tmp_path_factory.mktemp("commands")) as potstill:
+        yield potstill
+
+
+@pytest.fixture(scope="module")
+def reference(potstill, tmp_path_factory):
+    return unbroken(potstill, tmp_path_factory.mktemp("unbroken") / "runs", arguments)
+
+
+def when(path: Path) -> None:
+    """Wait until a file is there."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.005)
+
+
+def one_message(text: str) -> str:
+    """The last line, which is the only one of its kind; the others are plain lines of the log."""
+    *log, last = text.strip().splitlines()
+    assert "Traceback" not in text
+    assert last.startswith("potstill: ")
+    assert not any(line.startswith("potstill: ") for line in log), text
+    assert all(line[2] == line[5] == ":" for line in log), text
+    return last
+
+
+def ended_as_unbroken(potstill: Potstill, root: Path, reference) -> None:
+    assert potstill.run(*arguments(root)) == 0, potstill.err
+    assert digests(root) == reference.digests
+    assert steps(root) == reference.steps
+    assert halves(root) == []
+    assert damages(root) == {}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_that_was_asked_for(potstill, reference, tmp_path, number, status):
+    """In a teacher's recipe and in the run itself: a message, nothing half-made, the lock free."""
+    root = tmp_path / "runs"
+    for after in (
+        "test-teacher-seed0/_manifests/round=0001/aligned/part-00000",
+        "tiny/_manifests/round=0002/aligned/part-00001",
+    ):
+        pid = potstill.start(*arguments(root))
+        when(root / f"{after}.json")
+        time.sleep(0.05)
+        os.kill(pid, number)
+        assert potstill.wait() == status, potstill.err
+        assert one_message(potstill.err) == "potstill: stopped; the same command goes on from what is committed"
+        assert halves(root) == []
+        assert list(root.glob("*/_tmp")) == []
+        assert damages(root) == {}
+    ended_as_unbroken(potstill, root, reference)
+
+
+def test_two_processes_on_one_run(potstill, server, tmp_path):
+    root = tmp_path / "runs"
+    pid = potstill.start(*arguments(root))
+    when(root / "tiny" / "_tmp" / "lock")
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGSTOP)
+    before = committed(root)
+    with started(server, tmp_path) as second:
+        assert second.run(*arguments(root)) == 2
+        message = one_message(second.err)
+    assert str(root / "tiny") in message
+    assert f"process {pid} on" in message
+    assert committed(root) == before
+    os.kill(pid, signal.SIGKILL)
+    assert potstill.wait() == -signal.SIGKILL
+    assert potstill.run(*arguments(root), "--rounds", "0") == 0, potstill.err
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A small disk of its own: a tmpfs, which a superuser alone can mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", place], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def test_a_full_disk(potstill, reference, disk):
+    """A real one, that grows a little after each failure: every stage meets its end."""
+    root, size, messages = disk / "runs", 300, []
+    while (status := potstill.run(*arguments(root))) != 0:
+        assert status in (1, 2), potstill.err
+        message = one_message(potstill.err)
+        assert str(root) in message
+        assert "No space left on device" in message
+        messages.append(message)
+        before = committed(root)
+        assert damages(root) == {}
+        assert halves(root) == []
+        size += 450
+        assert size < 20_000
+        remount(disk, f"size={size}k")
+        assert before.items() <= committed(root).items()
+    assert len(messages) > 3
+    assert digests(root) == reference.digests
+    assert steps(root) == reference.steps
+
+
+def test_a_disk_that_becomes_read_only(potstill, reference, disk):
+    remount(disk, "size=64m")
+    root = disk / "runs"
+    pid = potstill.start(*arguments(root))
+    when(root / "tiny" / "_manifests" / "round=0001" / "rollouts" / "part-00000.json")
+    os.kill(pid, signal.SIGSTOP)  # between two writes: a disk with a file open for writing cannot be remounted
+    for _ in range(200):
+        if not subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True, check=False).returncode:
+            break
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+        os.kill(pid, signal.SIGSTOP)
+    else:
+        pytest.fail("the disk could not be made read-only")
+    before = committed(root)
+    os.kill(pid, signal.SIGCONT)
+    assert potstill.wait() == 1, potstill.err
+    message = one_message(potstill.err)
+    assert str(root) in message
+    assert "Read-only file system" in message
+    assert potstill.run(*arguments(root)) == 2
+    assert "is read-only" in one_message(potstill.err)
+    remount(disk, "rw")
+    assert committed(root) == before
+    ended_as_unbroken(potstill, root, reference)
+
+
+def test_damaged_files_of_a_finished_run(potstill, reference, tmp_path):
+    """One of every kind of file, and manifests: made again, the same; nothing else is."""
+    root = tmp_path / "runs"
+    assert potstill.run(*arguments(root)) == 0, potstill.err
+    before = committed(root)
+    broken = [slot for slot in before if slot.startswith("tiny/") and ("round=0001" in slot or "round" not in slot)]
+    for turn, slot in enumerate(sorted(broken)):
+        run, place = slot.split("/", 1)
+        if turn % 3 == 0:
+            file = root / run / "_manifests" / f"{place}.json"
+        else:
+            file = root / run / f"{place}.parquet"
+            file = file if file.exists() else sorted(path for path in (root / run / place).rglob("*") if path.is_file())[-1]
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 16
+        file.write_bytes(data if turn % 3 == 1 else data[: len(data) // 2])
+    assert set(damages(root)) == set(broken)
+    ended_as_unbroken(potstill, root, reference)
+    assert {slot for slot, stamp in committed(root).items() if before[slot] != stamp} == set(broken)
+    assert potstill.err.count("damaged (") == len(broken)

@@ -1,0 +1,208 @@
+"""What was cut, altered or lost is made again and said so; it is never read."""
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from configs.errors import CannotWrite
+from storage import disk
+from storage.schemas import STEPS
+from storage.store import Run, read_table
+
+SLOT = "round=0001/scores/part-00000"
+FOLDERS = {"student": "round=0001/student", "trainer": "round=0001/trainer"}
+
+
+def table(value: float = 1.0, rows: int = 3) -> pa.Table:
+    return pa.Table.from_pylist([{"step": i, "loss": value} for i in range(rows)], STEPS)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit, with the file's time put back: what a bad disk does."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # this process has read it: another would not know
+
+
+DAMAGE = {"cut": cut, "flipped": flip, "missing": Path.unlink, "empty": lambda path: path.write_bytes(b"")}
+
+
+@pytest.fixture
+def root(tmp_path) -> str:
+    return str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_table_is_made_again(root, how):
+    run, lines = Run(root, "a"), []
+    first = run.build_table(SLOT, {"x": 1}, table, lines.append)
+    DAMAGE[how](Path(first.path))
+    assert run.damage(SLOT)
+    lines.clear()
+    assert run.build_table(SLOT, {"x": 1}, table, lines.append) == first  # the same digest: later stages stay
+    assert read_table(first).equals(table())
+    assert run.damage(SLOT) is None
+    assert "damaged" in lines[0]
+    assert SLOT in lines[0]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', '{"key": "k"}', "\x00" * 64, "\xff\xfe"])
+def test_a_manifest_that_is_none(root, text):
+    run, lines = Run(root, "a"), []
+    first = run.build_table(SLOT, {"x": 1}, table, lines.append)
+    (Path(run.path) / "_manifests" / f"{SLOT}.json").write_text(text, encoding="latin-1")
+    assert run.find(SLOT) is None
+    assert list(run.manifests()) == []
+    assert run.damage(SLOT) == "its manifest cannot be read"
+    lines.clear()
+    assert run.build_table(SLOT, {"x": 1}, table, lines.append) == first
+    assert "its manifest cannot be read" in lines[0]
+
+
+def test_a_manifest_cut_at_every_byte(root):
+    run = Run(root, "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+    path = Path(run.path) / "_manifests" / f"{SLOT}.json"
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        assert run.build_table(SLOT, {"x": 1}, table, lambda _: None) == first
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_folder_is_made_again(root, how):
+    run, calls = Run(root, "a"), []
+
+    def make(folder: Path) -> dict[str, int]:
+        calls.append(1)
+        for name in FOLDERS:
+            (folder / name).mkdir()
+            (folder / name / "weights").write_bytes(name.encode() * 100)
+        return dict.fromkeys(FOLDERS, 1)
+
+    first = run.build_files(FOLDERS, {"x": 1}, make, lambda _: None)
+    DAMAGE[how](Path(first["trainer"].path) / "weights")
+    assert run.build_files(FOLDERS, {"x": 1}, make, lambda _: None) == first
+    assert len(calls) == 2
+    assert all(run.damage(slot) is None for slot in FOLDERS.values())
+
+
+def test_a_remake_that_differs_reaches_later_stages(root):
+    """Not quietly under the old result's name: the next stage's key follows its input's digest."""
+    run, made = Run(root, "a"), []
+
+    def build(value: float) -> pa.Table:
+        first = run.build_table(SLOT, {"x": 1}, lambda: table(value), lambda _: None)
+
+        def make() -> pa.Table:
+            made.append(value)
+            return read_table(first)
+
+        return read_table(run.build_table("round=0001/aligned/part-00000", {"scores": first.digest}, make, lambda _: None))
+
+    build(1.0)
+    assert build(1.0).equals(table(1.0))
+    assert made == [1.0]
+    cut(Path(run.find(SLOT).path))
+    assert build(2.0).equals(table(2.0))  # as if another version of a library had made it
+    assert made == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
+def test_damage_elsewhere_is_not_taken_over(root, how):
+    first = Run(root, "a").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    DAMAGE[how](Path(first.path))
+    lines = []
+    second = Run(root, "b").build_table(SLOT, {"x": 1}, table, lines.append)
+    assert second.digest == first.digest
+    assert read_table(second).equals(table())
+    assert how == "missing" or "damaged in a; not taken over" in lines[0]
+    assert "taken over from a" not in "".join(lines)
+
+
+def test_damage_of_a_linked_file_is_found_on_both_sides(root):
+    """A link shares its bytes: each run looks for itself, and the remake is nobody else's file."""
+    first = Run(root, "a").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    second = Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    flip(Path(first.path))
+    assert Run(root, "a").damage(SLOT)
+    assert Run(root, "b").damage(SLOT)
+    Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    assert not os.path.samefile(first.path, second.path)
+    assert Run(root, "b").damage(SLOT) is None
+
+
+def test_damage_on_a_remote_filesystem():
+    run = Run(f"memory://{uuid.uuid4().hex}/runs", "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+    fs, path = fsspec.url_to_fs(first.path)
+    assert run.damage(SLOT) is None
+    whole = fs.cat_file(path)
+    fs.pipe_file(path, whole[:-1])
+    assert run.damage(SLOT, read=False) == f"it has {len(whole) - 1} bytes, and had {len(whole)}"
+    assert read_table(run.build_table(SLOT, {"x": 1}, table, lambda _: None)).equals(table())
+    fs.pipe_file(path, b"x" * len(whole))
+    assert run.damage(SLOT) == "its content was altered"
+
+
+def test_a_clock_that_goes_backwards(root, monkeypatch):
+    import time
+
+    monkeypatch.setattr(time, "time", iter(range(10**9, 0, -1000)).__next__)
+    run = Run(root, "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+    os.utime(first.path, ns=(0, 0))  # older than everything it was made from
+    assert run.build_table(SLOT, {"x": 1}, lambda: pytest.fail("made again"), lambda _: None) == first
+    assert run.manifest(SLOT)["seconds"] >= 0
+
+
+# -- disks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("Error while serializing: IoError(Os { code: 28, kind: StorageFull })"),
+        Exception("No space left on device (os error 28)"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+        OSError(30, "Read-only file system"),
+    ],
+)
+def test_a_full_disk_in_the_words_of_every_library(root, error):
+    run = Run(root, "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+
+    def make() -> pa.Table:
+        raise error
+
+    with pytest.raises(CannotWrite, match=r"runs/a: cannot be written: (No space left|Read-only)") as caught:
+        run.build_table("round=0001/aligned/part-00000", {"x": 1}, make, lambda _: None)
+    assert "the same command goes on" in str(caught.value)
+    assert run.find(SLOT) == first
+    assert run.slots() == [SLOT]
+    assert not (Path(run.path) / "_tmp").exists()
+
+
+def test_other_errors_stay_what_they_are(root):
+    for error in (RuntimeError("28 things"), FileNotFoundError(2, "no such file"), PermissionError(13, "someone else's model")):
+        assert disk.refusal(error, Path(root).parent) is None
+
+
+def test_manifests_say_how_large_a_thing_is(root):
+    run = Run(root, "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+    path = Path(run.path) / "_manifests" / f"{SLOT}.json"
+    assert json.loads(path.read_text())["bytes"] == os.path.getsize(first.path)
