@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from configs.errors import BadInput
 from configs.schema import Objective, Prompts, Recipe
 
-MACHINERY = {"train.processes", "train.sharding"}
+MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing"}
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -38,10 +38,21 @@ class Scratch(Table):
         return self
 
 
+class Lora(Table):
+    """Low-rank adapters (needs the `lora` extra): they alone are trained, and merged into each round's checkpoint."""
+
+    rank: Int = Field(16, ge=1, le=4096)
+    alpha: Float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="names of the layers that get one, such as q_proj; all-linear: every linear layer but the head",
+    )
+
+
 class Model(Table):
     """Where a model comes from (exactly one of `model`, `recipe`, `scratch`) and how it is used."""
 
-    model: str | None = Field(None, min_length=1, description="hub id or local folder (safetensors)")
+    model: str | None = Field(None, min_length=1, description="hub id, local folder (safetensors) or .gguf file")
     recipe: str | None = Field(
         None, min_length=1, description="a recipe, beside this file, whose last checkpoint it is; run first"
     )
@@ -55,6 +66,7 @@ class Model(Table):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    lora: Lora | None = Field(None, description="for a student: train adapters and not all weights")
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
@@ -225,6 +237,7 @@ class Train(Table):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
+    gradient_checkpointing: bool = Field(False, description="less memory: layers are computed again in the backward pass")
     processes: Int = Field(1, ge=1, le=1024, description="that share each batch: one a GPU, or a part of the CPU's cores")
     sharding: Literal["none", "full"] = Field(
         "none",
@@ -261,6 +274,10 @@ class Recipe(Table):
             raise ValueError(f"objective.name = '{self.objective.name}' needs a [teacher]")
         if self.teacher is not None and self.teacher.scratch is not None:
             raise ValueError("teacher.scratch: a teacher cannot be a new model; give teacher.model or teacher.recipe")
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
+        if self.student.lora is not None and self.train.sharding == "full":
+            raise ValueError("student.lora trains few weights: set train.sharding = 'none'")
         if self.objective.name == "sft" and self.rollout.on_policy > 0:
             raise ValueError(
                 f"objective.name = 'sft' learns from given text: set rollout.on_policy = 0 (found {self.rollout.on_policy})"

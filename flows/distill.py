@@ -20,6 +20,7 @@ from storage.store import Artifact, Run, local_folder, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
+from tasks.lora import check_lora
 from tasks.models import ModelRef, check_weights, reference, side
 from tasks.processes import check_processes
 from tasks.progress import logger
@@ -65,9 +66,9 @@ def distill(
     evaluate_model(recipe, 0, "student", student, teacher, prompts["eval"])
 
     bar = create_progress_artifact(100 * done / max(target, done, 1), key=_slug(recipe.name, "progress"))
-    trainer: Artifact | None = None
+    base, trainer = student, None
     for number in range(1, target + 1):
-        made = _round(recipe, number, student, teacher, prompts, vocab, trainer)
+        made = _round(recipe, number, student, teacher, prompts, vocab, trainer, base)
         student, trainer = _local(recipe.student, made["student"]), made["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
@@ -90,6 +91,7 @@ def _round(
     prompts: dict[str, Artifact],
     vocab: dict[str, Artifact],
     trainer: Artifact | None,
+    base: ModelRef,
 ) -> dict[str, Artifact]:
     """One round: rollouts, scores, alignment, training; stage by stage, so that one model is loaded at a time."""
     parts = range(shards(recipe.rollout))
@@ -104,7 +106,7 @@ def _round(
         if recipe.score.signal == "hidden":
             head = keep_head(recipe, teacher)
     aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts]
-    return train_round(recipe, number, student, teacher, rollouts, aligned, trainer)
+    return train_round(recipe, number, student, teacher, rollouts, aligned, trainer, base)
 
 
 def _made(recipe: Recipe, config: Model) -> ModelRef:
@@ -149,6 +151,8 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
         if config is not None and config.model is not None:
             found[role] = ref = reference(config, config.model)
             check_weights(ref)
+            if config.lora is not None:
+                check_lora(ref, config.lora)
     check_pair(recipe, found.get("student"), found.get("teacher"))
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from configs.errors import BadInput
 from configs.schema import Model
 from storage.lineage import digest_folder, digest_json
+from tasks.gguf import folder_of
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -45,11 +46,19 @@ class ModelRef:
 
 
 def reference(config: Model, path: str) -> ModelRef:
-    """A ModelRef for the weights at `path` (a folder or hub id), used as `config` says."""
+    """A ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says."""
     use = {k: getattr(config, k) for k in ("rendering", "dtype", "device", "attention", "trust_remote_code")}
+    path = _folder(path)
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)
     return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+
+
+def _folder(name: str) -> str:
+    if not name.endswith(".gguf"):
+        return name
+    with _explained(name):
+        return folder_of(name)
 
 
 def _hub_commit(name: str, trust_remote_code: bool) -> str | None:
@@ -138,8 +147,8 @@ def side(ref: ModelRef) -> Side:
 
 
 def tokenizer_of(name: str) -> Side:
-    """The text side of a hub id or folder whose weights and template are not needed."""
-    text_side = side(ModelRef(name, "", rendering="plain"))
+    """The text side of a hub id, folder or GGUF file whose weights and template are not needed."""
+    text_side = side(ModelRef(_folder(name), "", rendering="plain"))
     text_side.encoder.check(name)
     return text_side
 

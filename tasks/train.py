@@ -29,12 +29,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, get_scheduler
 
 from configs.errors import BadInput
+from configs.load import MACHINERY
 from configs.schema import Recipe, Sft
 from storage.schemas import STEPS
 from storage.store import Artifact, Run, local_folder, part, read_table, round_slot, write_parquet
 from tasks import objectives
 from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches
 from tasks.engines.transformers import release
+from tasks.lora import adapted
 from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
 from tasks.objectives.base import ObjectiveModule
 from tasks.processes import launch
@@ -54,8 +56,12 @@ def train_round(
     rollouts: list[Artifact],
     aligned: list[Artifact],
     trainer: Artifact | None,
+    base: ModelRef,
 ) -> dict[str, Artifact]:
-    """`round=…/student`, `…/trainer` and `…/steps/part-00000`: what a round's training makes at once."""
+    """`round=…/student`, `…/trainer` and `…/steps/part-00000`: what a round's training makes at once.
+
+    `student` is what the last round made, `base` what the first one started from: adapters stay beside its weights.
+    """
     run = Run(recipe.root, recipe.name)
     inputs = {
         "stage": "train",
@@ -64,12 +70,15 @@ def train_round(
         "trainer": trainer.digest if trainer else None,
         "rollouts": [artifact.digest for artifact in rollouts],
         "aligned": [artifact.digest for artifact in aligned],
-        "recipe": recipe.train.model_dump(mode="json", exclude={"processes", "sharding"}),
+        "recipe": recipe.train.model_dump(mode="json", exclude={name.removeprefix("train.") for name in MACHINERY}),
         "objective": recipe.objective.model_dump(),
         "horizon": horizon(recipe),
         "seed": recipe.seed,
         "round": number,
     }
+    if recipe.student.lora is not None:
+        inputs |= {"lora": recipe.student.lora.model_dump(), "base": base.identity}
+        student = base
     slots = {
         "student": round_slot(number, "student"),
         "trainer": round_slot(number, "trainer"),
@@ -169,6 +178,9 @@ class Trainer:
             )
         own, other = side(student), side(teacher or student)
         model = load_weights(student, torch.float32).train()
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.adapters = adapted(model, recipe.student.lora) if recipe.student.lora is not None else None
         objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
         module: nn.Module = Student(model, objective, len(own.beta.values), config.chunk_positions)
         module = sharded(module, model, self.accelerator) if config.sharding == "full" else self.accelerator.prepare(module)
@@ -176,8 +188,8 @@ class Trainer:
             here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
             total = sum(p.numel() for p in module.parameters())
             logger.info("round %d train: %d processes, this one holds %d of %d weights", number, config.processes, here, total)
-        matrices = [p for p in module.parameters() if p.ndim >= 2]
-        vectors = [p for p in module.parameters() if p.ndim < 2]
+        trained = [p for p in module.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -249,7 +261,7 @@ class Trainer:
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.module)
 
-    # No pickle: the optimizer's tensors, by parameter name, go to safetensors, and the rest to JSON.
+    # No pickle: the optimizer's tensors (and adapters), by parameter name, go to safetensors, and the rest to JSON.
 
     def _save(self, folder: Path) -> None:
         state: dict[str, Any] = get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=FULL)
@@ -258,6 +270,10 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         (folder / "trainer").mkdir()
+        if self.adapters is not None:
+            trained = {name: p.detach() for name, p in self.adapters.named_parameters() if p.requires_grad}
+            save_file(trained, folder / "trainer" / "adapters.safetensors")
+            model = self.adapters.merge_and_unload()
         tensors = {f"{name}/{key}": value for name, values in state["state"].items() for key, value in values.items()}
         save_file(tensors, folder / "trainer" / "optimizer.safetensors")
         saved = {"step": self.step, "param_groups": state["param_groups"]}
@@ -268,6 +284,9 @@ class Trainer:
 
     def _restore(self, folder: str) -> int:
         saved = json.loads((Path(folder) / "state.json").read_text())
+        if self.adapters is not None:
+            for name, value in load_file(Path(folder) / "adapters.safetensors").items():
+                self.adapters.get_parameter(name).data.copy_(value)
         state: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in load_file(Path(folder) / "optimizer.safetensors").items():
             name, key = path.rsplit("/", 1)
