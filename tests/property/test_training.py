@@ -285,7 +285,7 @@ def test_accumulation(objective: Objective) -> None:
 @pytest.mark.parametrize(("on", "times"), [(False, 1), (True, 2)])
 def test_gradient_checkpointing_computes_layers_again(on: bool, times: int) -> None:
     made, calls = trainer(Bytes(name="bytes"), gradient_checkpointing=on), []
-    made.module.model.base_model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    made.module.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     made._optimize(plain_rows(Bytes(name="bytes")))
     assert len(calls) == times
 
