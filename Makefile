@@ -6,7 +6,7 @@ SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fuzz bench format clean
+.PHONY: demo test check fuzz bench ray format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -35,6 +35,15 @@ bench: $(VENV)/.installed  ## ratios: alignment, loss steps, and what signals co
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2
 	$(BIN)/python tests/benchmarks/signals.py
+
+.venv-ray/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --upgrade pip
+	.venv-ray/bin/python -m pip install --quiet --editable '.[dev,ray]'
+	@touch $@
+
+ray: .venv-ray/.installed  ## shards on a real Ray cluster of two nodes, in an environment of its own
+	.venv-ray/bin/python -m pytest tests/ray/test_ray.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

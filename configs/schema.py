@@ -245,6 +245,17 @@ class Train(Table):
     )
 
 
+class Compute(Table):
+    """Where the shards of rollouts, scores and alignment are worked on; changes no result."""
+
+    runner: Literal["local", "ray"] = Field("local", description="local: one after another; ray (needs the `ray` extra): many")
+    address: str | None = Field(
+        None, min_length=1, description="of a Ray cluster, such as ray://head:10001; left out: one is started on this machine"
+    )
+    cpus: Float = Field(1.0, gt=0, description="cores that a shard takes: a cluster works on as many shards as it has room for")
+    gpus: Float = Field(0.0, ge=0, description="GPUs that a shard takes")
+
+
 class Evaluate(Table):
     samples: Int = Field(4, ge=0, le=1024, description="sampled completions an eval prompt, beside the greedy one")
     scorer: Literal["task", "exact"] = Field(
@@ -267,6 +278,7 @@ class Recipe(Table):
     objective: Objective
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

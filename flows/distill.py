@@ -15,7 +15,8 @@ from pydantic import Field
 
 from configs.errors import BadInput
 from configs.load import load
-from configs.schema import Gkd, Model, Recipe
+from configs.schema import Compute, Gkd, Model, Recipe
+from flows.compute import check_compute, shard_runner
 from storage.store import Artifact, Run, local_folder, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
@@ -68,7 +69,8 @@ def distill(
     bar = create_progress_artifact(100 * done / max(target, done, 1), key=_slug(recipe.name, "progress"))
     base, trainer = student, None
     for number in range(1, target + 1):
-        made = _round(recipe, number, student, teacher, prompts, vocab, trainer, base)
+        compute = recipe.compute if number > done else Compute()  # what is committed is only looked up
+        made = _round(recipe, compute, number, student, teacher, prompts, vocab, trainer, base)
         student, trainer = _local(recipe.student, made["student"]), made["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
@@ -85,6 +87,7 @@ def distill(
 
 def _round(
     recipe: Recipe,
+    compute: Compute,
     number: int,
     student: ModelRef,
     teacher: ModelRef | None,
@@ -96,16 +99,18 @@ def _round(
     """One round: rollouts, scores, alignment, training; stage by stage, so that one model is loaded at a time."""
     parts = range(shards(recipe.rollout))
     written: list[Artifact | None] = [None for _ in parts]
-    if teacher is not None and uses_teacher(recipe.rollout):
-        written = [complete_shard(recipe, number, p, teacher, prompts["train"]) for p in parts]
-    rollouts = [roll_out(recipe, number, p, student, prompts["train"], written[p]) for p in parts]
     scores: list[Artifact | None] = [None for _ in parts]
     head: Artifact | None = None
-    if teacher is not None and recipe.objective.name != "sft":
-        scores = [score_shard(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
-        if recipe.score.signal == "hidden":
-            head = keep_head(recipe, teacher)
-    aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts]
+    with shard_runner(compute) as each:
+        if teacher is not None and uses_teacher(recipe.rollout):
+            written = [*each(complete_shard, [(recipe, number, p, teacher, prompts["train"]) for p in parts])]
+        rollouts = each(roll_out, [(recipe, number, p, student, prompts["train"], written[p]) for p in parts])
+        if teacher is not None and recipe.objective.name != "sft":
+            graded = [(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
+            scores = [*each(score_shard, graded)]
+            if recipe.score.signal == "hidden":
+                head = keep_head(recipe, teacher)
+        aligned = each(align_shard, [(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts])
     return train_round(recipe, number, student, teacher, rollouts, aligned, trainer, base)
 
 
@@ -139,6 +144,7 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
     check_processes(recipe)
+    check_compute(recipe.compute)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef] = {}
