@@ -17,7 +17,7 @@ from configs.errors import BadInput
 from configs.load import load
 from configs.schema import Compute, Gkd, Model, Recipe
 from flows.compute import check_compute, shard_runner
-from storage.store import Artifact, Run, local_folder, round_slot
+from storage.store import Artifact, Run, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
@@ -60,7 +60,7 @@ def distill(
     if at_most is not None:
         target = min(target, done + at_most)
     prompts = make_prompts(recipe)
-    student = given or _local(recipe.student, make_scratch(recipe, prompts["train"]))
+    student = given or _checkpoint(recipe.student, make_scratch(recipe, prompts["train"]))
     vocab = match_vocabularies(recipe, student, teacher)
     if teacher is not None:
         evaluate_model(recipe, 0, "teacher", teacher, teacher, prompts["eval"])
@@ -71,7 +71,7 @@ def distill(
     for number in range(1, target + 1):
         compute = recipe.compute if number > done else Compute()  # what is committed is only looked up
         made = _round(recipe, compute, number, student, teacher, prompts, vocab, trainer, base)
-        student, trainer = _local(recipe.student, made["student"]), made["trainer"]
+        student, trainer = _checkpoint(recipe.student, made["student"]), made["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
             table = rounds_table(run.address)
@@ -124,7 +124,7 @@ def _made(recipe: Recipe, config: Model) -> ModelRef:
     distill(config.recipe, overrides=overrides)
     made = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
     assert made is not None
-    return _local(config, made)
+    return _checkpoint(config, made)
 
 
 def inherited(recipe: Recipe, path: str) -> tuple[str, ...]:
@@ -133,8 +133,8 @@ def inherited(recipe: Recipe, path: str) -> tuple[str, ...]:
     return (f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}")
 
 
-def _local(config: Model, made: Artifact) -> ModelRef:
-    return reference(config, local_folder(made))
+def _checkpoint(config: Model, made: Artifact) -> ModelRef:
+    return reference(config, made.path, made.digest)
 
 
 def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:

@@ -23,6 +23,15 @@ def link(source: str, target: str | Path) -> object:
     return target
 
 
+def settle(made: Path, target: Path) -> None:
+    """Rename a folder into place where its name says what is in it: another process that was first has made the same."""
+    try:
+        os.replace(made, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
 def unreachable(fs: fsspec.AbstractFileSystem, run: str) -> str | None:
     """Why a remote filesystem takes no run at the path `run`; tried out where there is none yet."""
     probe = posixpath.join(run, "_tmp", "probe")

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from configs.errors import BadInput
 from configs.load import differences, dumps, validate
 from configs.schema import Recipe
-from storage.filesystems import filesystem, fsync_folder, link, unreachable, unwritable
+from storage.filesystems import filesystem, fsync_folder, link, settle, unreachable, unwritable
 from storage.lineage import digest_file, digest_folder, digest_json, versions
 
 
@@ -295,5 +295,5 @@ def local_folder(artifact: Artifact) -> str:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fs.get(path, f"{folder}/fetched", recursive=True)
-            os.replace(f"{folder}/fetched", target)
+            settle(Path(folder) / "fetched", target)
     return str(target)

@@ -1,6 +1,5 @@
 """GGUF files as ordinary model folders: dequantised once, and kept in Hugging Face's cache of assets."""
 
-import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from configs.errors import BadInput
+from storage.filesystems import settle
 from storage.lineage import digest_file
 from tasks.progress import logger
 
@@ -29,7 +29,7 @@ def folder_of(path: str) -> str:
         logger.info("%s: made into a folder once, %s", path, folder)
         with tempfile.TemporaryDirectory(dir=folder.parent) as half_made:
             convert(file, Path(half_made) / "model")
-            os.replace(Path(half_made) / "model", folder)
+            settle(Path(half_made) / "model", folder)
     return str(folder)
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from configs.errors import BadInput
 from configs.schema import Model
 from storage.lineage import digest_folder, digest_json
+from storage.store import Artifact, local_folder
 from tasks.gguf import folder_of
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
@@ -40,14 +41,24 @@ class ModelRef:
     trust_remote_code: bool = False
 
     @property
+    def local(self) -> str:
+        """Its folder on this machine (or hub id): one on object storage is fetched, once a machine."""
+        return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
+
+    @property
     def identity(self) -> dict[str, str]:
         """What of it can change a result, for keys: not the path, not the device."""
         return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
 
 
-def reference(config: Model, path: str) -> ModelRef:
-    """A ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says."""
+def reference(config: Model, path: str, digest: str = "") -> ModelRef:
+    """A ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
+
+    Where a run lies on object storage, its checkpoints are given by URI and `digest`.
+    """
     use = {k: getattr(config, k) for k in ("rendering", "dtype", "device", "attention", "trust_remote_code")}
+    if "://" in path and digest:
+        return ModelRef(path, digest, **use)
     path = _folder(path)
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)
@@ -85,7 +96,7 @@ class Side:
     def __init__(self, ref: ModelRef):
         self.ref = ref
         with _explained(ref.path):
-            tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise BadInput(f"{ref.path}: its tokenizer has no tokenizer.json; choose a model that has one (a fast tokenizer)")
         self.tokenizer = tokenizer
@@ -99,7 +110,7 @@ class Side:
     def stop_ids(self) -> list[int]:
         """Ids that end a completion, the tokenizer's own end token first."""
         try:
-            configured = GenerationConfig.from_pretrained(self.ref.path).eos_token_id
+            configured = GenerationConfig.from_pretrained(self.ref.local).eos_token_id
         except OSError:
             configured = None
         ids = [self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
@@ -113,7 +124,7 @@ class Side:
         """Bytes of the ids that the model can emit: a tokenizer may know more ids than the head has rows."""
         beta = token_bytes(self.tokenizer, self.stop_ids, self.ref.path)
         try:
-            config = AutoConfig.from_pretrained(self.ref.path, trust_remote_code=self.ref.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.ref.local, trust_remote_code=self.ref.trust_remote_code)
         except (OSError, ValueError):
             return beta  # a tokenizer alone
         rows = config.get_text_config().vocab_size
@@ -170,7 +181,7 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
     """The model on the CPU in `dtype` (default: what the reference says for use outside training)."""
     with _explained(ref.path):
         return AutoModelForCausalLM.from_pretrained(
-            ref.path,
+            ref.local,
             dtype=dtype or dtype_of(ref),
             attn_implementation=ref.attention,
             trust_remote_code=ref.trust_remote_code,
