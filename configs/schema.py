@@ -246,7 +246,7 @@ class Train(Table):
 
 
 class Compute(Table):
-    """Where the shards of rollouts, scores and alignment are worked on; changes no result."""
+    """Where the shards of rollouts, scores and alignment are worked on; changes no result but its rounding."""
 
     runner: Literal["local", "ray"] = Field("local", description="local: one after another; ray (needs the `ray` extra): many")
     address: str | None = Field(

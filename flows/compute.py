@@ -21,7 +21,7 @@ def check_compute(compute: Compute) -> None:
     if compute.runner != "ray":
         return
     if find_spec("prefect_ray") is None:
-        raise BadInput("compute.runner = 'ray' needs more packages: pip install 'potstill[ray]'")
+        raise BadInput("compute.runner = 'ray' needs more packages: pip install -e '.[ray]'")
     host, colon, port = (compute.address or "").removeprefix("ray://").rpartition(":")
     if colon:
         try:
@@ -37,7 +37,8 @@ def check_compute(compute: Compute) -> None:
 def shard_runner(compute: Compute) -> Iterator[Each]:
     """Yields `each(task, calls)`, which calls a task once a shard and gives the artifacts in the calls' order.
 
-    With Ray the calls run side by side, as many as the cluster has room for; a worker's exception is raised here.
+    With Ray the calls run side by side, as many as the cluster has room for; a worker's exception is raised here. Results
+    are bit-equal where a worker has as many threads (Ray: as `cpus`) as this process, else equal to rounding.
     """
     if compute.runner == "local":
         yield lambda task, calls: [task(*call) for call in calls]

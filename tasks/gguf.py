@@ -23,7 +23,7 @@ def folder_of(path: str) -> str:
     if not file.is_file():
         raise BadInput(f"{path}: no such file; give a .gguf file, a model's folder or a hub id")
     if find_spec("gguf") is None:
-        raise BadInput(f"{path}: a GGUF file needs one more package: pip install 'potstill[gguf]'")
+        raise BadInput(f"{path}: a GGUF file needs one more package: pip install -e '.[gguf]'")
     folder = cached_assets_path("potstill", "gguf", digest_file(file)) / "model"
     if not folder.is_dir():
         logger.info("%s: made into a folder once, %s", path, folder)

@@ -330,6 +330,6 @@ def test_inspect_a_round_killed_before_its_alignment(potstill, tiny, tmp_path):
 
 def test_a_runner_without_its_packages(recipe, root, monkeypatch):
     monkeypatch.setattr("flows.compute.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"compute\.runner = 'ray' needs more packages: pip install 'potstill\[ray\]'"):
+    with pytest.raises(BadInput, match=r"compute\.runner = 'ray' needs more packages: pip install -e '\.\[ray\]'"):
         check(load(recipe(compute={"runner": "ray"})))
     assert not root.exists()

@@ -100,5 +100,5 @@ def test_what_is_refused(recipe, models, monkeypatch):
     with pytest.raises(BadInput, match=r"set train\.sharding = 'none'"):
         load(recipe(student={**bad, "lora": LORA}, train__processes=2, train__sharding="full"))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(BadInput, match=r"needs one more package: pip install 'potstill\[lora\]'"):
+    with pytest.raises(BadInput, match=r"needs one more package: pip install -e '\.\[lora\]'"):
         check(load(recipe(student={**bad, "lora": LORA})))

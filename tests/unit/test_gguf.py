@@ -123,6 +123,6 @@ def test_what_is_refused(folder, tmp_path, cache, monkeypatch):
         with pytest.raises(BadInput, match=rf"{name}: no such "):
             reference(Model(model=name), str(tmp_path / name))
     monkeypatch.setattr("tasks.gguf.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"needs one more package: pip install 'potstill\[gguf\]'"):
+    with pytest.raises(BadInput, match=r"needs one more package: pip install -e '\.\[gguf\]'"):
         reference(Model(model="x"), str(folder / "model.gguf"))
     assert not list(cache.rglob("*.safetensors"))
