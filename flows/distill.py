@@ -16,13 +16,15 @@ from pydantic import Field
 from configs.errors import BadInput
 from configs.load import load
 from configs.objectives import Gkd
-from configs.schema import Model, Recipe
-from storage.store import Artifact, Run, local_folder, round_slot
+from configs.schema import Compute, Model, Recipe
+from flows.compute import check_compute, shard_runner
+from storage.store import Artifact, Run, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
 from tasks.engines.choose import check_engine
 from tasks.evaluate import evaluate_model
 from tasks.gates import check_lead, check_round
+from tasks.lora import check_lora
 from tasks.models import ModelRef, check_weights, reference, side
 from tasks.processes import check_processes
 from tasks.progress import logger
@@ -67,17 +69,18 @@ def _distill(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[st
     if at_most is not None:
         target = min(target, done + at_most)
     prompts = make_prompts(recipe)
-    student = given or _local(recipe.student, make_scratch(recipe, prompts["train"]))
+    student = given or _checkpoint(recipe.student, make_scratch(recipe, prompts["train"]))
     vocab = match_vocabularies(recipe, student, teacher)
     first = evaluate_model(recipe, 0, "student", student, teacher, prompts["eval"])
     if teacher is not None:
         check_lead(recipe, evaluate_model(recipe, 0, "teacher", teacher, teacher, prompts["eval"]), first)
 
     bar = create_progress_artifact(100 * done / max(target, done, 1), key=slug(recipe.name, "progress"))
-    trainer: Artifact | None = None
+    base, trainer = student, None
     for number in range(1, target + 1):
-        trained = _round(recipe, number, student, teacher, prompts, vocab, trainer)
-        student, trainer = _local(recipe.student, trained["student"]), trained["trainer"]
+        compute = recipe.compute if number > done else Compute()  # what is committed is only looked up
+        trained = _round(recipe, compute, number, student, teacher, prompts, vocab, trainer, base)
+        student, trainer = _checkpoint(recipe.student, trained["student"]), trained["trainer"]
         evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
             table = rounds_table(run.address)
@@ -93,28 +96,32 @@ def _distill(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[st
 
 def _round(
     recipe: Recipe,
+    compute: Compute,
     number: int,
     student: ModelRef,
     teacher: ModelRef | None,
     prompts: dict[str, Artifact],
     vocab: dict[str, Artifact],
     trainer: Artifact | None,
+    base: ModelRef,
 ) -> dict[str, Artifact]:
     """One round: rollouts, scores, alignment, training; stage by stage, so that one model is loaded at a time."""
     parts = range(shards(recipe.rollout))
     written: list[Artifact | None] = [None for _ in parts]
-    if teacher is not None and uses_teacher(recipe.rollout):
-        written = [complete_shard(recipe, number, p, teacher, prompts["train"]) for p in parts]
-    rollouts = [roll_out(recipe, number, p, student, prompts["train"], written[p]) for p in parts]
     scores: list[Artifact | None] = [None for _ in parts]
     head: Artifact | None = None
-    if teacher is not None and recipe.objective.name != "sft":
-        scores = [score_shard(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
-        if recipe.score.signal == "hidden":
-            head = keep_head(recipe, teacher)
-    aligned = [align_shard(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts]
+    with shard_runner(compute) as each:
+        if teacher is not None and uses_teacher(recipe.rollout):
+            written = [*each(complete_shard, [(recipe, number, p, teacher, prompts["train"]) for p in parts])]
+        rollouts = each(roll_out, [(recipe, number, p, student, prompts["train"], written[p]) for p in parts])
+        if teacher is not None and recipe.objective.name != "sft":
+            graded = [(recipe, number, p, student, teacher, prompts["train"], rollouts[p]) for p in parts]
+            scores = [*each(score_shard, graded)]
+            if recipe.score.signal == "hidden":
+                head = keep_head(recipe, teacher)
+        aligned = each(align_shard, [(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts])
     check_round(recipe, number, student, rollouts, aligned)
-    return train_round(recipe, number, student, teacher, rollouts, aligned, trainer)
+    return train_round(recipe, number, student, teacher, rollouts, aligned, trainer, base)
 
 
 def made(recipe: Recipe, config: Model) -> ModelRef:
@@ -127,7 +134,7 @@ def made(recipe: Recipe, config: Model) -> ModelRef:
     distill(config.recipe, overrides=overrides)
     checkpoint = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
     assert checkpoint is not None
-    return _local(config, checkpoint)
+    return _checkpoint(config, checkpoint)
 
 
 def inherited(recipe: Recipe, path: str) -> tuple[str, ...]:
@@ -136,8 +143,8 @@ def inherited(recipe: Recipe, path: str) -> tuple[str, ...]:
     return (f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}")
 
 
-def _local(config: Model, made: Artifact) -> ModelRef:
-    return reference(config, local_folder(made))
+def _checkpoint(config: Model, made: Artifact) -> ModelRef:
+    return reference(config, made.path, made.digest)
 
 
 def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
@@ -147,6 +154,7 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
     check_processes(recipe)
+    check_compute(recipe.compute)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef] = {}
@@ -159,6 +167,8 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
         if config is not None and config.model is not None:
             found[role] = ref = reference(config, config.model)
             check_weights(ref)
+            if config.lora is not None:
+                check_lora(ref, config.lora)
     check_pair(recipe, found.get("student"), found.get("teacher"))
 
 

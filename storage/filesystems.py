@@ -1,6 +1,8 @@
 """What lies behind a URI."""
 
+import os
 import posixpath
+from pathlib import Path
 
 import fsspec
 
@@ -8,6 +10,15 @@ import fsspec
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem and the path in it; listings are not cached, because other machines write there too."""
     return fsspec.url_to_fs(uri, use_listings_cache=False)
+
+
+def settle(made: Path, target: Path) -> None:
+    """Rename a folder into place where its name says what is in it: another process that was first has made the same."""
+    try:
+        os.replace(made, target)
+    except OSError:
+        if not target.is_dir():
+            raise
 
 
 def unreachable(fs: fsspec.AbstractFileSystem, run: str) -> str | None:

@@ -24,7 +24,7 @@ class Folder:
         try:
             self.fs, base = filesystem(root)
         except ImportError as error:
-            raise BadInput(f"root: {root} cannot be used: {error}; for s3:// that is: pip install 'potstill[s3]'") from None
+            raise BadInput(f"root: {root} cannot be used: {error}; for s3:// that is: pip install -e '.[s3]'") from None
         except ValueError as error:
             raise BadInput(f"root: {root} cannot be used: {error}; give a folder, or a URI such as s3://bucket/runs") from None
         self.uri, self.root = root, base.rstrip("/")

@@ -30,7 +30,7 @@ from configs.errors import BadInput
 from configs.load import differences, dumps, validate
 from configs.schema import Recipe
 from storage import disk
-from storage.filesystems import filesystem, unreachable
+from storage.filesystems import filesystem, settle, unreachable
 from storage.folder import Folder
 from storage.lineage import digest_json, digest_local, versions
 
@@ -293,7 +293,7 @@ def local_folder(artifact: Artifact) -> str:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fs.get(path, f"{folder}/fetched", recursive=True)
-            os.replace(f"{folder}/fetched", target)
+            settle(Path(folder) / "fetched", target)
     return str(target)
 
 

@@ -30,8 +30,8 @@ from tasks.rollout import Row, rollouts_table
 from tasks.score import scores_table
 from tasks.seeds import derive
 from tasks.signals import head_of
+from tasks.student import mean_loss
 from tasks.tokens.align import Kind
-from tasks.train import mean_loss
 
 GIB = 2**30
 TRAINED = 16  # bytes a weight in training: float32 weight, gradient, and AdamW's two moments
@@ -108,7 +108,7 @@ def on_boundary(text_side: Side, prompts: pa.Table, rendered: list[list[int]]) -
 
 def context_of(ref: ModelRef) -> int | None:
     """The longest sequence that a model's positions allow; None where its config does not say."""
-    config = AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code).get_text_config()
+    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
@@ -247,7 +247,7 @@ def weights_of(ref: ModelRef) -> int:
     """How many weights a model has."""
     from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=ref.trust_remote_code)
     return sum(p.numel() for p in model.parameters())

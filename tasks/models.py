@@ -20,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 from configs.errors import BadInput
 from configs.schema import Model
 from storage.lineage import digest_folder, digest_json
+from storage.store import Artifact, local_folder
+from tasks.gguf import folder_of
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -43,6 +45,11 @@ class ModelRef:
     vllm_memory: float = 0.9
 
     @property
+    def local(self) -> str:
+        """Its folder on this machine (or hub id): one on object storage is fetched, once a machine."""
+        return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
+
+    @property
     def identity(self) -> dict[str, str]:
         """What of it can change a result, for keys: not where it or its engine lies, not the device.
 
@@ -51,12 +58,25 @@ class ModelRef:
         return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
 
 
-def reference(config: Model, path: str) -> ModelRef:
-    """A ModelRef for the weights at `path` (a folder or hub id), used as `config` says."""
-    use = config.model_dump(exclude={"model", "recipe", "scratch"})
+def reference(config: Model, path: str, digest: str = "") -> ModelRef:
+    """A ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
+
+    Where a run lies on object storage, its checkpoints are given by URI and `digest`.
+    """
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
+    if "://" in path and digest:
+        return ModelRef(path, digest, **use)
+    path = _folder(path)
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)
     return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+
+
+def _folder(name: str) -> str:
+    if not name.endswith(".gguf"):
+        return name
+    with _explained(name):
+        return folder_of(name)
 
 
 def _hub_commit(name: str, trust_remote_code: bool) -> str | None:
@@ -83,7 +103,7 @@ class Side:
     def __init__(self, ref: ModelRef):
         self.ref = ref
         with _explained(ref.path):
-            tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise BadInput(f"{ref.path}: its tokenizer has no tokenizer.json; choose a model that has one (a fast tokenizer)")
         self.tokenizer = tokenizer
@@ -97,7 +117,7 @@ class Side:
     def stop_ids(self) -> list[int]:
         """Ids that end a completion, the tokenizer's own end token first."""
         try:
-            configured = GenerationConfig.from_pretrained(self.ref.path).eos_token_id
+            configured = GenerationConfig.from_pretrained(self.ref.local).eos_token_id
         except OSError:
             configured = None
         ids = [self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
@@ -116,7 +136,7 @@ class Side:
     def rows(self) -> int | None:
         """Rows of the model's head, padding included; None for a tokenizer alone."""
         try:
-            config = AutoConfig.from_pretrained(self.ref.path, trust_remote_code=self.ref.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.ref.local, trust_remote_code=self.ref.trust_remote_code)
         except (OSError, ValueError):
             return None
         return config.get_text_config().vocab_size
@@ -149,8 +169,8 @@ def side(ref: ModelRef) -> Side:
 
 
 def tokenizer_of(name: str) -> Side:
-    """The text side of a hub id or folder whose weights and template are not needed."""
-    text_side = side(ModelRef(name, "", rendering="plain"))
+    """The text side of a hub id, folder or GGUF file whose weights and template are not needed."""
+    text_side = side(ModelRef(_folder(name), "", rendering="plain"))
     text_side.encoder.check(name)
     return text_side
 
@@ -172,7 +192,7 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
     """The model on the CPU in `dtype` (default: what the reference says for use outside training)."""
     with _explained(ref.path):
         return AutoModelForCausalLM.from_pretrained(
-            ref.path,
+            ref.local,
             dtype=dtype or dtype_of(ref),
             attn_implementation=ref.attention,
             trust_remote_code=ref.trust_remote_code,

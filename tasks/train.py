@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from prefect import task
@@ -23,25 +22,25 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from configs.errors import BadInput, Stopped
+from configs.load import MACHINERY
 from configs.objectives import Sft
 from configs.schema import Recipe
 from storage.schemas import STEPS
 from storage.store import Artifact, Run, local_folder, part, read_table, round_slot, write_parquet
 from tasks import objectives
-from tasks.batches import MicroBatch, collate, corrupted, optimizer_batches, rows_to_train
+from tasks.batches import collate, corrupted, optimizer_batches
 from tasks.engines.choose import release
-from tasks.models import ModelRef, device_of, dtype_of, hidden_states, load_weights, logits_of, side
-from tasks.objectives.base import ObjectiveModule
+from tasks.lora import adapted
+from tasks.models import ModelRef, device_of, dtype_of, load_weights, side
 from tasks.processes import launch
 from tasks.progress import logger, progress
 from tasks.seeds import derive
+from tasks.student import Student, sharded
 
 CODE = 3
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -56,8 +55,12 @@ def train_round(
     rollouts: list[Artifact],
     aligned: list[Artifact],
     trainer: Artifact | None,
+    base: ModelRef,
 ) -> dict[str, Artifact]:
-    """`round=…/student`, `…/trainer` and `…/steps/part-00000`: what a round's training makes at once."""
+    """`round=…/student`, `…/trainer` and `…/steps/part-00000`: what a round's training makes at once.
+
+    `student` is what the last round made, `base` what the first one started from: adapters stay beside its weights.
+    """
     run = Run(recipe.root, recipe.name)
     inputs = {
         "stage": "train",
@@ -66,12 +69,15 @@ def train_round(
         "trainer": trainer.digest if trainer else None,
         "rollouts": [artifact.digest for artifact in rollouts],
         "aligned": [artifact.digest for artifact in aligned],
-        "recipe": recipe.train.model_dump(mode="json", exclude={"processes", "sharding"}),
+        "recipe": recipe.train.model_dump(mode="json", exclude={name.removeprefix("train.") for name in MACHINERY}),
         "objective": recipe.objective.model_dump(),
         "horizon": horizon(recipe),
         "seed": recipe.seed,
         "round": number,
     }
+    if recipe.student.lora is not None:
+        inputs |= {"lora": recipe.student.lora.model_dump(), "base": base.identity}
+        student = base
     slots = {
         "student": round_slot(number, "student"),
         "trainer": round_slot(number, "trainer"),
@@ -115,58 +121,10 @@ def train(job: Job, folder: Path) -> None:
     trainer.accelerator.end_training()
 
 
-def mean_loss(recipe: Recipe, student: ModelRef, teacher: ModelRef | None, rollouts: pa.Table, aligned: pa.Table) -> float:
-    """Loss a unit of rows, in nats, as training would see them before its first step; NaN where no row has a unit."""
-    table = rows_to_train(rollouts, aligned)
-    own, other, config = side(student), side(teacher or student), recipe.train
-    objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
-    module = Student(load_weights(student, torch.float32), objective, len(own.beta.values), config.chunk_positions).eval()
-    module, loss = module.to(device_of(student)), 0.0
-    with torch.no_grad():
-        for start in range(0, len(table), config.micro_batch_size):
-            batch = collate(table.slice(start, config.micro_batch_size), own.pad_id, device_of(student))
-            loss += float(module(batch.ids, batch))
-    return loss / units if (units := pc.sum(table["units"]).as_py()) else float("nan")
-
-
 def horizon(recipe: Recipe) -> int:
     """Optimizer steps of a complete run: what the learning rate's schedule is laid over."""
     rows = recipe.rollout.prompts * recipe.rollout.samples
     return recipe.rounds * recipe.train.epochs * -(-rows // recipe.train.batch_size)
-
-
-class Student(nn.Module):
-    """The student and the objective as one module, so that wrappers (DDP, FSDP, autocast) see one forward pass."""
-
-    def __init__(self, model: PreTrainedModel, objective: ObjectiveModule, size: int, chunk_positions: int):
-        super().__init__()
-        self.model, self.objective, self.size, self.chunk_positions = model, objective, size, chunk_positions
-
-    def forward(self, ids: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Sum of the batch's terms, in nats.
-
-        Logits exist for one chunk of positions at a time: a chunk's are computed again in the backward pass.
-        """
-        hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
-        chunks = list(batch.chunks(self.chunk_positions))
-
-        def chunk_loss(at: slice, terms: Any) -> torch.Tensor:
-            return self.objective(logits_of(self.model, hidden[at], self.size), terms).sum()
-
-        if len(chunks) == 1:
-            return chunk_loss(*chunks[0])
-        losses = [checkpoint(chunk_loss, at, terms, use_reentrant=False) for at, terms in chunks]
-        return torch.stack(losses).sum()
-
-
-def sharded(module: nn.Module, model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """FSDP: weights, gradients and optimizer state lie in parts, one a process; a layer's weights are whole while it runs."""
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    module.to(accelerator.device)
-    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    return module
 
 
 class Trainer:
@@ -185,6 +143,9 @@ class Trainer:
             )
         own, other = side(student), side(teacher or student)
         model = load_weights(student, torch.float32).train()
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.adapters = adapted(model, recipe.student.lora) if recipe.student.lora is not None else None
         objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
         module: nn.Module = Student(model, objective, len(own.beta.values), config.chunk_positions)
         module = sharded(module, model, self.accelerator) if config.sharding == "full" else self.accelerator.prepare(module)
@@ -192,8 +153,8 @@ class Trainer:
             here = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in module.parameters())
             total = sum(p.numel() for p in module.parameters())
             logger.info("round %d train: %d processes, this one holds %d of %d weights", number, config.processes, here, total)
-        matrices = [p for p in module.parameters() if p.ndim >= 2]
-        vectors = [p for p in module.parameters() if p.ndim < 2]
+        trained = [p for p in module.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -276,7 +237,7 @@ class Trainer:
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.module)
 
-    # No pickle: the optimizer's tensors, by parameter name, go to safetensors, and the rest to JSON.
+    # No pickle: the optimizer's tensors (and adapters), by parameter name, go to safetensors, and the rest to JSON.
 
     def _save(self, folder: Path) -> None:
         state: dict[str, Any] = get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=FULL)
@@ -285,6 +246,10 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         (folder / "trainer").mkdir()
+        if self.adapters is not None:
+            trained = {name: p.detach() for name, p in self.adapters.named_parameters() if p.requires_grad}
+            save_file(trained, folder / "trainer" / "adapters.safetensors")
+            model = self.adapters.merge_and_unload()
         tensors = {f"{name}/{key}": value for name, values in state["state"].items() for key, value in values.items()}
         save_file(tensors, folder / "trainer" / "optimizer.safetensors")
         saved = {"step": self.step, "param_groups": state["param_groups"]}
@@ -295,6 +260,9 @@ class Trainer:
 
     def _restore(self, folder: str) -> int:
         saved = json.loads((Path(folder) / "state.json").read_text())
+        if self.adapters is not None:
+            for name, value in load_file(Path(folder) / "adapters.safetensors").items():
+                self.adapters.get_parameter(name).data.copy_(value)
         state: dict[str, dict[str, torch.Tensor]] = {}
         for path, tensor in load_file(Path(folder) / "optimizer.safetensors").items():
             name, key = path.rsplit("/", 1)

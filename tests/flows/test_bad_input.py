@@ -326,3 +326,10 @@ def test_inspect_a_round_killed_before_its_alignment(potstill, tiny, tmp_path):
     assert rollout.status == 0 or "not aligned" in rollout.err
     refused(potstill("inspect", run, "--round", "1"), "no round 1 with aligned rollouts")
     assert potstill("inspect", run).status == 0
+
+
+def test_a_runner_without_its_packages(recipe, root, monkeypatch):
+    monkeypatch.setattr("flows.compute.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"compute\.runner = 'ray' needs more packages: pip install -e '\.\[ray\]'"):
+        check(load(recipe(compute={"runner": "ray"})))
+    assert not root.exists()

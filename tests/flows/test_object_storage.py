@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 import polars as pl
@@ -13,10 +15,13 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load
+from configs.schema import Model
 from flows.distill import check, distill
+from storage.lineage import digest_folder
 from storage.read import scan
 from storage.store import Run
 from tasks import inspect as show
+from tasks.models import load_weights, reference
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def digests(root: str) -> dict[str, str]:
     return {slot: manifest["digest"] for slot, manifest in Run(root, "tiny").manifests() if "/steps/" not in slot}
 
 
-def test_a_run_in_a_bucket(bucket, recipe, tmp_path):
+def test_a_run_in_a_bucket(bucket, recipe, tmp_path, monkeypatch):
     """The same digests as on a disk; queries and views work on its URI; a second call makes nothing, another objective
     takes over rollouts and scores."""
     root, config = f"{bucket}/runs", str(recipe())
@@ -74,6 +79,14 @@ def test_a_run_in_a_bucket(bucket, recipe, tmp_path):
     assert result["rounds"] == 2
     distill(config, overrides=(f"root={tmp_path / 'disk'}",))
     assert digests(root) == digests(str(tmp_path / "disk"))
+
+    made = Run(root, "tiny").find("round=0002/student")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another-machine"))
+    (tmp_path / "another-machine").mkdir()
+    ref = reference(Model(model="x"), made.path, made.digest)
+    assert load_weights(ref).num_parameters() > 0
+    assert digest_folder(ref.local) == made.digest
+    assert (tmp_path / "another-machine") in Path(ref.local).parents
 
     here = pl.scan_parquet(f"{tmp_path}/disk/tiny/round=*/evals/*.parquet").collect()
     assert pl.scan_parquet(f"{root}/tiny/round=*/evals/*.parquet").collect().equals(here)

@@ -40,7 +40,8 @@ from tasks.engines.base import Signal, TokenScores
 from tasks.engines.transformers import TransformersEngine
 from tasks.models import ModelRef, load_weights, side
 from tasks.score import teacher_ids
-from tasks.train import Student, Trainer
+from tasks.student import Student
+from tasks.train import Trainer
 
 CPU = torch.device("cpu")
 OBJECTIVES: list[Objective] = [
@@ -257,7 +258,7 @@ def test_accumulation(objective: Objective) -> None:
     reordered = table if corrupts else table.take(np.arange(len(table))[::-1])
     for rows, options in (
         (table, {"micro_batch_size": 1}),
-        (table, {"micro_batch_size": 4, "chunk_positions": 13}),
+        (table, {"micro_batch_size": 4, "chunk_positions": 13, "gradient_checkpointing": True}),
         (reordered, {"micro_batch_size": 3}),
     ):
         other, other_gradient = step(objective, rows, **options)
@@ -265,6 +266,14 @@ def test_accumulation(objective: Objective) -> None:
         assert other["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-3)
         assert torch.allclose(other_gradient, gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-6)
         assert (other["tokens"], other["units"]) == (record["tokens"], record["units"])
+
+
+@pytest.mark.parametrize(("on", "times"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_computes_layers_again(on: bool, times: int) -> None:
+    made, calls = trainer(Bytes(name="bytes"), gradient_checkpointing=on), []
+    made.module.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    made._optimize(plain_rows(Bytes(name="bytes")))
+    assert len(calls) == times
 
 
 def test_the_loss_is_a_mean_over_units() -> None:

@@ -237,7 +237,7 @@ def test_differences_name_both_values(plain):
 
 
 def test_a_run_may_go_on_with_other_machinery(plain):
-    assert differences(load(plain), load(plain, ["train.processes=4", "train.sharding=full"])) == []
+    assert differences(load(plain), load(plain, ["train.processes=4", "train.sharding=full", "compute.runner=ray"])) == []
 
 
 def test_recipes_cannot_be_changed(plain):

@@ -415,6 +415,22 @@ def test_folders_are_replaced_whole_on_a_remote_filesystem(remote_root):
     assert os.listdir(local_folder(artifact)) == ["student-2.txt"]
 
 
+def test_two_processes_fetch_the_same_folder(remote_root, tmp_path, monkeypatch):
+    """The other is done between this one's look and its rename."""
+    made = Run(remote_root, "a").build_files(FOLDERS, {"x": 1}, Maker(1).folders, quiet)["student"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    get = fsspec.filesystem("memory").__class__.get
+
+    def get_late(self, source, target, **options):
+        get(self, source, target, **options)
+        other = tmp_path / f"potstill-{os.getuid()}" / made.digest
+        get(self, source, str(other), **options)
+
+    monkeypatch.setattr(fsspec.filesystem("memory").__class__, "get", get_late)
+    assert os.listdir(local_folder(made)) == ["student-1.txt"]
+    assert os.listdir(tmp_path / f"potstill-{os.getuid()}") == [made.digest]
+
+
 def test_a_recipe_on_a_remote_filesystem(remote_root):
     recipe = load(TINY, [f"root={remote_root}"])
     run = Run(remote_root, recipe.name)
