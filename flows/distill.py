@@ -166,7 +166,8 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
             check(load(config.recipe, inherited(recipe, config.recipe)), (*above, config.recipe))
         if config is not None and config.model is not None:
             found[role] = ref = reference(config, config.model)
-            check_weights(ref)
+            if config.engine != "server":
+                check_weights(ref)
             if config.lora is not None:
                 check_lora(ref, config.lora)
     check_pair(recipe, found.get("student"), found.get("teacher"))

@@ -32,6 +32,7 @@ def main(options: dict[str, Any]) -> None:
         logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
         max_logprobs=-1,
         max_model_len=-1,  # the model's own, or less where the cache is too small for it
+        max_num_batched_tokens=2048,  # so many rows of logits, over the whole vocabulary, when prompts are scored
         enforce_eager=current_platform.is_cpu(),
         disable_log_stats=True,
     )

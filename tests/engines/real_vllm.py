@@ -21,6 +21,7 @@ import pytest
 import tomli_w
 from conftest import CHECKOUT
 from prefect.testing.utilities import prefect_test_harness
+from toys import full_logprobs
 
 from flows.distill import distill
 from tasks.engines.base import Completion, Engine, Sampling, Signal, TokenScores
@@ -101,59 +102,58 @@ def test_engines_agree_on_the_same_tokens(engines, prompts) -> None:
     shifted = [[prompt[-1], *ids[:-1]] for prompt, ids in zip(prompts, completions, strict=True)]
     for name in ("vllm", "server"):
         scores = engines[name]().score(prompts, completions, SIGNAL)
-        gap = gaps(scores, wanted)
-        print(f"\n{name} and transformers, {len(gap)} tokens: largest gap {gap.max():.2e}, mean {gap.mean():.2e} nats")
-        assert gap.max() < LIMIT
+        apart = gaps(scores, wanted)
+        print(f"\n{name} and transformers, {len(apart)} tokens: largest gap {apart.max():.2e}, mean {apart.mean():.2e} nats")
+        assert apart.max() < LIMIT
         for ours, theirs in zip(wanted, scores, strict=True):
             same = ours.counts == theirs.counts  # where the mass stands just at top_p, one more or less is kept
             assert same.mean() > 0.9
             assert np.exp(theirs.rest[same]) == pytest.approx(np.exp(ours.rest[same]), abs=1e-4)
         late = engines[name]().score([prompt[:-1] for prompt in prompts], shifted, SIGNAL)
-        gap = gaps(late, wanted)
-        print(f"{name}, one position off: largest gap {gap.max():.2f}, mean {gap.mean():.2f} nats")
-        assert gap.max() > 1000 * LIMIT
-        assert gap.mean() > 100 * LIMIT
+        apart = gaps(late, wanted)
+        print(f"{name}, one position off: largest gap {apart.max():.2f}, mean {apart.mean():.2f} nats")
+        assert apart.max() > 1000 * LIMIT
+        assert apart.mean() > 100 * LIMIT
 
 
 @pytest.mark.parametrize("name", ["vllm", "server"])
 @pytest.mark.parametrize("sampling", [Sampling(16), Sampling(16, 0.7, 0.9, 20)], ids=["plain", "shaped"])
 def test_a_completions_log_probs(engines, prompts, name: str, sampling: Sampling) -> None:
-    """Those of the distribution drawn from, by seeds alone: greedy and plain ones are the embedded engine's scores."""
+    """Those of the distribution drawn from; a completion depends on its seed alone; greedy ones take the likeliest."""
     some, seeds = prompts[:16], list(range(16))
     generator = engines[name]()
     made = generator.generate(some, seeds, sampling)
     again = generator.generate(some[::-1], seeds[::-1], sampling)[::-1]
     assert [c.ids for c in made] == [c.ids for c in again]
     assert len({tuple(c.ids) for c in made}) == 16
-    greedy = generator.generate(some[:8], seeds[:8], Sampling(16, 0))
-    embedded = engines["transformers"]()
-    if sampling == Sampling(16):
-        assert own_gap(embedded, some, made) < LIMIT
-    else:
-        assert own_gap(embedded, some, made) > 0.1
-        assert max(max(c.logprobs) for c in made) <= 0
-        wanted = [shaped(embedded, prompt, c, sampling) for prompt, c in zip(some, made, strict=True)]
-        assert max(abs(np.array(c.logprobs) - w).max() for c, w in zip(made, wanted, strict=True)) < LIMIT
-    assert [c.ids for c in greedy] == [c.ids for c in embedded.generate(some[:8], seeds[:8], Sampling(16, 0))]
-    assert own_gap(embedded, some[:8], greedy) < LIMIT
+    assert gap(engines, some, made, sampling) < LIMIT
+    assert sampling == Sampling(16) or gap(engines, some, made, Sampling(16)) > 0.1
+    greedy = generator.generate(some, seeds, Sampling(16, 0))
+    assert gap(engines, some, greedy, Sampling(16)) < LIMIT
+    for law, completion in laws(engines, some, greedy):  # the likeliest, or one just as likely
+        assert (law.max(1) - law[np.arange(len(law)), completion.ids]).max() < LIMIT
 
 
-def own_gap(grader: Engine, prompts: list[list[int]], made: list[Completion]) -> float:
-    scores = grader.score(prompts, [c.ids for c in made], Signal("sampled"))
-    return max(float(abs(np.array(c.logprobs) - s.logprobs).max()) for c, s in zip(made, scores, strict=True))
+def laws(engines, prompts: list[list[int]], made: list[Completion]) -> Iterator[tuple[np.ndarray, Completion]]:
+    """Log-probs `[tokens, V]` of the model itself, by a plain forward pass."""
+    model = engines["transformers"]().model
+    for prompt, completion in zip(prompts, made, strict=True):
+        full = full_logprobs(model, prompt + completion.ids, model.config.vocab_size)
+        yield full[len(prompt) - 1 : -1].numpy(), completion
 
 
-def shaped(grader: Engine, prompt: list[int], completion: Completion, sampling: Sampling) -> np.ndarray:
-    """Log-probs under temperature, then top_k, then top_p, from the top 2,000 of the model's own."""
-    (scored,) = grader.score([prompt], [completion.ids], Signal("topk", 20_000))
-    found = []
-    for t, (ids, own) in enumerate(zip(scored.top_ids.reshape(-1, 20_000), scored.top_logprobs.reshape(-1, 20_000))):
-        law = own[: sampling.top_k].astype(np.float64) / sampling.temperature
-        p = np.exp(law - np.logaddexp.reduce(law))
-        p[np.cumsum(p) - p >= sampling.top_p] = 0
-        p /= p.sum()
-        found.append(np.log(p[ids[: sampling.top_k].tolist().index(completion.ids[t])]))
-    return np.array(found)
+def gap(engines, prompts: list[list[int]], made: list[Completion], sampling: Sampling) -> float:
+    """The largest difference of a completion's log-probs from those under temperature, then top_k, then top_p."""
+    largest = 0.0
+    for law, completion in laws(engines, prompts, made):
+        for row, token, logprob in zip(law, completion.ids, completion.logprobs, strict=True):
+            order = np.argsort(-row)[: sampling.top_k or None]
+            p = np.exp(row[order] / sampling.temperature)
+            p /= p.sum()
+            p[np.cumsum(p) - p >= sampling.top_p] = 0
+            (place,) = np.flatnonzero(order == token)
+            largest = max(largest, abs(float(np.log(p[place] / p.sum())) - logprob))
+    return largest
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------------
@@ -193,13 +193,14 @@ def test_every_engine_ends_in_the_same_tables(tmp_path) -> None:
         assert sorted(path.relative_to(other) for path in other.rglob("*.parquet")) == files
         for file in files:
             assert pq.read_schema(other / file).equals(pq.read_schema(embedded / file), check_metadata=True), file
-        status = pl.read_parquet(other / "round=0001" / "scores" / "*.parquet", columns=["status"])
-        assert set(status["status"]) == {"ok"}
+        status = pl.read_parquet(other / "round=0001" / "scores" / "*.parquet")["status"]
+        assert (status == "ok").mean() > 0.5
+        assert set(status) <= {"ok", "empty"}  # (a new student's first token may be half a character, and no text)
     rollouts = pl.read_parquet(runs[0] / "round=0001" / "rollouts" / "*.parquet")
     assert set(rollouts.filter(source="student")["engine"]) == {"vllm-0.32.0"}
     # The served teacher scores the embedded student's own rollouts: the same numbers.
     ours, theirs = (
-        np.concatenate(pl.read_parquet(r / "round=0001" / "scores" / "*.parquet")["logprobs"].to_list())
+        pl.read_parquet(r / "round=0001" / "scores" / "*.parquet")["logprobs"].explode().drop_nulls().to_numpy()
         for r in (embedded, runs[1])
     )
     print(f"\na served teacher in a run: largest gap {abs(ours - theirs).max():.2e} nats over {len(ours)} tokens")

@@ -36,10 +36,11 @@ def served(models, *urls: str) -> dict:
 
 
 def test_a_served_teacher_ends_in_the_same_tables(recipe, models, fake, tmp_path):
-    """Schemas and files equal; the scores of the same rollouts too, but for rounding."""
-    root = tmp_path / "runs"
+    """Schemas and files equal; the scores of the same rollouts too, but for rounding. Its weights need not be here."""
+    root, here = tmp_path / "runs", tmp_path / "weightless" / models["teacher"].name
+    shutil.copytree(models["teacher"], here, ignore=shutil.ignore_patterns("*.safetensors"))
     distill(str(recipe(name="embedded")), rounds=1)
-    distill(str(recipe(name="served", teacher=served(models, fake.url))), rounds=1)
+    distill(str(recipe(name="served", teacher={**served(models, fake.url), "model": str(here)})), rounds=1)
     files = sorted(path.relative_to(root / "embedded") for path in (root / "embedded").rglob("*.parquet"))
     assert sorted(path.relative_to(root / "served") for path in (root / "served").rglob("*.parquet")) == files
     assert all(pq.read_schema(root / "served" / f).equals(pq.read_schema(root / "embedded" / f)) for f in files)
