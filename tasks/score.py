@@ -14,6 +14,7 @@ from tasks.engines.base import Engine, Signal, TokenScores
 from tasks.engines.transformers import engine
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
+from tasks.retries import RETRIES
 from tasks.rollout import ENGINE
 
 CODE = 1
@@ -24,7 +25,7 @@ COLUMNS = {  # of each signal: its events, their log-probs, and how many each to
 }
 
 
-@task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE)
+@task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(
     recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef, prompts: Artifact, rollouts: Artifact
 ) -> Artifact:

@@ -6,6 +6,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 
+class EngineError(RuntimeError):
+    """An engine or a connection failed: trying again may help."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; log-probs are then those at temperature 1."""
