@@ -1,9 +1,10 @@
 """What a recipe may say. Each field states its unit and its limits; unknown keys are refused."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST = 32_767  # events a token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -249,6 +250,13 @@ class Recipe(Table):
     objective: Objective
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @field_validator("root")
+    @classmethod
+    def _no_secrets(cls, root: str) -> str:
+        if "@" in urlsplit(root).netloc:  # the recipe is frozen to disk; the message must not repeat it either
+            raise ValueError("a user or key in the URI would be written to disk; give it in the environment instead")
+        return root
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
