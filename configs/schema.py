@@ -1,8 +1,9 @@
 """What a recipe may say. Each field states its unit and its limits; unknown keys are refused."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.fields import Float, Int, Table
 from configs.objectives import SIGNALS, Objective
@@ -236,6 +237,13 @@ class Recipe(Table):
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     compute: Compute = Compute()
+
+    @field_validator("root")
+    @classmethod
+    def _no_secrets(cls, root: str) -> str:
+        if "@" in urlsplit(root).netloc:  # the recipe is frozen to disk; the message must not repeat it either
+            raise ValueError("a user or key in the URI would be written to disk; give it in the environment instead")
+        return root
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

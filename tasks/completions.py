@@ -14,13 +14,14 @@ from tasks.engines.base import Sampling
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
+from tasks.retries import RETRIES
 from tasks.rollout import Row, plan
 from tasks.tokens.token_bytes import split_completion
 
 CODE = 2
 
 
-@task(name="completions", task_run_name="completions-{number}-{shard}", cache_policy=NO_CACHE)
+@task(name="completions", task_run_name="completions-{number}-{shard}", cache_policy=NO_CACHE, **RETRIES)
 def complete_shard(recipe: Recipe, number: int, shard: int, teacher: ModelRef, prompts: Artifact) -> Artifact:
     """`round=…/completions/part-…`: what the teacher writes for the rows of a shard that are its own."""
     run, config = Run(recipe.root, recipe.name), recipe.rollout

@@ -16,6 +16,7 @@ from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
 from tasks.prompts import gym_dataset
+from tasks.retries import RETRIES
 from tasks.score import teacher_ids
 from tasks.seeds import derive
 from tasks.tokens.token_bytes import split_completion
@@ -23,7 +24,7 @@ from tasks.tokens.token_bytes import split_completion
 CODE = 1
 
 
-@task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE)
+@task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE, **RETRIES)
 def evaluate_model(
     recipe: Recipe, number: int, role: str, model: ModelRef, teacher: ModelRef | None, prompts: Artifact
 ) -> Artifact:

@@ -16,6 +16,7 @@ from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
+from tasks.retries import RETRIES
 from tasks.seeds import derive, uniform
 from tasks.tokens.token_bytes import split_completion
 
@@ -33,7 +34,7 @@ class Row:
     rollout_id: str
 
 
-@task(name="rollouts", task_run_name="rollouts-{number}-{shard}", cache_policy=NO_CACHE)
+@task(name="rollouts", task_run_name="rollouts-{number}-{shard}", cache_policy=NO_CACHE, **RETRIES)
 def roll_out(
     recipe: Recipe, number: int, shard: int, student: ModelRef, prompts: Artifact, completions: Artifact | None
 ) -> Artifact:

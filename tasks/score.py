@@ -14,6 +14,7 @@ from tasks.engines.base import Engine, Signal, TokenScores
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
+from tasks.retries import RETRIES
 
 CODE = 1
 ROWS_AT_ONCE = 1024  # between two steps of the progress bar
@@ -23,7 +24,7 @@ COLUMNS = {  # of each signal: its events, their log-probs, and how many each to
 }
 
 
-@task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE)
+@task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(
     recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef, prompts: Artifact, rollouts: Artifact
 ) -> Artifact:

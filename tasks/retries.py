@@ -1,0 +1,23 @@
+"""Which failures of a stage are tried again: those of engines and networks, where another try can help."""
+
+import errno
+from typing import Any
+
+import httpx
+
+from configs.errors import Unavailable
+
+NETWORK = {errno.ECONNRESET, errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.EPIPE}
+
+
+def may_help(error: object) -> bool:
+    """Never for a user's mistake, a full disk, or a bug: those fail again."""
+    passing = isinstance(error, Unavailable | ConnectionError | TimeoutError | httpx.TransportError)
+    return passing or (isinstance(error, OSError) and error.errno in NETWORK)
+
+
+def _condition(task: Any, task_run: Any, state: Any) -> bool:
+    return may_help(state.result(raise_on_failure=False))
+
+
+RETRIES: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [5, 30], "retry_condition_fn": _condition}
