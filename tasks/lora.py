@@ -22,7 +22,7 @@ def adapted(model: PreTrainedModel, lora: Lora) -> "PeftModel":
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise BadInput("student.lora needs one more package: pip install -e '.[lora]'") from None
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     try:
         return get_peft_model(model, config)
     except ValueError:

