@@ -193,8 +193,10 @@ class Compute(Table):
 
 class Evaluate(Table):
     samples: Int = Field(4, ge=0, le=1024, description="sampled completions an eval prompt, beside the greedy one")
-    scorer: Literal["task", "exact"] = Field(
-        "task", description="task: the source's own scorer (reasoning-gym), else exact match; exact: match with the reference"
+    scorer: Literal["task", "exact", "math"] = Field(
+        "task",
+        description="task: the source's own scorer (reasoning-gym), else exact match; exact: match with the reference; "
+        "math: the last number or formula equals the reference's (needs the `math` extra)",
     )
 
 

@@ -32,6 +32,7 @@ from tasks.prompts import check_prompts, make_prompts
 from tasks.report import markdown, records, rounds_table
 from tasks.rollout import roll_out, shards, uses_teacher
 from tasks.score import score_shard
+from tasks.scorers import check_scorer
 from tasks.scratch import make_scratch
 from tasks.signals import keep_head
 from tasks.train import train_round
@@ -155,6 +156,7 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     Run(recipe.root, recipe.name).check_recipe(recipe)
     check_processes(recipe)
     check_compute(recipe.compute)
+    check_scorer(recipe.evaluate)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef] = {}

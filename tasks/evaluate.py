@@ -1,6 +1,5 @@
 """The evaluation stage: greedy and sampled accuracy on held-out prompts, and the distance to the teacher."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from tasks.engines.base import Sampling, Signal
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
-from tasks.prompts import gym_dataset
 from tasks.retries import RETRIES
 from tasks.score import teacher_ids
+from tasks.scorers import scorer
 from tasks.seeds import derive
 from tasks.tokens.token_bytes import split_completion
 
@@ -108,20 +107,3 @@ def _teacher_logprobs(
         record = records[i]
         record["teacher_logprob"] = float(scores.logprobs.sum(dtype=np.float64))
         record["divergence"] = (record["logprob"] - record["teacher_logprob"]) / max(record["bytes"], 1)
-
-
-def scorer(kind: str):
-    """`score(text, prompt row) -> float`: the task's own scorer where the prompt knows its task, else exact match."""
-    datasets: dict[str, Any] = {}
-
-    def score(text: str, row: dict[str, Any]) -> float:
-        metadata = json.loads(row["metadata"] or "{}")
-        if kind == "task" and "entry" in metadata:
-            from reasoning_gym.utils import extract_answer
-
-            name = json.dumps([metadata["task"], metadata["options"]])
-            dataset = datasets.get(name) or datasets.setdefault(name, gym_dataset(metadata["task"], metadata["options"]))
-            return float(dataset.score_answer(extract_answer(text) or text.strip(), metadata["entry"]))
-        return float(text.strip() == (row["reference"] or "").strip())
-
-    return score

@@ -1,0 +1,73 @@
+"""The recipes in configs/: all of them load, and those for the hub's models hold on stand-ins with the same tokenizers."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import CHECKOUT
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from configs.load import load
+from tasks.checks import examine
+from tasks.models import ModelRef, reference
+from tasks.scorers import scorer
+
+sys.path.insert(0, str(CHECKOUT / "tests"))
+import fetch
+
+RECIPES = sorted((CHECKOUT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load(path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert path.read_text().startswith("# ")
+
+
+def stand_in(tokenizer: str, folder: Path) -> Path:
+    """A model of a few thousand weights a layer with a real tokenizer and its chat template."""
+    shutil.copytree(fetch.MODELS / tokenizer, folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(loaded), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4096, eos_token_id=loaded.eos_token_id, bos_token_id=loaded.bos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "student"), [("countdown", "llama3"), ("gsm8k", "smollm2")])
+def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
+    """Untrained weights know nothing; everything that depends on tokenizers, templates, room and engines holds."""
+    fetch.main(["tokenizers"])
+    changes = ["rollout.max_new_tokens=24", "prompts.train=64", "prompts.eval=16", "rollout.prompts=8", f"root={tmp_path}"]
+    recipe = load(CHECKOUT / "configs" / f"{name}.toml", changes)
+
+    def ref(config: Any, tokenizer: str) -> ModelRef:
+        return reference(config, str(stand_in(tokenizer, tmp_path / tokenizer)))
+
+    known = "deepseek_v3" if student == "smollm2" else student  # SmolLM2 has its tokenizer with its weights: `make models`
+    gates = {g.name: g for g in examine(recipe, ref(recipe.student, known), ref(recipe.teacher, "qwen3"), 8)}
+    assert {name for name, gate in gates.items() if gate.ok is False} <= {"student: chance", "teacher: chance"}
+    assert gates["student: template"].ok
+    assert gates["teacher: template"].ok
+    assert gates["student: spelled"].value == gates["teacher: spelled"].value == 1
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "right"),
+    [
+        ("42", "40 + 2 = 42, so the answer is \\boxed{42}.", True),
+        ("42", "#### 42", True),
+        ("1234", "She has $1,234 left.", True),
+        ("0.5", "\\boxed{\\frac{1}{2}}", True),
+        ("42", "The answer is 41.", False),
+        ("42", "", False),
+        ("42", "no idea", False),
+    ],
+)
+def test_the_math_scorer(reference, text, right):
+    assert scorer("math")(text, {"reference": reference, "metadata": None}) == float(right)
