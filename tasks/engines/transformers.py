@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from tasks.engines.base import Completion, Sampling, Signal, TokenScores
 from tasks.engines.events import boundary_laws, half, likeliest, split_scores, stored
@@ -37,11 +37,14 @@ class TransformersEngine:
             pad = self.side.pad_id
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in rows], device=self.device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=self.device)
+            shared = self._prefill(ids, mask)
             sampler = SeededSampler(torch.tensor([seeds[i] for i in rows], device=self.device), sampling, self.size)
             config = GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.side.stop_ids, pad_token_id=pad
             )
-            output = self.model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=[sampler])
+            output = self.model.generate(
+                ids, attention_mask=mask, generation_config=config, logits_processor=[sampler], past_key_values=shared
+            )
             sampled = output[:, width:].cpu().numpy()
             logprobs = torch.stack(sampler.logprobs, 1).cpu().numpy()
             stopped = np.isin(sampled, self.side.stop_ids)
@@ -50,6 +53,20 @@ class TransformersEngine:
                 n = lengths[row]
                 results[i] = Completion(sampled[row, :n].tolist(), logprobs[row, :n].tolist())
         return [result for result in results if result is not None]
+
+    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+        """Keys and values of left-padded prompts up to their last token, each prompt computed once; None where all differ."""
+        alone, copies = torch.unique_consecutive(ids, dim=0, return_inverse=True)
+        if len(alone) == len(ids) or ids.shape[1] == 1:
+            return None
+        first = torch.searchsorted(copies, torch.arange(len(alone), device=copies.device))
+        cache, seen = DynamicCache(config=self.model.config), mask[first, :-1]
+        places = (seen.cumsum(-1) - 1).clamp(min=0)
+        self.model.base_model(
+            input_ids=alone[:, :-1], attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True
+        )
+        cache.batch_select_indices(copies)
+        return cache
 
     @torch.inference_mode()
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:

@@ -175,6 +175,24 @@ def test_sampled_tokens_follow_the_model() -> None:
     assert abs(chi_square(counts, p)) < 4.5
 
 
+@pytest.mark.parametrize("make", REFS, ids=NAMES)
+def test_samples_of_one_prompt_share_its_computation(make, monkeypatch) -> None:
+    """Each prompt runs once, whatever its padding; completions are those of its samples drawn one by one."""
+    loaded, rng = engine(make()), np.random.default_rng(3)
+    prompts = [prompt for prompt in random_ids(rng, 4, 5, 20) for _ in range(3)]
+    seeds, sampling = list(range(len(prompts))), Sampling(8)
+    alone = [loaded.generate([prompt], [seed], sampling)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    computed = []
+    hook = loaded.model.get_input_embeddings().register_forward_hook(lambda _, given, __: computed.append(given[0].shape))
+    together = loaded.generate(prompts, seeds, sampling)
+    hook.remove()
+    assert computed[0] == (4, max(map(len, prompts)) - 1)
+    assert set(computed[1:]) == {(12, 1)}
+    for one, other in zip(alone, together, strict=True):
+        assert one.ids == other.ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
 # -- scores ----------------------------------------------------------------------------------------------------------------
 
 
