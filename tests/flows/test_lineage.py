@@ -45,7 +45,8 @@ def test_verify(potstill, tiny, tmp_path):
     shutil.copytree(tiny, run)
     ended = potstill("inspect", run, "--verify")
     assert ended.status == 0
-    assert "26 of 26 artifacts are what their manifests say" in ended.out
+    count = len(list((run / "_manifests").rglob("*.json")))
+    assert f"{count} of {count} artifacts are what their manifests say" in ended.out
     (run / "round=0001/scores/part-00001.parquet").unlink()
     weights = run / "round=0002/student/model.safetensors"
     data = bytearray(weights.read_bytes())
