@@ -117,6 +117,7 @@ def _describe(where: str, data: dict[str, Any], error: Any) -> str:
     if kind == "missing":
         return f"{where}: {field}: missing"
     found = "" if kind == "value_error" else f" (found {error['input']!r})"
+    message = message.replace("valid tuple", "list")  # what TOML calls it
     return f"{where}: {field + ': ' if field else ''}{message}{found}"
 
 

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.fields import Float, Int, Table
+from configs.fields import Bool, Float, Int, Layers, Table, Url
 from configs.objectives import SIGNALS, Objective
 
 MOST = 32_767  # events a token in a scores file
@@ -36,8 +36,8 @@ class Lora(Table):
     """Low-rank adapters (needs the `lora` extra): they alone are trained, and merged into each round's checkpoint."""
 
     rank: Int = Field(16, ge=1, le=4096)
-    alpha: Float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
-    targets: list[str] | Literal["all-linear"] = Field(
+    alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="the adapters' output is scaled by alpha / rank")
+    targets: Layers = Field(
         "all-linear",
         description="names of the layers that get one, such as q_proj; all-linear: every linear layer but the head",
     )
@@ -57,13 +57,13 @@ class Model(Table):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps, xpu")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
-    trust_remote_code: bool = False
+    trust_remote_code: Bool = False
     engine: Literal["transformers", "vllm", "server"] = Field(
         "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
     )
-    urls: tuple[str, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
+    urls: tuple[Url, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
     vllm_python: str = Field(
         ".venv-vllm/bin/python", min_length=1, description="engine = 'vllm': a Python that has vLLM; `make vllm` makes this one"
     )
@@ -75,8 +75,6 @@ class Model(Table):
     def _engine_fields(self) -> "Model":
         if self.engine == "server" and not self.urls:
             raise ValueError("engine = 'server' needs urls, such as urls = ['http://127.0.0.1:8000']")
-        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
-            raise ValueError(f"urls: {wrong[0]!r} is no address; give one as http://host:8000")
         owners = {"urls": "server", "vllm_python": "vllm", "vllm_memory": "vllm"}
         for key, owner in owners.items():
             if self.engine != owner and getattr(self, key) != type(self).model_fields[key].default:
@@ -172,7 +170,7 @@ class Train(Table):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
-    gradient_checkpointing: bool = Field(False, description="less memory: layers are computed again in the backward pass")
+    gradient_checkpointing: Bool = Field(False, description="less memory: layers are computed again in the backward pass")
     processes: Int = Field(1, ge=1, le=1024, description="that share each batch: one a GPU, or a part of the CPU's cores")
     sharding: Literal["none", "full"] = Field(
         "none",
@@ -187,8 +185,14 @@ class Compute(Table):
     address: str | None = Field(
         None, min_length=1, description="of a Ray cluster, such as ray://head:10001; left out: one is started on this machine"
     )
-    cpus: Float = Field(1.0, gt=0, description="cores that a shard takes: a cluster works on as many shards as it has room for")
-    gpus: Float = Field(0.0, ge=0, description="GPUs that a shard takes")
+    cpus: Float = Field(1.0, gt=0, le=4096, description="cores that a shard takes: a cluster works on as many as have room")
+    gpus: Float = Field(0.0, ge=0, le=4096, description="GPUs that a shard takes")
+
+    @model_validator(mode="after")
+    def _an_address_is_read(self) -> "Compute":
+        if self.address is not None and self.runner != "ray":
+            raise ValueError(f"address is for runner = 'ray', and runner is '{self.runner}'; set runner or leave address out")
+        return self
 
 
 class Evaluate(Table):
@@ -243,7 +247,8 @@ class Recipe(Table):
     @field_validator("root")
     @classmethod
     def _no_secrets(cls, root: str) -> str:
-        if "@" in urlsplit(root).netloc:  # the recipe is frozen to disk; the message must not repeat it either
+        # The recipe is frozen to disk; the message must not repeat it either.
+        if "@" in urlsplit(root).netloc or ("://" in root and "?" in root):
             raise ValueError("a user or key in the URI would be written to disk; give it in the environment instead")
         return root
 

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,6 +15,13 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
+
+
+def _whole(_: Any, tokens: Sequence[Any]) -> int:
+    return int(tokens[0].value)  # cyclopts itself would round 1.5
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 
 app = App(
     name="potstill",
@@ -56,7 +64,7 @@ def _end(message: str, status: int) -> NoReturn:
 def run(
     config: Path,
     *,
-    rounds: int | None = None,
+    rounds: Whole | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
 ) -> None:
     """Run, or go on with, the run of a recipe until it has N rounds. A second identical call does nothing.
@@ -90,7 +98,7 @@ def run(
 def preflight(
     config: Path,
     *,
-    prompts: int = 64,
+    prompts: Whole = 64,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
 ) -> None:
     """Check a recipe before it costs anything: exit status 1 where a limit of its [gates] is breached.
@@ -124,7 +132,7 @@ def preflight(
 def inspect(
     run: str,
     *,
-    round: int | None = None,
+    round: Whole | None = None,
     rollout: str | None = None,
     lineage: Annotated[bool, Parameter(negative="")] = False,
     verify: Annotated[bool, Parameter(negative="")] = False,

@@ -25,7 +25,7 @@ from tasks.engines.choose import check_engine
 from tasks.evaluate import evaluate_model
 from tasks.gates import check_lead, check_round
 from tasks.lora import check_lora
-from tasks.models import ModelRef, check_weights, reference, side
+from tasks.models import ModelRef, check_machine, check_weights, reference, side
 from tasks.processes import check_processes
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
@@ -154,6 +154,10 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     `above` are the recipes that ask for this one's model.
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
+    config: Model | None
+    for role in ("student", "teacher") if recipe.compute.runner == "local" else ():
+        if (config := getattr(recipe, role)) is not None and config.engine != "server":
+            check_machine(role, config)
     check_processes(recipe)
     check_compute(recipe.compute)
     check_scorer(recipe.evaluate)
@@ -161,7 +165,7 @@ def check(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
     found: dict[str, ModelRef] = {}
     for role in ("student", "teacher"):
-        config: Model | None = getattr(recipe, role)
+        config = getattr(recipe, role)
         if config is not None and config.recipe is not None:
             if config.recipe in above:
                 raise BadInput(f"{role}.recipe: {config.recipe} asks for itself; name a recipe that makes its own model")

@@ -26,10 +26,10 @@ def folder_of(path: str) -> str:
         raise BadInput(f"{path}: a GGUF file needs one more package: pip install -e '.[gguf]'")
     folder = cached_assets_path("potstill", "gguf", digest_file(file)) / "model"
     if not folder.is_dir():
-        logger.info("%s: made into a folder once, %s", path, folder)
         with tempfile.TemporaryDirectory(dir=folder.parent) as half_made:
             convert(file, Path(half_made) / "model")
             settle(Path(half_made) / "model", folder)
+        logger.info("%s: made into a folder once, %s", path, folder)
     return str(folder)
 
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
@@ -91,6 +92,11 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "custom code" in reason:
+            raise BadInput(
+                f"{name}: the model needs code of its own; set trust_remote_code = true for it if you trust that code, "
+                "or choose another model"
+            ) from None
         raise BadInput(
             f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
             "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
@@ -181,6 +187,19 @@ def device_of(ref: ModelRef) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
+def check_machine(role: str, config: Model) -> None:
+    """Refuse a device that this machine does not have, or a kind of attention without its package."""
+    kind, _, index = config.device.partition(":")
+    devices = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": torch.backends.mps.is_available()}
+    if kind in devices and int(index or 0) >= (found := int(devices[kind])):
+        raise BadInput(
+            f"{role}.device = '{config.device}': this machine has {found} such devices, counted from 0; "
+            f"set {role}.device to 'auto' or 'cpu'"
+        )
+    if config.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise BadInput(f"{role}.attention = 'flash_attention_2' needs the flash-attn package and a GPU; set it to 'sdpa'")
+
+
 def dtype_of(ref: ModelRef) -> torch.dtype:
     if ref.dtype != "auto":
         return getattr(torch, ref.dtype)
@@ -201,10 +220,13 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
 
 
 def check_weights(ref: ModelRef) -> None:
-    """Refuse a local folder without weights; reads none."""
+    """Refuse a local folder without weights, or whose code the recipe does not trust; reads no weights."""
     folder = Path(ref.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise BadInput(f"{ref.path}: no *.safetensors in it; give a folder with config.json, weights and tokenizer.json")
+    if folder.is_dir():
+        with _explained(ref.path):
+            AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
 
 
 def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -171,14 +171,21 @@ def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]
             raise BadInput(f"prompts.{where}: row {number} is {row!r:.60}; give objects with `messages` or `prompt`")
         messages = row.get("messages")
         if messages is None:
-            if not isinstance(row.get("prompt"), str):
+            if "prompt" not in row:
                 raise BadInput(
                     f"prompts.{where}: row {number} has neither `messages` nor a text `prompt`; it has {sorted(row)}"
                 )
+            if not _is_text(row["prompt"]):
+                raise BadInput(f"prompts.{where}: row {number}: `prompt` must be text, found {row['prompt']!r:.60}")
             messages = [{"role": "user", "content": _fill(config.template, {**row, "question": row["prompt"]})}]
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise BadInput(f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}, both text")
+            raise BadInput(
+                f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}, both text, "
+                f"found {messages!r:.60}"
+            )
         reference = row.get("reference")
+        if isinstance(reference, str) and not _is_text(reference):
+            raise BadInput(f"prompts.{where}: row {number}: `reference` must be text, found {reference!r:.60}")
         rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "reference")}
         yield {
             "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -188,7 +195,12 @@ def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    return isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON's escapes can spell half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _fill(template: str, fields: dict[str, Any]) -> str:

@@ -4,6 +4,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.schema import Scratch
+from tasks.scratch import new_model, new_tokenizer
+
 CHECKOUT = Path(__file__).parents[2]
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
 POTSTILL = Path(sys.executable).parent / "potstill"
@@ -22,3 +25,24 @@ def files(folder: Path) -> dict[str, int]:
     """Every file below a folder with its time of change."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
+
+
+def made(folder: Path, size: int, *texts: str) -> Path:
+    """A model folder, made in this process in a tenth of a second."""
+    shape = Scratch(vocab_size=size, layers=1, width=16, heads=2, feed_forward=16, context=64)
+    tokenizer = new_tokenizer(shape, list(texts))
+    tokenizer.save_pretrained(folder)
+    new_model(shape, tokenizer, 0).save_pretrained(folder)
+    return folder
+
+
+def refused(ended: Ended, *parts: str) -> None:
+    """One message on standard error, with all of `parts` in it, and exit status 2."""
+    assert ended.status == 2, ended.err
+    assert ended.err.startswith("potstill: ")
+    assert ended.err.count("potstill: ") == 1
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    assert "Traceback" not in ended.err + ended.out
+    assert ended.out == ""
+    for part in parts:
+        assert part in ended.err

@@ -12,23 +12,12 @@ from typing import Any
 
 import pytest
 import tomli_w
-from helpers import POTSTILL, TINY, Ended, files
+from helpers import POTSTILL, TINY, Ended, files, made, refused
 from transformers import AutoTokenizer
 
 from configs.errors import BadInput
 from configs.load import load
-from configs.schema import Scratch
 from flows.distill import check
-from tasks.scratch import new_model, new_tokenizer
-
-
-def made(folder: Path, size: int, *texts: str) -> Path:
-    """A model folder, made in this process in a tenth of a second."""
-    shape = Scratch(vocab_size=size, layers=1, width=16, heads=2, feed_forward=16, context=64)
-    tokenizer = new_tokenizer(shape, list(texts))
-    tokenizer.save_pretrained(folder)
-    new_model(shape, tokenizer, 0).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +56,6 @@ def recipe(student, teacher, root, tmp_path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def refused(ended: Ended, *parts: str) -> None:
-    """One message on standard error, with all of `parts` in it, and exit status 2."""
-    assert ended.status == 2, ended.err
-    assert ended.err.startswith("potstill: ")
-    assert ended.err.count("potstill: ") == 1
-    assert len(ended.err.strip().splitlines()) == 1, ended.err
-    assert "Traceback" not in ended.err + ended.out
-    assert ended.out == ""
-    for part in parts:
-        assert part in ended.err
 
 
 def shell(*arguments: Any) -> Ended:

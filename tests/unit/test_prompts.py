@@ -227,8 +227,8 @@ def test_not_text_and_not_parquet(tmp_path):
 
 BAD_ROWS = [
     ({"text": "x"}, "neither `messages` nor a text `prompt`"),
-    ({"prompt": None}, "neither `messages` nor a text `prompt`"),
-    ({"prompt": 3}, "neither `messages` nor a text `prompt`"),
+    ({"prompt": None}, "`prompt` must be text, found None"),
+    ({"prompt": 3}, "`prompt` must be text, found 3"),
     ({"messages": []}, "`messages` must be a list"),
     ({"messages": "hello"}, "`messages` must be a list"),
     ({"messages": 3}, "`messages` must be a list"),
@@ -255,7 +255,7 @@ def test_a_bad_row_is_found_wherever_it_stands(tmp_path, ending):
     """The check before a run sees the whole file, so that nothing is written for a file with a bad row in it."""
     path, rows = tmp_path / f"p.{ending}", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": None}, {"prompt": "c"}]
     jsonl(path, rows) if ending == "jsonl" else pl.DataFrame(rows).write_parquet(path)
-    assert "row 3 has neither `messages` nor a text `prompt`" in refused(from_file(path))
+    assert "row 3: `prompt` must be text, found None" in refused(from_file(path))
 
 
 def test_the_columns_of_a_wrong_row_are_listed(tmp_path):

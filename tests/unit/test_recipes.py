@@ -255,7 +255,7 @@ def test_recipes_cannot_be_changed(plain):
         (["teacher.engine=server"], ["teacher", "engine = 'server' needs urls", "http://127.0.0.1:8000"]),
         (['teacher.urls=["http://a:1"]'], ["teacher", "urls is for engine = 'server', and engine is 'transformers'"]),
         (["teacher.engine=vllm", 'teacher.urls=["http://a:1"]'], ["urls is for engine = 'server', and engine is 'vllm'"]),
-        (["teacher.engine=server", 'teacher.urls=["a:1"]'], ["urls: 'a:1' is no address", "http://host:8000"]),
+        (["teacher.engine=server", 'teacher.urls=["a:1"]'], ["urls.0: 'a:1' is no address", "http://host:8000"]),
         (["teacher.vllm_python=python"], ["vllm_python is for engine = 'vllm'"]),
         (["teacher.vllm_memory=0.5"], ["vllm_memory is for engine = 'vllm'"]),
         (["teacher.engine=vllm", "teacher.vllm_memory=1.5"], ["teacher.vllm_memory", "1.5"]),

@@ -1,0 +1,285 @@
+"""A table of what people mistype: each ends with exit status 2 and one line that says what, where and what would be right.
+
+Through the command, in a fork of a process that has imported everything. The folder it runs in stays empty, and so does
+its root, which lies there too.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from helpers import TINY, Ended, files, made, refused
+
+from configs.errors import BadInput
+from configs.load import load
+from flows.distill import check
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """`good.toml`, the two models it names, and files that are not what their names say."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    made(folder / "student", 300, "olleh dlrow " * 5)
+    made(folder / "teacher", 290, "hello hello world " * 5)
+    data = {
+        "name": "bad",
+        "student": {"model": str(folder / "student")},
+        "teacher": {"model": str(folder / "teacher")},
+        "prompts": {"source": "reasoning-gym", "task": "spell_backward", "train": 8, "eval": 4},
+        "score": {"k": 8},
+        "objective": {"name": "bytes"},
+    }
+    (folder / "good.toml").write_text(tomli_w.dumps(data))
+    (folder / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    (folder / "text.gguf").write_text("hello")
+    shutil.copytree(folder / "student", folder / "pickled")
+    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture
+def potstill_in_nothing(potstill, tmp_path) -> Callable[..., Ended]:
+    """The command in an empty folder, which it leaves empty."""
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def run(*arguments: Any) -> Ended:
+        ended = potstill(*arguments, folder=here)
+        assert list(here.iterdir()) == []
+        return ended
+
+    return run
+
+
+def test_the_recipe_is_right_otherwise(place, tmp_path, monkeypatch):
+    """Or the table below would prove nothing."""
+    monkeypatch.chdir(tmp_path)
+    check(load(place / "good.toml"))
+
+
+SERVER = "teacher.engine=server"
+RAY = "compute.runner=ray"
+
+# `{place}` is the folder above. What is set, then what the message says: the field, what was found, what would be right.
+RECIPES = [
+    # limits of gates
+    (["gates.chance=0"], ["gates.chance", "greater than 0", "found 0"]),
+    (["gates.lead=-2"], ["gates.lead", "greater than or equal to -1", "found -2"]),
+    (["gates.lead=1.5"], ["gates.lead", "less than or equal to 1", "found 1.5"]),
+    (["gates.length=0.5"], ["gates.length", "greater than or equal to 1", "found 0.5"]),
+    (["gates.grad_norm=0"], ["gates.grad_norm", "greater than 0", "found 0"]),
+    (["gates.repetition=1.5"], ["gates.repetition", "less than or equal to 1", "found 1.5"]),
+    (["gates.truncated=-0.1"], ["gates.truncated", "greater than or equal to 0", "found -0.1"]),
+    (["gates.engine_max=-0.1"], ["gates.engine_max", "greater than or equal to 0", "found -0.1"]),
+    (["gates.supervised=nan"], ["gates.supervised", "less than or equal to 1", "found nan"]),
+    (["gates.noise=low"], ["gates.noise", "valid number", "found 'low'"]),
+    (["gates.coverage=0.5"], ["gates.coverage", "unknown key", "supervised, dropped, truncated"]),
+    (["gates=0.5"], ["gates", "dictionary", "found 0.5"]),
+    # where shards are worked on
+    (["compute.runner=dask"], ["compute.runner", "'local' or 'ray'", "found 'dask'"]),
+    (["compute.cpus=0"], ["compute.cpus", "greater than 0", "found 0"]),
+    (["compute.cpus=inf"], ["compute.cpus", "less than or equal to 4096", "found inf"]),
+    (["compute.gpus=-1"], ["compute.gpus", "greater than or equal to 0", "found -1"]),
+    (["compute.gpus=one"], ["compute.gpus", "valid number", "found 'one'"]),
+    (["compute.workers=2"], ["compute.workers", "known here: runner, address, cpus, gpus"]),
+    (["compute.address=head:10001"], ["compute: address is for runner = 'ray'", "runner is 'local'", "set runner or leave"]),
+    ([RAY, 'compute.address=""'], ["compute.address", "at least 1 character"]),
+    # engines
+    (["teacher.engine=vllm"], ["vllm_python: .venv-vllm/bin/python", "no Python that has vLLM", "make vllm"]),
+    (["teacher.engine=vllm", "teacher.vllm_python=/nowhere/python"], ["/nowhere/python", "No such file", "make vllm"]),
+    (["teacher.engine=vllm", "teacher.vllm_python={place}/good.toml"], ["good.toml", "Permission denied", "make vllm"]),
+    (["teacher.engine=vllm", 'teacher.vllm_python=""'], ["teacher.vllm_python", "at least 1 character"]),
+    ([SERVER, "teacher.urls=[]"], ["teacher: engine = 'server' needs urls", "http://127.0.0.1:8000"]),
+    ([SERVER, "teacher.urls=http://a:1"], ["teacher.urls", "should be a list", "found 'http://a:1'"]),
+    ([SERVER, "teacher.urls=[3]"], ["teacher.urls.0", "valid string", "found 3"]),
+    ([SERVER, 'teacher.urls=["http://a:1", "ftp://a"]'], ["teacher.urls.1: 'ftp://a' is no address", "http://host:8000"]),
+    ([SERVER, 'teacher.urls=["http://"]'], ["teacher.urls.0: 'http://' is no address", "http://host:8000"]),
+    ([SERVER, 'teacher.urls=["http://host:port"]'], ["'http://host:port' is no address", "http://host:8000"]),
+    ([SERVER, 'teacher.urls=["http://host:99999"]'], ["'http://host:99999' is no address", "http://host:8000"]),
+    ([SERVER, 'teacher.urls=["http://ho st"]'], ["'http://ho st' is no address", "http://host:8000"]),
+    ([SERVER, 'teacher.urls=["http://[::1"]'], ["'http://[::1' is no address", "http://host:8000"]),
+    # adapters
+    (["student.lora.rank=0"], ["student.lora.rank", "greater than or equal to 1", "found 0"]),
+    (["student.lora.alpha=inf"], ["student.lora.alpha", "finite number", "found inf"]),
+    (["student.lora.dropout=0.1"], ["student.lora.dropout", "known here: rank, alpha, targets"]),
+    (["student.lora.targets=all"], ["student.lora.targets", "'all-linear' or names of layers", "found 'all'"]),
+    (["student.lora.targets=[]"], ["student.lora.targets", "['q_proj', 'v_proj']", "found []"]),
+    (["student.lora.targets=[3]"], ["student.lora.targets", "names of layers", "found [3]"]),
+    (['student.lora.targets=["wq"]'], ["student.lora.targets = ['wq']", "no such layers", "q_proj, up_proj, v_proj"]),
+    (["student.lora=true"], ["student.lora", "dictionary", "found True"]),
+    (["teacher.lora.rank=4"], ["teacher.lora", "not trained", "give student.lora"]),
+    (["student.lora={{}}", "train.sharding=full", "train.processes=2"], ["student.lora", "train.sharding = 'none'"]),
+    # processes and devices
+    (["train.processes=0"], ["train.processes", "greater than or equal to 1", "found 0"]),
+    (["train.processes=2000"], ["train.processes", "less than or equal to 1024", "found 2000"]),
+    (["train.processes=2.0"], ["train.processes", "valid integer", "found 2.0"]),
+    (["train.sharding=zero3"], ["train.sharding", "'none' or 'full'", "found 'zero3'"]),
+    (["train.gradient_checkpointing=1"], ["train.gradient_checkpointing", "valid boolean", "found 1"]),
+    (["student.device=gpu"], ["student.device", "auto|cpu|mps", "found 'gpu'"]),
+    (['student.device=""'], ["student.device", "auto|cpu|mps", "found ''"]),
+    (["student.device=cuda:99"], ["student.device = 'cuda:99'", "this machine has", "'auto' or 'cpu'"]),
+    (["teacher.device=cuda:99"], ["teacher.device = 'cuda:99'", "this machine has", "'auto' or 'cpu'"]),
+    (["teacher.attention=flash"], ["teacher.attention", "'sdpa', 'eager' or 'flash_attention_2'", "found 'flash'"]),
+    # models
+    (["student.model=no.gguf"], ["no.gguf: no such file", ".gguf file, a model's folder or a hub id"]),
+    (["student.model={place}/broken.gguf"], ["broken.gguf", "GGUF v0", "give a folder with config.json"]),
+    (["teacher.model={place}/text.gguf"], ["text.gguf", "not a GGUF file", "give a folder with config.json"]),
+    (["teacher.model={place}/good.toml"], ["good.toml", "not a valid JSON file", "give a folder with config.json"]),
+    (["teacher.model=a b/c"], ["a b/c: no such model", "Repo id", "or a hub id"]),
+    (["student.model={place}/pickled"], ["pickled: no *.safetensors in it", "give a folder with config.json, weights"]),
+    (["student.trust_remote_code=yes"], ["student.trust_remote_code", "valid boolean", "found 'yes'"]),
+    (["student.trust_remote=true"], ["student.trust_remote: unknown key", "trust_remote_code"]),
+    # signals against engine and objective
+    (["score.signal=hidden", "teacher.engine=vllm"], ["score.signal = 'hidden'", "found 'vllm'", "or score.signal = 'topk'"]),
+    (["score.signal=sampled", "objective.name=gkd"], ["score.signal = 'sampled'", "one of topk, hidden"]),
+    (["score.signal=bytes", "objective={{name='uld'}}"], ["score.signal = 'bytes'", "'uld'", "one of topk, hidden"]),
+    (["score.signal=hidden", "score.k=5000"], ["score.k = 5000", "ids of the teacher's vocabulary", "at most"]),
+    # the root and the name
+    (["root=gs://bucket/runs"], ["root: gs://bucket/runs cannot be used", "gcsfs"]),
+    (["root=s3:bucket://x"], ["root: s3:bucket://x cannot be used", "s3://bucket/runs"]),
+    (["root=3"], ["root", "valid string", "found 3"]),
+    (["name=../x"], ["name", "A-Za-z0-9", "found '../x'"]),
+    (["name=/tmp/x"], ["name", "A-Za-z0-9", "found '/tmp/x'"]),
+    # prompts
+    (["prompts.template={{answer"], ["prompts.template: '{answer'", "expected '}'", "fields here:", "word"]),
+    (["prompts.template={{nothing}}"], ["prompts.template: '{nothing}'", "fields here:", "word"]),
+    (["prompts.options.min_word_len=9", "prompts.options.max_word_len=3"], ["prompts.options", "max_word_len must be >="]),
+    (["prompts={{source='file', path='{place}'}}"], ["prompts.path: {place}: neither .jsonl nor .parquet"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), RECIPES, ids=lambda value: " ".join(value)[:50])
+def test_a_recipe(potstill_in_nothing, place, settings, parts):
+    told = [word for setting in settings for word in ("--set", setting.format(place=place))]
+    refused(potstill_in_nothing("run", place / "good.toml", *told), *(part.replace("{place}", str(place)) for part in parts))
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ('{"messages": [{"role": "user"}]}', ["`messages`", "{role, content}", "found [{'role': 'user'}]"]),
+        ('{"messages": [{"role": "user", "content": 3}]}', ["{role, content}", "both text", "'content': 3"]),
+        ('{"messages": []}', ["{role, content}", "found []"]),
+        ('{"messages": "hi"}', ["{role, content}", "found 'hi'"]),
+        ('{"prompt": 3}', ["`prompt` must be text", "found 3"]),
+        ('{"prompt": null}', ["`prompt` must be text", "found None"]),
+        (r'{"prompt": "\ud800"}', ["`prompt` must be text", r"found '\ud800'"]),
+        (r'{"messages": [{"role": "user", "content": "\udfff"}]}', ["both text", r"\udfff"]),
+        (r'{"prompt": "a", "reference": "\ud800"}', ["`reference` must be text", r"found '\ud800'"]),
+        ('{"question": "a"}', ["neither `messages` nor a text `prompt`", "['question']"]),
+        ("3", ["is 3", "objects with `messages` or `prompt`"]),
+        ("null", ["is None", "objects with `messages` or `prompt`"]),
+        ('{"prompt": "a"},', ["cannot be read as jsonl", "Extra data"]),
+        ('{"prompt": "a"', ["cannot be read as jsonl"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_row_of_prompts(potstill_in_nothing, place, tmp_path, row, parts):
+    """The 31st of a file that is right otherwise."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(30)) + row + "\n")
+    ended = potstill_in_nothing("run", place / "good.toml", "--set", f"prompts={{source='file', path='{file}'}}")
+    refused(ended, f"prompts.path: {file}: ", " 31", *parts)
+
+
+@pytest.mark.parametrize("content", [b"", b"no", b"PAR1" + bytes(20) + b"PAR1", b'{"prompt": "\xff"}'])
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_file_that_is_not_what_its_name_says(potstill_in_nothing, place, tmp_path, content, ending):
+    file = tmp_path / f"prompts.{ending}"
+    file.write_bytes(content)
+    ended = potstill_in_nothing("run", place / "good.toml", "--set", f"prompts={{source='file', path='{file}'}}")
+    refused(ended, f"prompts.path: {file}: ", f"cannot be read as {ending}" if content or ending == "parquet" else "no prompts")
+
+
+# `{tiny}` is a run's folder, `{student}` a model.
+COMMANDS = [
+    (["align"], ["student"]),
+    (["align", "{student}"], ["teacher"]),
+    (["align", "{student}", "no/such/model"], ["no/such/model", "no such model", "hub id"]),
+    (["align", "{student}", "no.gguf"], ["no.gguf: no such file", ".gguf file"]),
+    (["align", "{student}", "{student}", "--file", "x.txt"], ["--file: x.txt: neither .jsonl nor .parquet"]),
+    (["align", "{student}", "{student}", "--texts", "a"], ["--texts"]),
+    (["align", "{student}", "{student}", "--out"], ["--out"]),
+    (["inspect", "nowhere"], ["nowhere: not a run", "runs/quickstart"]),
+    (["inspect", "s3:x://y/z"], ["s3:x", "cannot be used"]),
+    (["inspect", "{tiny}", "--round", "99"], ["no round 99", "counted from 1"]),
+    (["inspect", "{tiny}", "--round", "one"], ["--round", "one", "int"]),
+    (["inspect", "{tiny}", "--rollout", ""], ["no rollout ''", "0001-000000-000"]),
+    (["inspect", "{tiny}", "--rollout", "0001"], ["no rollout '0001'", "0001-000000-000"]),
+    (["inspect", "{tiny}", "--lineage", "--round", "99"], ["no checkpoint of round 99", "1 to 2"]),
+    (["inspect", "{tiny}", "--lineage", "--round", "-1"], ["no checkpoint of round -1", "1 to 2"]),
+    (["inspect", "{tiny}", "--verfy"], ["--verfy"]),
+    (["preflight"], ["config"]),
+    (["preflight", "no.toml"], ["no.toml: no such recipe", "configs/quickstart.toml"]),
+    (["preflight", "{recipe}", "--prompts", "0"], ["--prompts 0", "1 or more"]),
+    (["preflight", "{recipe}", "--prompts", "many"], ["--prompts", "many", "int"]),
+    (["preflight", "{recipe}", "--set", "gates.noise=-1"], ["gates.noise", "greater than or equal to 0"]),
+    (["preflight", "{recipe}", "--rounds", "1"], ["--rounds"]),
+    (["run", "{recipe}", "--set"], ["--set"]),
+    (["run", "{recipe}", "--set", "rounds"], ["--set rounds", "field=value"]),
+    (["run", "{recipe}", "--rounds", "1.5"], ["--rounds", "1.5"]),
+    (["run", "{recipe}", "{recipe}"], ["tiny.toml"]),
+    (["runn", "{recipe}"], ["runn", "run"]),
+    (["--versoin"], ["--versoin"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), COMMANDS, ids=lambda value: " ".join(value)[:50])
+def test_a_command(potstill_in_nothing, place, tiny, arguments, parts):
+    before = files(tiny)
+    told = [word.format(tiny=tiny, student=place / "student", recipe=TINY) for word in arguments]
+    refused(potstill_in_nothing(*told), *parts)
+    assert files(tiny) == before
+
+
+@pytest.mark.parametrize("text", ["name = ", "", "name = 'tiny'\n", "surprise = 1\n", "\x00"])
+def test_a_damaged_run_toml(potstill_in_nothing, tiny, tmp_path, text):
+    """Whoever looks, or goes on: the file is named, and stays as it is."""
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "run.toml").write_text(text)
+    for arguments in (["inspect", run], ["inspect", run, "--verify"], ["run", TINY, "--set", f"root={run.parent}"]):
+        ended = potstill_in_nothing(*arguments)
+        assert ended.status == 2, ended.err
+        assert "Traceback" not in ended.err
+        assert str(run / "run.toml") in ended.err
+    assert (run / "run.toml").read_text() == text
+    assert files(tmp_path / "runs").keys() == {"tiny/run.toml"}
+
+
+# -- what depends on the machine, answered here as another machine would ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("127.0.0.1:1", "refused"), ("ray://127.0.0.1:1", "refused"), ("head:port", "invalid literal"), ("ray://:", "invalid")],
+)
+def test_a_cluster_that_is_not_there(place, monkeypatch, address, why):
+    monkeypatch.setattr("flows.compute.find_spec", lambda name: name)
+    with pytest.raises(BadInput, match=rf"compute\.address = '{address}': nothing answers there .*{why}.*host:port"):
+        check(load(place / "good.toml", [RAY, f"compute.address={address}"]))
+
+
+def test_s3_without_its_package(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(BadInput, match=r"root: s3://bucket/runs cannot be used: .*pip install -e '\.\[s3\]'"):
+        check(load(place / "good.toml", ["root=s3://bucket/runs"]))
+
+
+def test_attention_without_its_package(place, monkeypatch):
+    monkeypatch.setattr("tasks.models.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(BadInput, match=r"teacher\.attention = 'flash_attention_2' needs the flash-attn package .*'sdpa'"):
+        check(load(place / "good.toml", ["teacher.attention=flash_attention_2"]))
+
+
+def test_devices_are_counted(place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(BadInput, match=r"teacher\.device = 'cuda:2': this machine has 2 such devices, counted from 0"):
+        check(load(place / "good.toml", ["teacher.device=cuda:2"]))
+    check(load(place / "good.toml", ["teacher.device=cuda:1"]))
