@@ -168,7 +168,7 @@ BAD = [
     (["train.adam_betas=[0.9, 2.0]"], "train.adam_betas", "less than 1"),
     (["train.grad_clip=0"], "train.grad_clip", "greater than 0"),
     (["evaluate.samples=-1"], "evaluate.samples", "greater than or equal to 0"),
-    (["evaluate.scorer=judge"], "evaluate.scorer", "'task' or 'exact'"),
+    (["evaluate.scorer=judge"], "evaluate.scorer", "'exact' or 'math'"),
     (["noequals"], "noequals", "field=value"),
     (["=3"], "=3", "field=value"),
     (["train..batch_size=1"], "train..batch_size", "field=value"),
