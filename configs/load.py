@@ -61,7 +61,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and key not in MACHINERY and not key.startswith("compute.")
+        if left.get(key) != right.get(key) and key not in MACHINERY
     ]
 
 

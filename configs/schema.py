@@ -211,6 +211,7 @@ class Gates(Table):
     boundary: Float = Field(0.9, ge=0, le=1, description="least share of prompts that end where a token of their text ends")
     chance: Float = Field(0.9, gt=0, description="most nats a token of known text, as a share of a uniform guess's")
     matched: Float = Field(0.5, ge=0, le=1, description="least share of sampled tokens that the teacher has, too")
+    one_to_one: Float = Field(0.5, ge=0, le=1, description="least share of units of one token on both sides: gold and strict")
     engine_mean: Float = Field(0.05, ge=0, description="mean gap between an engine's log-probs and those of training, nats")
     engine_max: Float = Field(1.0, ge=0, description="largest such gap, nats a token")
     noise: Float = Field(0.1, ge=0, description="most of the signal that changes when the teacher scores again")

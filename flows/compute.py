@@ -11,7 +11,7 @@ from prefect.utilities.callables import get_call_parameters
 
 from configs.errors import BadInput
 from configs.schema import Compute
-from storage.store import Artifact
+from storage.artifacts import Artifact
 
 Each = Callable[[Task[..., Artifact], list[tuple[Any, ...]]], list[Artifact]]
 

@@ -18,7 +18,8 @@ from configs.load import load
 from configs.objectives import Gkd
 from configs.schema import Compute, Model, Recipe
 from flows.compute import check_compute, shard_runner
-from storage.store import Artifact, Run, round_slot
+from storage.artifacts import Artifact
+from storage.store import Run, round_slot
 from tasks.align import align_shard
 from tasks.completions import complete_shard
 from tasks.engines.choose import check_engine

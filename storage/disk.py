@@ -44,6 +44,11 @@ def size(path: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def existing(path: Path) -> Path:
+    """The path, or what of it there is already."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def unwritable(folder: Path) -> str | None:
     """Why no folder can be made in `folder`; tried out, because a superuser's permissions always say yes."""
     if not folder.is_dir():

@@ -36,6 +36,10 @@ class Folder:
         """What others call a path: polars, the user, another process."""
         return path if self.local else self.fs.unstrip_protocol(path)
 
+    def free(self) -> int | None:
+        """Bytes that the disk has left; None where it is no disk."""
+        return shutil.disk_usage(disk.existing(Path(self.path))).free if self.local else None
+
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -142,9 +142,6 @@ GATES = pa.schema(
         "gate": pa.string(),
         "round": pa.int32(),
         "value": pa.float64(),  # null: nothing to measure it on
-        "limit": pa.float64(),  # null: the figure only informs
-        "least": pa.bool_(),  # the limit is the least that will do, else the most
-        "ok": pa.bool_(),
         "detail": pa.string(),
     }
 )

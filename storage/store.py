@@ -11,37 +11,24 @@ made again. On a remote filesystem, which guards its content itself, the size al
 """
 
 import json
-import os
 import posixpath
 import shutil
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import BadInput
 from configs.load import differences, dumps, validate
 from configs.schema import Recipe
 from storage import disk
-from storage.filesystems import filesystem, settle, unreachable
+from storage.artifacts import Artifact, write_parquet
+from storage.filesystems import unreachable
 from storage.folder import Folder
 from storage.lineage import digest_json, digest_local, versions
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A committed file or folder: the small reference that passes between tasks."""
-
-    path: str
-    digest: str
-    rows: int = 0
 
 
 def round_slot(number: int, *parts: str) -> str:
@@ -247,7 +234,7 @@ class Run(Folder):
                 + "; give this recipe another name (--set name=…) or go on with the old one"
             )
         if self.local:
-            existing = next(p for p in (Path(self.path), *Path(self.path).parents) if p.exists())
+            existing = disk.existing(Path(self.path))
             if reason := disk.unwritable(existing):
                 raise BadInput(f"{self.root}: cannot be written ({existing} {reason}); set root to a folder of yours")
 
@@ -256,45 +243,6 @@ class Run(Folder):
         self.check_recipe(recipe)  # again: now nobody else can start the run
         if self.frozen_recipe() != recipe:
             self.write_text("run.toml", dumps(recipe))
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """zstd Parquet with the settings that fit token tables: numbers split by byte, strings by dictionary."""
-    numbers = [
-        field.name + (".list.element" if nested else "")
-        for field in table.schema
-        if (nested := pa.types.is_list(field.type) or pa.types.is_large_list(field.type)) or pa.types.is_floating(field.type)
-        if pa.types.is_primitive(field.type.value_type if nested else field.type)
-    ]
-    plain = {name.split(".")[0] for name in numbers}
-    pq.write_table(
-        table,
-        path,
-        compression="zstd",
-        use_dictionary=[f.name for f in table.schema if f.name not in plain and not pa.types.is_nested(f.type)],
-        column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
-    )
-
-
-def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
-    """A committed table, whole: one shard."""
-    fs, path = filesystem(artifact.path)
-    with fs.open(path, "rb") as file:
-        return pq.read_table(file, columns=columns)
-
-
-def local_folder(artifact: Artifact) -> str:
-    """A committed folder as a local path; fetched once where the run lies on a remote filesystem."""
-    fs, path = filesystem(artifact.path)
-    if isinstance(fs, LocalFileSystem):
-        return path
-    target = Path(tempfile.gettempdir()) / f"potstill-{os.getuid()}" / artifact.digest
-    if not target.exists():
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            fs.get(path, f"{folder}/fetched", recursive=True)
-            settle(Path(folder) / "fetched", target)
-    return str(target)
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe, Score
+from storage.artifacts import Artifact, read_table
 from storage.schemas import ALIGNED
-from storage.store import Artifact, Run, part, read_table, round_slot
+from storage.store import Run, part, round_slot
 from tasks import objectives
 from tasks.models import ModelRef, Side, side
 from tasks.objectives.base import ObjectiveModule, Pairing

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from storage.store import Artifact, read_table
+from storage.artifacts import Artifact, read_table
 from tasks.objectives.base import Terms
 from tasks.ragged import expand, flat, offsets_of, ragged, rows_of
 

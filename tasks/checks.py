@@ -1,12 +1,9 @@
 """What `potstill preflight` looks at: prompts, tokenizers, engines and signal, on a few prompts and in memory alone."""
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +12,8 @@ import torch
 from transformers import AutoConfig
 
 from configs.schema import Recipe
-from storage.store import Run, write_parquet
+from storage.artifacts import parquet_bytes
+from storage.store import Run
 from tasks import objectives
 from tasks.agreement import Gap
 from tasks.align import aligned_table
@@ -23,7 +21,7 @@ from tasks.engines.base import Engine, Sampling, Signal
 from tasks.engines.choose import engine, release
 from tasks.evaluate import completions
 from tasks.gates import Gate, engine_gates, lead
-from tasks.models import ModelRef, Side, device_of, side
+from tasks.models import ModelRef, Side, device_of, empty_model, side
 from tasks.prompts import split_prompts
 from tasks.ragged import flat
 from tasks.rollout import Row, rollouts_table
@@ -50,16 +48,11 @@ class Sample:
     def messages(self) -> list[list[dict[str, str]]]:
         return self.prompts["messages"].to_pylist()
 
-    @property
-    def sampling(self) -> Sampling:
-        config = self.recipe.rollout
-        return Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-
     def sides(self) -> dict[str, ModelRef]:
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
 
-    def loaded(self, ref: ModelRef) -> Engine:
-        return engine(ref, self.recipe.rollout.batch_size, self.recipe.score.batch_tokens)
+    def loaded(self, ref: ModelRef, batch_tokens: int | None = None) -> Engine:
+        return engine(ref, self.recipe.rollout.batch_size, batch_tokens or self.recipe.score.batch_tokens)
 
 
 # -- without weights ---------------------------------------------------------------------------------------------------
@@ -129,6 +122,8 @@ def chance_gate(sample: Sample, role: str, ref: ModelRef) -> Gate:
         if pairs:
             scores = loaded.score([p for p, _ in pairs], [c for _, c in pairs], Signal("sampled"))
             found.append((-float(np.concatenate([s.logprobs for s in scores]).mean()), what))
+    if not found:
+        return Gate(f"{role}: chance", None, sample.recipe.gates.chance)
     nats, what = min(found)
     share = nats / float(np.log(text_side.vocabulary.size))
     return Gate(f"{role}: chance", share, sample.recipe.gates.chance, detail=f"{nats:.2f} nats a token of {what}")
@@ -141,23 +136,18 @@ def student_rollouts(sample: Sample) -> pa.Table:
     return rollouts_table(rows, sample.prompts, sample.recipe.rollout, 1, sample.student, [])
 
 
-def scored(sample: Sample, rollouts: pa.Table, teacher: ModelRef, backwards: bool = False) -> pa.Table:
-    """A teacher's scores of the rollouts; `backwards` in another order, so that other rows share a batch."""
+def scored(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_tokens: int | None = None) -> pa.Table:
+    """A teacher's scores of the rollouts, in the recipe's batches or in others."""
     rows = rollouts.select(["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]).to_pylist()
     messages = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.messages, strict=True))
     same = side(sample.student).vocabulary.same_as(side(teacher).vocabulary)
-    order = slice(None, None, -1 if backwards else 1)
-    grader = sample.loaded(teacher)
-    table = scores_table(rows[order], messages, grader, side(teacher), sample.recipe.score, same)
-    return table.take(list(range(len(table)))[order])
+    grader = sample.loaded(teacher, batch_tokens)
+    return scores_table(rows, messages, grader, side(teacher), sample.recipe.score, same)
 
 
 def noise_gate(sample: Sample, rollouts: pa.Table, once: pa.Table, teacher: ModelRef) -> Gate:
-    """How far the teacher's scores of a row are from its scores in another batch, over how far they are from the student's."""
-    half = replace(
-        sample, recipe=sample.recipe.model_copy(update={"score": sample.recipe.score.model_copy(update={"batch_tokens": 1})})
-    )
-    again = scored(half, rollouts, teacher, backwards=True)
+    """How far the teacher's scores of a row are from those of the row alone, over how far they are from the student's."""
+    again = scored(sample, rollouts, teacher, batch_tokens=1)
     rows = [i for i, status in enumerate(once["status"].to_pylist()) if status == "ok"]
     first, second, own = (_row_sums(table["logprobs"])[rows] for table in (once, again, rollouts))
     if not rows or not (signal := float(np.abs(first - own).mean())):
@@ -200,9 +190,9 @@ def objective_gates(sample: Sample, rollouts: pa.Table, scores: pa.Table, teache
         detail = ", ".join(f"{name} {count} bytes" for name, count in counts.items())
         yield Gate("supervised", share, recipe.gates.supervised, least=True, detail=detail)
         kinds = flat(aligned["kind"])[0]
-        whole = recipe.objective.name in ("gold", "strict")
+        limit = recipe.gates.one_to_one if recipe.objective.name in ("gold", "strict") else None
         single = float(np.isin(kinds, [Kind.ONE_TO_ONE, Kind.STOP]).mean()) if len(kinds) else None
-        yield Gate("one to one", single, 0.5 if whole else None, least=True, detail="units of one token on both sides")
+        yield Gate("one to one", single, limit, least=True, detail="units of one token on both sides")
     known = np.array([bool(b) and b in other.vocabulary.by_bytes for b in own.beta.values])
     ids = flat(rollouts["token_ids"])[0]
     text = ids[own.vocabulary.lengths[ids] > 0]
@@ -227,14 +217,14 @@ def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterat
     recipe, rows = sample.recipe, len(tables[0])
     total = recipe.rounds * recipe.rollout.prompts * recipe.rollout.samples
     weights = {role: weights_of(ref) for role, ref in sample.sides().items()}
-    per_row = sum(map(_parquet_bytes, tables)) / rows
+    per_row = sum(map(parquet_bytes, tables)) / rows
     disk = (total * per_row + recipe.rounds * 12 * weights["student"]) / GIB  # float32 weights, and two moments
-    free, run = None, Run(recipe.root, recipe.name)
-    if run.local:
-        place = next(p for p in (Path(run.path), *Path(run.path).parents) if p.exists())
-        free = shutil.disk_usage(place).free / GIB
+    free = Run(recipe.root, recipe.name).free()
     yield Gate(
-        "disk", disk, free, detail=f"GiB: {per_row:.0f} bytes a rollout, and a checkpoint a round; the limit is what is free"
+        "disk",
+        disk,
+        free and free / GIB,
+        detail=f"GiB: {per_row:.0f} bytes a rollout, and a checkpoint a round; limit: what is free",
     )
     need = max(TRAINED * weights["student"], 4 * max(weights.values())) / GIB
     yield Gate(
@@ -247,12 +237,7 @@ def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterat
 
 def weights_of(ref: ModelRef) -> int:
     """How many weights a model has."""
-    from transformers import AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=ref.trust_remote_code)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in empty_model(ref).parameters())
 
 
 def memory_of(device: torch.device) -> float:
@@ -260,13 +245,6 @@ def memory_of(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
-def _parquet_bytes(table: pa.Table) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "table.parquet"
-        write_parquet(table, file)
-        return file.stat().st_size
 
 
 def _row_sums(column: pa.ChunkedArray) -> np.ndarray:
@@ -293,7 +271,7 @@ def examine(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | None, 
         made.append(scored(sample, rollouts, teacher))
     seconds = time.monotonic() - started
     gates += [chance_gate(sample, role, ref) for role, ref in sample.sides().items()]
-    gates += engine_gates(student, rollouts, sample.sampling, recipe.gates)
+    gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None:
         gates += [teacher_engine_gate(sample, teacher), noise_gate(sample, rollouts, made[1], teacher)]
         gates += objective_gates(sample, rollouts, made[1], teacher)

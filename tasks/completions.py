@@ -8,8 +8,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe, Rollout
+from storage.artifacts import Artifact, read_table
 from storage.schemas import COMPLETIONS
-from storage.store import Artifact, Run, part, read_table, round_slot
+from storage.store import Run, part, round_slot
 from tasks.engines.base import Sampling
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
@@ -56,7 +57,7 @@ def completions_table(
     text_side, generator, records = side(teacher), engine(teacher, config.batch_size), []
     rendered = [text_side.render(messages) for messages in chosen["messages"].to_pylist()]
     name = engine_name(teacher)
-    sampling, stops = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k), set(text_side.stop_ids)
+    sampling, stops = Sampling.of(config), set(text_side.stop_ids)
     for start in range(0, len(mine), config.batch_size):
         batch = slice(start, start + config.batch_size)
         made = generator.generate(rendered[batch], [row.seed for row in mine[batch]], sampling)

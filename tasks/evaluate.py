@@ -1,5 +1,6 @@
 """The evaluation stage: greedy and sampled accuracy on held-out prompts, and the distance to the teacher."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe
+from storage.artifacts import Artifact, read_table
 from storage.schemas import EVALS
-from storage.store import Artifact, Run, read_table, round_slot
+from storage.store import Run, round_slot
 from tasks.engines.base import Sampling, Signal
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
@@ -63,8 +65,7 @@ def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: l
     records = []
     with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:
         for decoding, samples in (("greedy", 1), ("sampled", recipe.evaluate.samples)):
-            temperature = 0.0 if decoding == "greedy" else config.temperature
-            sampling = Sampling(config.max_new_tokens, temperature, config.top_p, config.top_k)
+            sampling = replace(Sampling.of(config), temperature=0.0) if decoding == "greedy" else Sampling.of(config)
             for sample in range(samples):
                 # The same seeds in every round: the figures differ by the model alone.
                 seeds = [derive(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.errors import Stopped
 from configs.schema import Gates, Recipe
+from storage.artifacts import Artifact, read_table
 from storage.schemas import GATES
-from storage.store import Artifact, Run, part, read_table, round_slot
+from storage.store import Run, part, round_slot
 from tasks.agreement import Gap, trainer_logprobs
 from tasks.engines.base import Sampling
 from tasks.engines.choose import release
@@ -23,6 +25,7 @@ from tasks.ragged import flat, rows_of, within
 
 CODE = 1
 COMPARED = 32  # of a round's samples, how many are run through the trainer's model
+FIELDS = {"engine, mean": "engine_mean", "engine, largest": "engine_max"}  # limits under another name than their figure's
 RUN = 4  # tokens: what counts as a repetition
 
 # What to do about a breach, by gate.
@@ -97,10 +100,10 @@ class Gate:
         return f"{self.name}: {self.shown(self.value)}{detail}, {bound}; {self.advice}"
 
 
-def hold(gates: list[Gate], where: str, key: str = "gates") -> None:
+def hold(gates: list[Gate], where: str) -> None:
     """Raise Stopped with every breached gate of `gates`; `where` says what was looked at."""
     if breached := [gate.complaint() for gate in gates if gate.ok is False]:
-        raise Stopped(f"{where}: " + "\n  ".join(["stopped by a gate", *breached, f"limits are in the recipe's [{key}]"]))
+        raise Stopped(f"{where}: " + "\n  ".join(["stopped by a gate", *breached, "limits are in the recipe's [gates]"]))
 
 
 def check_lead(recipe: Recipe, teacher: Artifact, student: Artifact) -> None:
@@ -139,7 +142,6 @@ def check_round(recipe: Recipe, number: int, student: ModelRef, rollouts: list[A
         "rollouts": [artifact.digest for artifact in rollouts],
         "aligned": [artifact.digest for artifact in aligned],
         "sampling": recipe.rollout.model_dump(include={"temperature", "top_p", "top_k"}),
-        "limits": limits.model_dump(),
     }
     first = run.find(round_slot(1, "gates", part(0))) if number > 1 else None
     inputs["first"] = first.digest if first else None
@@ -148,21 +150,24 @@ def check_round(recipe: Recipe, number: int, student: ModelRef, rollouts: list[A
         before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
         gates = round_gates(rollouts, aligned, side(student).vocabulary.size, limits, before.get("tokens"))
         release()  # the model below takes its place
-        config = recipe.rollout
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-        gates += engine_gates(student, read_table(rollouts[0]), sampling, limits)
-        rows = [asdict(gate) | {"gate": gate.name, "round": number, "ok": gate.ok} for gate in gates]
-        return pa.Table.from_pylist(rows, GATES)
+        sampled = read_table(rollouts[0], ["prompt_token_ids", "token_ids", "logprobs"])
+        gates += engine_gates(student, sampled, Sampling.of(recipe.rollout), limits)
+        return pa.Table.from_pylist([{**asdict(gate), "gate": gate.name, "round": number} for gate in gates], GATES)
 
     artifact = run.build_table(round_slot(number, "gates", part(0)), inputs, make, logger.info)
-    hold(stored(read_table(artifact)), f"{run.path}, round {number}")
+    hold(stored(read_table(artifact), limits), f"{run.path}, round {number}")
     return artifact
 
 
-def stored(table: pa.Table) -> list[Gate]:
-    """The gates of a `gates` table."""
-    columns = ["gate", "value", "limit", "least", "detail"]
-    return [Gate(*row.values()) for row in table.select(columns).to_pylist()]
+def stored(table: pa.Table, limits: Gates) -> list[Gate]:
+    """The figures of a `gates` table under these limits, which may have changed since it was made."""
+    rows = table.select(["gate", "value", "detail"]).to_pylist()
+    return [_limited(row["gate"], row["value"], limits, row["detail"]) for row in rows]
+
+
+def _limited(name: str, value: float | None, limits: Gates, detail: str = "") -> Gate:
+    """A figure of a round, with its limit if it has one."""
+    return Gate(name, value, getattr(limits, FIELDS.get(name, name), None), least=name == "supervised", detail=detail)
 
 
 def round_gates(
@@ -184,8 +189,8 @@ def round_gates(
         rows += len(table)
     for artifact in rollouts:
         table = read_table(artifact, ["source", "finish_reason", "token_ids"])
-        table = table.filter(pa.compute.equal(table["source"], "student"))
-        cut += pa.compute.sum(pa.compute.equal(table["finish_reason"], "length")).as_py() or 0
+        table = table.filter(pc.equal(table["source"], "student"))
+        cut += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
         samples += len(table)
         ids, offsets = flat(table["token_ids"])
         tokens += len(ids)
@@ -193,12 +198,12 @@ def round_gates(
     mean = tokens / samples if samples else None
     drift = max(mean / tokens_before, tokens_before / mean) if mean and tokens_before else None
     return [
-        Gate("supervised", supervised / total if total else None, limits.supervised, least=True),
-        Gate("dropped", dropped / rows if rows else None, limits.dropped, detail=f"{dropped} of {rows} rollouts"),
-        Gate("truncated", cut / samples if samples else None, limits.truncated, detail=f"{cut} of {samples} samples"),
-        Gate("repetition", repeated / samples if samples else None, limits.repetition),
-        Gate("tokens", mean, detail="mean length of the student's samples"),
-        Gate("length", drift, limits.length, detail=f"{mean or 0:.1f} tokens now, {tokens_before or 0:.1f} in round 1"),
+        _limited("supervised", supervised / total if total else None, limits),
+        _limited("dropped", dropped / rows if rows else None, limits, f"{dropped} of {rows} rollouts"),
+        _limited("truncated", cut / samples if samples else None, limits, f"{cut} of {samples} samples"),
+        _limited("repetition", repeated / samples if samples else None, limits),
+        _limited("tokens", mean, limits, "mean length of the student's samples"),
+        _limited("length", drift, limits, f"{mean or 0:.1f} tokens now, {tokens_before or 0:.1f} in round 1"),
     ]
 
 
@@ -217,7 +222,7 @@ def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
 
 def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limits: Gates) -> list[Gate]:
     """How far the log-probs of the engine that sampled are from the trainer's, on the first of a shard's own samples."""
-    own = rollouts.filter(pa.compute.is_valid(rollouts["logprobs"])).slice(0, COMPARED)
+    own = rollouts.filter(pc.is_valid(rollouts["logprobs"])).slice(0, COMPARED)
     gap = Gap(None, None)
     if len(own):
         with torch.inference_mode():
@@ -225,6 +230,6 @@ def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limi
         gap = Gap.between(mine, flat(own["logprobs"])[0])
     detail = f"log-probs of {len(own)} samples against the trainer's"
     return [
-        Gate("engine, mean", gap.mean, limits.engine_mean, detail=detail),
-        Gate("engine, largest", gap.largest, limits.engine_max, detail=detail),
+        _limited("engine, mean", gap.mean, limits, detail),
+        _limited("engine, largest", gap.largest, limits, detail),
     ]

@@ -1,13 +1,13 @@
 """Low-rank adapters on a student, through peft."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from configs.errors import BadInput
 from configs.schema import Lora
-from tasks.models import ModelRef
+from tasks.models import ModelRef, empty_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +34,4 @@ def adapted(model: PreTrainedModel, lora: Lora) -> "PeftModel":
 
 def check_lora(ref: ModelRef, lora: Lora) -> None:
     """As `adapted`, from the model's config alone."""
-    config: Any = AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
-    with torch.device("meta"):
-        adapted(AutoModelForCausalLM.from_config(config, trust_remote_code=ref.trust_remote_code), lora)
+    adapted(empty_model(ref), lora)

@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
 from configs.schema import Model
+from storage.artifacts import Artifact, local_folder
 from storage.lineage import digest_folder, digest_json
-from storage.store import Artifact, local_folder
 from tasks.gguf import folder_of
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
@@ -217,6 +217,13 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
             trust_remote_code=ref.trust_remote_code,
             use_safetensors=True,
         )
+
+
+def empty_model(ref: ModelRef) -> PreTrainedModel:
+    """The model's layers without memory for their weights, from its config alone."""
+    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=ref.trust_remote_code)
 
 
 def check_weights(ref: ModelRef) -> None:

@@ -12,9 +12,10 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.errors import BadInput
 from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, Recipe
+from storage.artifacts import Artifact
 from storage.lineage import digest_file, digest_json
 from storage.schemas import PROMPTS
-from storage.store import Artifact, Run
+from storage.store import Run
 from tasks.progress import logger
 from tasks.seeds import derive
 

@@ -10,8 +10,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe, Rollout
+from storage.artifacts import Artifact, read_table
 from storage.schemas import ROLLOUTS
-from storage.store import Artifact, Run, part, read_table, round_slot
+from storage.store import Run, part, round_slot
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side
@@ -99,7 +100,7 @@ def rollouts_table(
     messages, references = chosen["messages"].to_pylist(), chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(m) for m in messages]
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    sampling = Sampling.of(config)
     made: dict[int, dict[str, Any]] = {}
 
     own = [i for i, row in enumerate(rows) if row.source == "student"]

@@ -7,9 +7,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe, Score
+from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
 from storage.schemas import SCORES
-from storage.store import Artifact, Run, part, read_table, round_slot
+from storage.store import Run, part, round_slot
 from tasks.engines.base import Engine, Signal, TokenScores
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.errors import BadInput
 from configs.schema import Recipe, Scratch
-from storage.store import Artifact, Run, read_table, round_slot
+from storage.artifacts import Artifact, read_table
+from storage.store import Run, round_slot
 from tasks.progress import logger
 from tasks.seeds import derive
 

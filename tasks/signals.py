@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from configs.schema import Recipe, Score
-from storage.store import Artifact, Run, local_folder
+from storage.artifacts import Artifact, local_folder
+from storage.store import Run
 from tasks.engines.base import Engine, Signal
 from tasks.engines.choose import engine
 from tasks.engines.events import Sparse, boundary_laws, likeliest

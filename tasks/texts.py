@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from configs.errors import BadInput
+from storage.artifacts import write_parquet
 from storage.schemas import ALIGNED
-from storage.store import write_parquet
 from tasks.models import Side
 from tasks.prompts import read_rows
 from tasks.ragged import Flat, flat, offsets_of, ragged

@@ -30,8 +30,9 @@ from configs.errors import BadInput, Stopped
 from configs.load import MACHINERY
 from configs.objectives import Sft
 from configs.schema import Recipe
+from storage.artifacts import Artifact, local_folder, read_table, write_parquet
 from storage.schemas import STEPS
-from storage.store import Artifact, Run, local_folder, part, read_table, round_slot, write_parquet
+from storage.store import Run, part, round_slot
 from tasks import objectives
 from tasks.batches import collate, corrupted, optimizer_batches
 from tasks.engines.choose import release

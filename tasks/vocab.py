@@ -8,9 +8,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe
+from storage.artifacts import Artifact
 from storage.lineage import digest_json
 from storage.schemas import VOCAB
-from storage.store import Artifact, Run
+from storage.store import Run
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger
 from tasks.tokens.vocabulary import Vocabulary, match

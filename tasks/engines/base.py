@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from configs.schema import Rollout
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -14,6 +16,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    @classmethod
+    def of(cls, config: Rollout) -> "Sampling":
+        """As a recipe's rollouts are sampled."""
+        return cls(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
 
 
 @dataclass(frozen=True)

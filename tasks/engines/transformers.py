@@ -56,15 +56,14 @@ class TransformersEngine:
 
     def _prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
         """Keys and values of left-padded prompts up to their last token, each prompt computed once; None where all differ."""
-        alone, copies = torch.unique_consecutive(ids, dim=0, return_inverse=True)
+        # The mask belongs to a prompt: padding may be an id that another prompt begins with.
+        alone, copies = torch.unique_consecutive(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
+        alone, seen = alone[:, : ids.shape[1] - 1], alone[:, ids.shape[1] : -1]
         if len(alone) == len(ids) or ids.shape[1] == 1:
             return None
-        first = torch.searchsorted(copies, torch.arange(len(alone), device=copies.device))
-        cache, seen = DynamicCache(config=self.model.config), mask[first, :-1]
+        cache = DynamicCache(config=self.model.config)
         places = (seen.cumsum(-1) - 1).clamp(min=0)
-        self.model.base_model(
-            input_ids=alone[:, :-1], attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True
-        )
+        self.model.base_model(input_ids=alone, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True)
         cache.batch_select_indices(copies)
         return cache
 

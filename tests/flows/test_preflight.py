@@ -20,8 +20,9 @@ from configs.load import load
 from configs.schema import Gates, Recipe
 from flows.distill import distill
 from flows.preflight import preflight
+from storage.artifacts import Artifact
 from storage.read import scan
-from storage.store import Artifact, Run
+from storage.store import Run
 from tasks.checks import examine
 from tasks.engines.base import TokenScores
 from tasks.engines.choose import release
@@ -255,12 +256,12 @@ def test_a_breached_gate_stops_the_run_and_a_wider_one_lets_it_go_on(potstill, p
     assert any("round=0001/rollouts" in name for name in before)
     assert not (run / "round=0001" / "student").exists()
     gates = scan(str(run), "gates").collect()
-    assert gates.filter(~pl.col("ok"))["gate"].to_list() == ["truncated"]
+    assert dict(gates.select("gate", "value").iter_rows())["truncated"] == 1.0
     ended = potstill("run", pair(gates__truncated=1.0, rollout__max_new_tokens=2))
     assert ended.status == 0, ended.err
     after = files(run)
     assert {name for name in before if after.get(name) == before[name]} >= {
-        n for n in before if "rollouts" in n or "scores" in n
+        n for n in before if any(stage in n for stage in ("rollouts", "scores", "gates"))
     }
     assert "truncated = 1.0" in (run / "run.toml").read_text()
 
@@ -332,8 +333,14 @@ def test_what_is_no_number_holds_no_limit():
 def test_gates_come_back_from_their_table(tiny):
     for number in (1, 2):
         table = scan(str(tiny), "gates").filter(pl.col("round") == number).collect()
-        gates = stored(table.to_arrow())
-        assert [gate.ok for gate in gates] == table["ok"].to_list()
+        gates = stored(table.to_arrow(), Gates())
+        assert [gate.value for gate in gates] == table["value"].to_list()
+        (truncated,) = table.filter(pl.col("gate") == "truncated")["value"]
+        for limit in (truncated, truncated - 0.01):
+            judged = {gate.name: gate.ok for gate in stored(table.to_arrow(), Gates(truncated=limit))}
+            assert judged["truncated"] == (limit >= truncated)
+            assert judged["tokens"] is None
+            assert None not in (judged["supervised"], judged["engine, mean"], judged["engine, largest"])
         assert {gate.name for gate in gates} == {
             "supervised", "dropped", "truncated", "repetition", "tokens", "length", "engine, mean", "engine, largest",
         }  # fmt: skip

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from configs.errors import BadInput
 from configs.load import load
 from flows.distill import distill
+from storage.artifacts import Artifact
 from storage.read import scan
-from storage.store import Artifact
 from tasks.models import reference
 from tasks.processes import check_processes, launch
 from tasks.train import JOB, Job

@@ -175,6 +175,18 @@ def test_sampled_tokens_follow_the_model() -> None:
     assert abs(chi_square(counts, p)) < 4.5
 
 
+def test_a_prompt_that_begins_with_padding_is_not_one_that_is_padded() -> None:
+    """The same ids in a batch, and other prompts: one starts with the id that the other is padded with."""
+    loaded, rng = engine(student_ref()), np.random.default_rng(5)
+    (short,) = random_ids(rng, 1, 8, 9)
+    prompts, sampling = [[loaded.side.pad_id, *short], short], Sampling(6)
+    together = loaded.generate(prompts, [1, 2], sampling)
+    for prompt, seed, other in zip(prompts, [1, 2], together, strict=True):
+        (alone,) = loaded.generate([prompt], [seed], sampling)
+        assert alone.ids == other.ids
+        assert alone.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
 @pytest.mark.parametrize("make", REFS, ids=NAMES)
 def test_samples_of_one_prompt_share_its_computation(make, monkeypatch) -> None:
     """Each prompt runs once, whatever its padding; completions are those of its samples drawn one by one."""

@@ -32,7 +32,7 @@ from toys import (
 
 from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
 from configs.schema import GymPrompts, Model, Recipe, Rollout, Train
-from storage.store import Artifact, read_table, write_parquet
+from storage.artifacts import Artifact, read_table, write_parquet
 from tasks import objectives
 from tasks.align import aligned_table
 from tasks.batches import ALIGNED_COLUMNS, ROLLOUT_COLUMNS, MicroBatch, collate, corrupted, optimizer_batches

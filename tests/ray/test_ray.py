@@ -16,7 +16,8 @@ from configs.errors import BadInput
 from configs.schema import Compute
 from flows.compute import check_compute, shard_runner
 from flows.distill import distill
-from storage.store import Artifact, Run
+from storage.artifacts import Artifact
+from storage.store import Run
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.toml"
 

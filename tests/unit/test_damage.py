@@ -12,8 +12,9 @@ import pytest
 
 from configs.errors import CannotWrite
 from storage import disk
+from storage.artifacts import read_table
 from storage.schemas import STEPS
-from storage.store import Run, read_table
+from storage.store import Run
 
 SLOT = "round=0001/scores/part-00000"
 FOLDERS = {"student": "round=0001/student", "trainer": "round=0001/trainer"}

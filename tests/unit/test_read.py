@@ -8,9 +8,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from storage.artifacts import write_parquet
 from storage.read import scan, unpack_laws, unpack_topk
 from storage.schemas import EVALS, PROMPTS, SCHEMAS, SCORES, VOCAB
-from storage.store import write_parquet
 
 
 def put(run: Path, place: str, rows: list[dict], schema: pa.Schema) -> None:

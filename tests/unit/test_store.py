@@ -15,10 +15,11 @@ import pytest
 from configs.errors import BadInput
 from configs.load import load
 from storage import store
+from storage.artifacts import Artifact, local_folder, read_table
 from storage.lineage import digest_file, digest_folder, digest_json
 from storage.read import scan
 from storage.schemas import STEPS
-from storage.store import Artifact, Run, local_folder, read_table
+from storage.store import Run
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.toml"
 SLOT = "round=0001/steps/part-00000"

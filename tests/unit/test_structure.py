@@ -24,7 +24,7 @@ OPENERS |= {"read_parquet", "scan_parquet", "write_parquet", "sink_parquet", "re
 OPENERS |= {"memory_map", "new_file", "open_file"}
 OPENERS |= {"read_ndjson", "scan_ndjson", "read_csv", "load_file", "save_file", "safe_open", "memmap", "mkdir", "makedirs"}
 # (module, function) -> what it opens: recipes and prompt files, which are not a run's, and the inside of folders
-# that storage hands out and commits (Run.build_files, storage.store.local_folder), in model libraries' own formats,
+# that storage hands out and commits (Run.build_files, storage.artifacts.local_folder), in model libraries' own formats,
 # and what passes between this process and vLLM's.
 MAY_OPEN = {
     ("configs/load.py", "load"),
@@ -38,7 +38,7 @@ MAY_OPEN = {
     ("tasks/train.py", "_save"),
     ("tasks/train.py", "_restore"),
 }
-FROM_STORAGE = {"read_table", "write_parquet"}  # functions of storage.store that carry a library's name
+FROM_STORAGE = {"read_table", "write_parquet"}  # functions of storage.artifacts that carry a library's name
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -62,7 +62,7 @@ def opened(tree: ast.Module) -> list[tuple[str, str]]:
     own = {
         alias.asname or alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "storage.store"
+        if isinstance(node, ast.ImportFrom) and node.module == "storage.artifacts"
         for alias in node.names
     }
     found = []
@@ -87,7 +87,7 @@ def test_the_walk_sees_what_it_looks_for():
     tree = ast.parse("import a.b as c\ndef f():\n    from d.e import g\n    with open(x) as h:\n        p.read_text()\n")
     assert imported(tree) == {"a.b", "d.e", "d.e.g"}
     assert opened(tree) == [("f", "open"), ("f", "read_text")]
-    mine = "from storage.store import read_table\nread_table(x)\npq.read_table(x)\n"
+    mine = "from storage.artifacts import read_table\nread_table(x)\npq.read_table(x)\n"
     assert opened(ast.parse(mine)) == [("", "read_table")]
     assert {path.parent.name for path in FILES} >= {"flows", "tasks", "storage", "configs", "engines", "tokens", "objectives"}
 

@@ -1,0 +1,67 @@
+"""What is committed, one file or folder at a time: the reference to it, and how it is written and read."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from storage.filesystems import filesystem, settle
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed file or folder: the small reference that passes between tasks."""
+
+    path: str
+    digest: str
+    rows: int = 0
+
+
+def write_parquet(table: pa.Table, target: Path | pa.NativeFile) -> None:
+    """zstd Parquet with the settings that fit token tables: numbers split by byte, strings by dictionary."""
+    numbers = [
+        field.name + (".list.element" if nested else "")
+        for field in table.schema
+        if (nested := pa.types.is_list(field.type) or pa.types.is_large_list(field.type)) or pa.types.is_floating(field.type)
+        if pa.types.is_primitive(field.type.value_type if nested else field.type)
+    ]
+    plain = {name.split(".")[0] for name in numbers}
+    pq.write_table(
+        table,
+        target,
+        compression="zstd",
+        use_dictionary=[f.name for f in table.schema if f.name not in plain and not pa.types.is_nested(f.type)],
+        column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),
+    )
+
+
+def parquet_bytes(table: pa.Table) -> int:
+    """How many bytes a table takes on disk; nothing is written."""
+    sink = pa.BufferOutputStream()
+    write_parquet(table, sink)
+    return sink.getvalue().size
+
+
+def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
+    """A committed table, whole: one shard."""
+    fs, path = filesystem(artifact.path)
+    with fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=columns)
+
+
+def local_folder(artifact: Artifact) -> str:
+    """A committed folder as a local path; fetched once where the run lies on a remote filesystem."""
+    fs, path = filesystem(artifact.path)
+    if isinstance(fs, LocalFileSystem):
+        return path
+    target = Path(tempfile.gettempdir()) / f"potstill-{os.getuid()}" / artifact.digest
+    if not target.exists():
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            fs.get(path, f"{folder}/fetched", recursive=True)
+            settle(Path(folder) / "fetched", target)
+    return str(target)
