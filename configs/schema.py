@@ -179,7 +179,7 @@ class Train(Table):
 
 
 class Compute(Table):
-    """Where the shards of rollouts, scores and alignment are worked on; changes no result but its rounding."""
+    """Where and how long the stages of a run are worked on; changes no result but its rounding."""
 
     runner: Literal["local", "ray"] = Field("local", description="local: one after another; ray (needs the `ray` extra): many")
     address: str | None = Field(
@@ -187,6 +187,10 @@ class Compute(Table):
     )
     cpus: Float = Field(1.0, gt=0, le=4096, description="cores that a shard takes: a cluster works on as many as have room")
     gpus: Float = Field(0.0, ge=0, le=4096, description="GPUs that a shard takes")
+    task_timeout: Float | None = Field(
+        None, gt=0, description="seconds that a shard, an evaluation or a round's training may take; left out: no limit"
+    )
+    exclusive: Bool = Field(True, description="wait while another run of yours computes on a GPU that this one would use")
 
     @model_validator(mode="after")
     def _an_address_is_read(self) -> "Compute":

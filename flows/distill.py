@@ -17,7 +17,7 @@ from configs.errors import BadInput
 from configs.load import load
 from configs.objectives import Gkd
 from configs.schema import Compute, Model, Recipe
-from flows.compute import check_compute, shard_runner
+from flows.compute import check_compute, exclusive, in_time, shard_runner
 from storage.artifacts import Artifact
 from storage.store import Run, round_slot
 from tasks.align import align_shard
@@ -55,7 +55,7 @@ def distill(
     recipe = load(config, overrides)
     check(recipe)
     nested = runtime.flow_run.parent_flow_run_id is not None  # a model that two runs need is made by one of them
-    with Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
+    with exclusive(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
         return _distill(recipe, rounds, at_most)
 
 
@@ -73,9 +73,11 @@ def _distill(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[st
     prompts = make_prompts(recipe)
     student = given or _checkpoint(recipe.student, make_scratch(recipe, prompts["train"]))
     vocab = match_vocabularies(recipe, student, teacher)
-    first = evaluate_model(recipe, 0, "student", student, teacher, prompts["eval"])
+    first = in_time(recipe.compute, evaluate_model, recipe, 0, "student", student, teacher, prompts["eval"])
     if teacher is not None:
-        check_lead(recipe, evaluate_model(recipe, 0, "teacher", teacher, teacher, prompts["eval"]), first)
+        check_lead(
+            recipe, in_time(recipe.compute, evaluate_model, recipe, 0, "teacher", teacher, teacher, prompts["eval"]), first
+        )
 
     bar = create_progress_artifact(100 * done / max(target, done, 1), key=slug(recipe.name, "progress"))
     base, trainer = student, None
@@ -83,7 +85,7 @@ def _distill(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[st
         compute = recipe.compute if number > done else Compute()  # what is committed is only looked up
         trained = _round(recipe, compute, number, student, teacher, prompts, vocab, trainer, base)
         student, trainer = _checkpoint(recipe.student, trained["student"]), trained["trainer"]
-        evaluate_model(recipe, number, "student", student, teacher, prompts["eval"])
+        in_time(compute, evaluate_model, recipe, number, "student", student, teacher, prompts["eval"])
         if number > done:
             table = rounds_table(run.address)
             create_table_artifact(records(table), key=slug(recipe.name, "rounds"), description=f"after round {number}")
@@ -123,7 +125,7 @@ def _round(
                 head = keep_head(recipe, teacher)
         aligned = each(align_shard, [(recipe, number, p, student, teacher, vocab, rollouts[p], scores[p], head) for p in parts])
     check_round(recipe, number, student, rollouts, aligned)
-    return train_round(recipe, number, student, teacher, rollouts, aligned, trainer, base)
+    return in_time(compute, train_round, recipe, number, student, teacher, rollouts, aligned, trainer, base)
 
 
 def made(recipe: Recipe, config: Model) -> ModelRef:

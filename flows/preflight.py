@@ -7,6 +7,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from configs.load import load
+from flows.compute import exclusive
 from flows.distill import check, check_pair, made, slug
 from tasks.checks import examine
 
@@ -23,9 +24,10 @@ def preflight(
     """
     recipe = load(config, overrides)
     check(recipe)
-    teacher = made(recipe, recipe.teacher) if recipe.teacher else None
-    student = None if recipe.student.scratch else made(recipe, recipe.student)
-    check_pair(recipe, student, teacher)
-    rows = [gate.record() for gate in examine(recipe, student, teacher, prompts)]
+    with exclusive(recipe):
+        teacher = made(recipe, recipe.teacher) if recipe.teacher else None
+        student = None if recipe.student.scratch else made(recipe, recipe.student)
+        check_pair(recipe, student, teacher)
+        rows = [gate.record() for gate in examine(recipe, student, teacher, prompts)]
     create_table_artifact(rows, key=slug(recipe.name, "preflight"))
     return rows

@@ -181,10 +181,19 @@ def tokenizer_of(name: str) -> Side:
     return text_side
 
 
-def device_of(ref: ModelRef) -> torch.device:
+def device_of(ref: ModelRef | Model) -> torch.device:
     if ref.device != "auto":
         return torch.device(ref.device)
     return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def accelerator_names(config: Model, processes: int = 1) -> set[str]:
+    """What the accelerators of this machine that a model's processes use are called, in every process alike."""
+    device = device_of(config)
+    indices = range(device.index or 0, (device.index or 0) + processes)
+    if device.type == "cuda":  # one that is not here is a cluster's worker's
+        return {f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in indices if i < torch.cuda.device_count()}
+    return set() if device.type == "cpu" else {f"{device.type}-{i}" for i in indices}
 
 
 def check_machine(role: str, config: Model) -> None:

@@ -3,17 +3,20 @@
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
+from torch.distributed import init_process_group
 
 from configs.errors import BadInput, Stopped
 from configs.schema import Recipe
-from tasks.models import ModelRef, device_of
+from tasks.models import device_of
 from tasks.progress import logger
 
 LAST_WORDS = 20  # lines of each process that an error shows
@@ -22,7 +25,7 @@ MARK = "potstill| "  # what a line of ours begins with, among all that libraries
 
 def check_processes(recipe: Recipe) -> None:
     """Refuse more processes than there are GPUs, where training goes to GPUs."""
-    wanted, device = recipe.train.processes, device_of(ModelRef("", "", device=recipe.student.device))
+    wanted, device = recipe.train.processes, device_of(recipe.student)
     if device.type == "cuda" and wanted > torch.cuda.device_count():
         raise BadInput(
             f"train.processes = {wanted} needs as many GPUs, this machine has {torch.cuda.device_count()}; "
@@ -36,8 +39,16 @@ def launch(job: str, folder: Path, processes: int) -> None:
     Raises BadInput or Stopped where one of them does, and RuntimeError with what each said last where one fails.
     """
     (folder / "job.json").write_text(job)
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={folder}/logs"]
-    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+    # torchrun's own meeting point is a port on every interface of the machine; a file is one that nobody else can reach.
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/torchrun", "--rdzv-conf=store_type=file"]
+    torchrun = ["torch.distributed.run", *meeting, f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={folder}/logs"]
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     last_words: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_WORDS))
     with subprocess.Popen(
         [sys.executable, "-m", *torchrun, "-m", "tasks.processes", str(folder)],
@@ -46,7 +57,7 @@ def launch(job: str, folder: Path, processes: int) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=threads | os.environ,
+        env=environment | os.environ,
     ) as running:
         assert running.stdout is not None
         for line in running.stdout:
@@ -66,18 +77,26 @@ def launch(job: str, folder: Path, processes: int) -> None:
 
 
 def main(folder: Path) -> None:
-    """One of the processes."""
+    """One of the processes. Ends it without destructors: torch's wait for gloo's threads with the GIL that those may need."""
     from tasks.train import JOB, train
 
     threading.Thread(target=_end_with_the_flow, daemon=True).start()
-    if os.environ["RANK"] == "0":
+    rank, processes, status = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0
+    if rank == 0:
         logger.addHandler(handler := logging.StreamHandler())
         handler.setFormatter(logging.Formatter(f"{MARK}%(message)s"))
+    init_process_group(init_method=f"file://{folder}/processes", rank=rank, world_size=processes)
     try:
         train(JOB.validate_json((folder / "job.json").read_text()), folder)
     except (BadInput, Stopped) as error:
         (folder / type(error).__name__).write_text(str(error))
-        sys.exit(2)
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end_with_the_flow() -> None:

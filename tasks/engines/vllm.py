@@ -82,7 +82,9 @@ class VllmEngine(RemoteEngine):
             if self.child is None:
                 self.child = Child(self.ref)
             yield from self.child.ask(do, table, options)
-        except Unavailable:
+        except (BadInput, GeneratorExit):  # the reply is read, or nobody wants the rest of it
+            raise
+        except BaseException:  # a child that broke, or that somebody no longer waits for: its next reply would be the wrong one
             self.close()
             raise
 

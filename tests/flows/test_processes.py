@@ -5,9 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import CHECKOUT
 from safetensors.torch import load_file
@@ -32,6 +36,27 @@ def job(models, tmp_path_factory) -> Job:
     return Job(recipe, 1, student, None, [], None)
 
 
+@contextmanager
+def listening() -> Iterator[set[str]]:
+    """The addresses that processes of this one listen on meanwhile, Prefect's server aside (it is started once a session)."""
+    before, heard, over = set(psutil.Process().children(recursive=True)), set(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.Error):
+                    connections = process.net_connections("inet")
+                    heard.update(c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield heard
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_as_in_one_process(recipe, tmp_path, caplog):
     """Two rounds in one process, and one round in each of DDP and FSDP: losses, norms, counts, weights, optimizer.
 
@@ -42,7 +67,9 @@ def test_as_in_one_process(recipe, tmp_path, caplog):
     config, alone, shared = str(recipe(**changes)), tmp_path / "alone" / "tiny", tmp_path / "shared" / "tiny"
     distill(config, overrides=(f"root={alone.parent}",))
     caplog.set_level(logging.INFO, "potstill")
-    distill(config, rounds=1, overrides=(f"root={shared.parent}", "train.processes=2"))
+    with listening() as heard:
+        distill(config, rounds=1, overrides=(f"root={shared.parent}", "train.processes=2"))
+    assert heard == {"127.0.0.1"}  # where the two meet: nothing is open to other machines
     assert distill(config, overrides=(f"root={shared.parent}", "train.processes=2", "train.sharding=full"))["rounds"] == 2
 
     one, two = (scan(str(run), "steps").sort("step").collect() for run in (alone, shared))
@@ -68,6 +95,23 @@ def test_a_failing_process_is_quoted(job, tmp_path):
     broken = Job(job.recipe, 1, job.student, None, [(missing, missing)], None)
     with pytest.raises(RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*FileNotFoundError.*missing\.parquet"):
         launch(JOB.dump_json(broken).decode(), tmp_path, 2)
+
+
+def test_what_libraries_do_at_exit_keeps_nobody(tmp_path):
+    """gloo's destructor can wait for the GIL that it holds: seen once in many runs, with all files written."""
+    tmp_path.joinpath("job.json").write_text("")
+    code = """
+import atexit, pathlib, sys, time, tasks.processes, tasks.train as train
+atexit.register(time.sleep, 600)
+train.train, train.JOB = lambda *_: print("trained"), type("Job", (), {"validate_json": print})
+tasks.processes.main(pathlib.Path(sys.argv[1]))"""
+    command, alone = [sys.executable, "-c", code, str(tmp_path)], os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+    with subprocess.Popen(command, cwd=CHECKOUT, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.wait(120) == 0
+            assert b"trained" in process.stdout.read()
+        finally:
+            process.kill()
 
 
 def test_what_a_process_refuses_is_one_message(job, tmp_path):
