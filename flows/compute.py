@@ -1,14 +1,12 @@
 """Where a run's tasks are worked on, for how long, and on whose accelerators."""
 
-import os
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import cached_assets_path
 from prefect import Task
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.utilities.callables import get_call_parameters
@@ -93,7 +91,7 @@ def exclusive(recipe: Recipe) -> Iterator[None]:
     within a run (a teacher that is made first) computes on what the outer one holds.
     """
     names = sorted(accelerators(recipe) - _held) if recipe.compute.exclusive else []
-    folder = Path(tempfile.gettempdir(), f"potstill-{os.getuid()}")
+    folder = cached_assets_path("potstill", "locks")  # in the user's own home
     with ExitStack() as locks:
         for name in names:
             locks.enter_context(local_lock(folder / name, name, logger.info, wait=True))

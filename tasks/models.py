@@ -1,5 +1,6 @@
 """Load models and tokenizers. The one place that decides on device, dtype and attention."""
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def accelerator_names(config: Model, processes: int = 1) -> set[str]:
     indices = range(device.index or 0, (device.index or 0) + processes)
     if device.type == "cuda":  # one that is not here is a cluster's worker's
         return {f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in indices if i < torch.cuda.device_count()}
-    return set() if device.type == "cpu" else {f"{device.type}-{i}" for i in indices}
+    return set() if device.type == "cpu" else {f"{device.type}-{i}-of-{socket.gethostname()}" for i in indices}
 
 
 def check_machine(role: str, config: Model) -> None:

@@ -218,3 +218,43 @@ def test_every_engine_ends_in_the_same_tables(tmp_path) -> None:
     print(f"the trained student, served: {chat!r}")
     assert answer.ids == wanted.ids
     assert chat.strip() == Side(own).tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+
+
+SMALL = ("rounds=1", "prompts.eval=2", "evaluate.samples=0", "rollout.prompts=8", "rollout.shard_rows=4", "train.batch_size=4")
+
+
+def real(root: Path, config: str, name: str, *overrides: str) -> Path:
+    """A round of a recipe of configs/, eight rollouts long."""
+    where = (f"root={root}", f"name={name}", *SMALL, *overrides)
+    assert distill(str(CHECKOUT / "configs" / config), overrides=where)["rounds"] == 1
+    release()
+    return root / name
+
+
+def test_a_real_recipe_by_every_engine(tmp_path, smollm2_url) -> None:
+    """SmolLM2 teaches Gemma 3 embedded, from a child and from a server; then it learns from Gemma, and its child samples."""
+    teacher = "teacher={{model='models/smollm2', {}}}"
+    engines = {
+        "embedded": teacher.format("engine='transformers'"),
+        "child": teacher.format(f"engine='vllm', vllm_python='{PYTHON}'"),
+        "served": teacher.format(f"engine='server', urls=['{smollm2_url}']"),
+    }
+    topk = ("score.signal=topk", "objective={name='gold'}")
+    with prefect_test_harness(server_startup_timeout=120):
+        runs = {name: real(tmp_path, "smollm2-to-gemma3.toml", name, *topk, used) for name, used in engines.items()}
+        sampler = f"student={{model='models/smollm2', rendering='plain', engine='vllm', vllm_python='{PYTHON}'}}"
+        mirror = real(tmp_path, "gemma3-to-smollm2.toml", "mirror", sampler)
+    tables = {name: pl.read_parquet(run / "round=0001" / "scores" / "*.parquet") for name, run in runs.items()}
+    for name in ("child", "served"):
+        ours, theirs = (tables[which]["logprobs"].explode().drop_nulls().to_numpy() for which in ("embedded", name))
+        apart = abs(ours - theirs)
+        print(f"\n{name}, in a run of a real recipe: largest gap {apart.max():.2e} nats over {len(ours)} tokens")
+        assert len(ours) > 100
+        assert apart.max() < LIMIT + 1e-3  # stored in half precision
+        losses = [pl.read_parquet(runs[which] / "round=0001" / "steps" / "*.parquet")["loss"] for which in ("embedded", name)]
+        assert losses[1].to_list() == pytest.approx(losses[0].to_list(), rel=1e-2)
+    rollouts = pl.read_parquet(mirror / "round=0001" / "rollouts" / "*.parquet")
+    assert set(rollouts["engine"]) == {"vllm-0.32.0"}
+    for run in (*runs.values(), mirror):
+        files = sorted(path.relative_to(run) for path in run.rglob("*.parquet"))
+        assert files == sorted(path.relative_to(runs["embedded"]) for path in runs["embedded"].rglob("*.parquet"))

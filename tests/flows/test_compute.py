@@ -2,15 +2,16 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 from helpers import CHECKOUT
+from huggingface_hub.utils import _cache_assets as assets
 from prefect import flow, task
 
 from configs.errors import Unavailable
@@ -39,7 +40,9 @@ def user(tmp_path):
         def start(*overrides: str) -> subprocess.Popen:
             command = [sys.executable, "-c", USER, str(CHECKOUT / "tests/recipes/tiny.toml"), *overrides]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, **pipes, text=True, cwd=CHECKOUT, env=os.environ | {"TMPDIR": str(tmp_path)})
+            process = subprocess.Popen(
+                command, **pipes, text=True, cwd=CHECKOUT, env=os.environ | {"HF_ASSETS_CACHE": str(tmp_path)}
+            )
             ended.callback(process.wait)
             ended.callback(process.kill)
             return process
@@ -64,7 +67,7 @@ def test_a_crash_leaves_no_accelerator_taken(user, tmp_path):
 def test_who_has_it_is_said(user, tmp_path, monkeypatch, caplog):
     first = user()
     assert first.stdout.readline() == "has it\n"
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(assets, "HF_ASSETS_CACHE", str(tmp_path))
     monkeypatch.setattr(compute, "accelerators", lambda recipe: {"GPU-of-a-test"})
     caplog.set_level("INFO", "potstill")
 
@@ -75,7 +78,7 @@ def test_who_has_it_is_said(user, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(time, "sleep", kill)  # between two looks
     with exclusive(load(CHECKOUT / "tests/recipes/tiny.toml")), exclusive(load(CHECKOUT / "tests/recipes/tiny.toml")):
         assert f"GPU-of-a-test: waiting for process {first.pid} on" in caplog.text
-    assert not list(tmp_path.glob("potstill-*"))
+    assert not list(tmp_path.rglob("GPU-*"))
 
 
 def test_an_accelerator_may_be_shared(user):
@@ -93,7 +96,7 @@ def test_the_accelerators_of_a_recipe(monkeypatch):
     used = accelerators(load(tiny, ["student.device=cuda", "teacher.device='cuda:5'", "train.processes=2"]))
     assert used == {"GPU-0", "GPU-1", "GPU-5"}
     served = "teacher={model='x', engine='server', urls=['http://x'], device='cuda:1'}"
-    assert accelerators(load(tiny, ["student.device=mps", served])) == {"mps-0"}
+    assert accelerators(load(tiny, ["student.device=mps", served])) == {f"mps-0-of-{socket.gethostname()}"}
     assert accelerators(load(tiny, ["student.device='cuda:9'", "teacher.device=cpu"])) == set()
 
 
