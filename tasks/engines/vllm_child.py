@@ -14,6 +14,8 @@ from importlib.metadata import packages_distributions, version
 from typing import Any
 
 ENTRIES = 4_000_000  # log-probs held at once, before they are written
+STEP_TOKENS = 2048
+RUNNING = 256  # sequences that a step adds a token to at most, vLLM's own number for CPUs
 
 
 def main(options: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def main(options: dict[str, Any]) -> None:
         logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
         max_logprobs=-1,
         max_model_len=-1,  # the model's own, or less where the cache is too small for it
-        max_num_batched_tokens=2048,  # so many rows of logits, over the whole vocabulary, when prompts are scored
+        max_num_batched_tokens=STEP_TOKENS,  # so many rows of logits, over the whole vocabulary, when prompts are scored
         enforce_eager=current_platform.is_cpu(),
         disable_log_stats=True,
     )
@@ -61,17 +63,28 @@ def _requests() -> queue.Queue[dict[str, Any]]:
 
 
 def generate(llm: Any, request: dict[str, Any]) -> None:
-    """(prompt, seed) to (ids, logprobs)."""
+    """(prompt, seed) to (ids, logprobs).
+
+    A prompt that a step has room for a part of makes vLLM rewind its generator, which those of CPUs cannot do: there
+    no more prompts are given at once than one step has room for.
+    """
     import pyarrow as pa
     from vllm import SamplingParams
+    from vllm.platforms import current_platform
 
     rows = _read(request)
+    prompts, sampled = _prompts(rows["prompt"]), request["sampling"]["temperature"] > 0
+    lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+    together = [slice(None)]
+    if sampled and current_platform.is_cpu():
+        if (longest := max(lengths)) > STEP_TOKENS:
+            raise ValueError(f"a prompt of {longest} tokens: it samples from prompts of at most {STEP_TOKENS} on a CPU")
+        together = _parts(lengths, STEP_TOKENS - RUNNING)
     bias = dict.fromkeys(range(*request["padding"]), -100.0) or None
     shared = {**request["sampling"], "stop_token_ids": request["stops"], "ignore_eos": True, "logit_bias": bias}
     plain = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
     params = [SamplingParams(**shared, **plain, seed=seed) for seed in rows["seed"].to_pylist()]
-    outputs = llm.generate(_prompts(rows["prompt"]), params, use_tqdm=False)
-    made = [output.outputs[0] for output in outputs]
+    made = [output.outputs[0] for part in together for output in llm.generate(prompts[part], params[part], use_tqdm=False)]
     ids = pa.array([list(one.token_ids) for one in made], pa.list_(pa.int32()))
     logprobs = pa.array([one.logprobs.logprobs for one in made], pa.list_(pa.float32()))
     _write(request, [pa.record_batch({"ids": ids, "logprobs": logprobs})])
@@ -101,7 +114,9 @@ def tops(llm: Any, request: dict[str, Any]) -> None:
         kinds = {"actual": pa.float32(), "ids": pa.int32(), "logprobs": pa.float32()}
         return pa.record_batch({n: pa.array(c, pa.list_(t)) for (n, t), c in zip(kinds.items(), columns, strict=True)})
 
-    _write(request, (scored(part) for part in _parts([len(p) + len(c) for p, c in zip(prompts, completions)], k + 1)))
+    _write(
+        request, (scored(part) for part in _parts([len(p) + len(c) for p, c in zip(prompts, completions)], ENTRIES // (k + 1)))
+    )
 
 
 def stops(llm: Any, request: dict[str, Any]) -> None:
@@ -120,11 +135,11 @@ def _prompts(column: Any) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": ids} for ids in column.to_pylist()]
 
 
-def _parts(lengths: list[int], width: int) -> list[slice]:
-    """Rows in order, cut so that each part holds about ENTRIES log-probs."""
+def _parts(lengths: list[int], most: int) -> list[slice]:
+    """Rows in order, cut so that each part is at most so long, or one row."""
     cuts, total = [0], 0
     for row, length in enumerate(lengths):
-        if total and (total + length) * width > ENTRIES:
+        if total and total + length > most:
             cuts.append(row)
             total = 0
         total += length

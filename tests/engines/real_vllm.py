@@ -23,6 +23,7 @@ from conftest import CHECKOUT
 from prefect.testing.utilities import prefect_test_harness
 from toys import full_logprobs
 
+from configs.errors import BadInput
 from flows.distill import distill
 from tasks.engines.base import Completion, Engine, Sampling, Signal, TokenScores
 from tasks.engines.choose import engine, release
@@ -132,6 +133,18 @@ def test_a_completions_log_probs(engines, prompts, name: str, sampling: Sampling
     assert gap(engines, some, greedy, Sampling(16)) < LIMIT
     for law, completion in laws(engines, some, greedy):  # the likeliest, or one just as likely
         assert (law.max(1) - law[np.arange(len(law)), completion.ids]).max() < LIMIT
+
+
+def test_more_prompts_than_a_step_has_room_for(engines, prompts) -> None:
+    """Each completion as among few: vLLM cannot sample from a prompt in two parts on a CPU."""
+    assert sum(map(len, prompts * 2)) > 2 * 2048
+    generator = engines["vllm"]()
+    made = generator.generate(prompts * 2, list(range(128)), Sampling(4))
+    few = generator.generate(prompts[:8], list(range(8)), Sampling(4))
+    assert [c.ids for c in made[:8]] == [c.ids for c in few]
+    with pytest.raises(BadInput, match="a prompt of 2049 tokens: it samples from prompts of at most 2048 on a CPU"):
+        generator.generate([[1] * 2049], [0], Sampling(4))
+    assert len(generator.generate([[1] * 2049], [0], Sampling(4, 0))[0].ids) <= 4
 
 
 def laws(engines, prompts: list[list[int]], made: list[Completion]) -> Iterator[tuple[np.ndarray, Completion]]:
