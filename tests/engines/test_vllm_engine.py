@@ -100,11 +100,12 @@ def test_scores(start, monkeypatch, ref, k: int, top_p: float) -> None:
             assert np.exp(scored.rest[t]) == pytest.approx(1 - np.exp(row[best]).sum(), abs=2e-6)
 
 
-def test_a_shard_in_parts_is_the_same(start, monkeypatch) -> None:
-    """However few log-probs the child holds at once."""
-    assert vllm_child._parts([3, 3, 9, 1, 1], 100_000_000) == [slice(i, i + 1) for i in range(5)]
-    assert vllm_child._parts([3, 3, 9, 1, 1], 1) == [slice(0, 5)]
-    assert vllm_child._parts([3, 3, 9, 1, 1], 600_000) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+def test_rows_in_parts() -> None:
+    """Every row once and in order; a part as long as it may be, a longer row alone."""
+    lengths = [3, 3, 9, 1, 1]
+    assert vllm_child._parts(lengths, 1) == [slice(i, i + 1) for i in range(5)]
+    assert vllm_child._parts(lengths, 17) == [slice(0, 5)]
+    assert vllm_child._parts(lengths, 6) == [slice(0, 2), slice(2, 3), slice(3, 5)]
 
 
 def test_completions(start) -> None:
