@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from huggingface_hub import cached_assets_path
 from prefect import Task
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.utilities.callables import get_call_parameters
@@ -14,7 +13,7 @@ from prefect.utilities.callables import get_call_parameters
 from configs.errors import BadInput, Unavailable
 from configs.schema import Compute, Recipe
 from storage.artifacts import Artifact
-from storage.lock import local_lock
+from storage.lock import device_lock
 from tasks.models import accelerator_names
 from tasks.progress import logger
 
@@ -91,10 +90,9 @@ def exclusive(recipe: Recipe) -> Iterator[None]:
     within a run (a teacher that is made first) computes on what the outer one holds.
     """
     names = sorted(accelerators(recipe) - _held) if recipe.compute.exclusive else []
-    folder = cached_assets_path("potstill", "locks")  # in the user's own home
     with ExitStack() as locks:
         for name in names:
-            locks.enter_context(local_lock(folder / name, name, logger.info, wait=True))
+            locks.enter_context(device_lock(name, logger.info))
         _held.update(names)
         locks.callback(_held.difference_update, names)
         yield

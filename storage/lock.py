@@ -6,10 +6,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import cached_assets_path
 
 from configs.errors import BadInput
 
@@ -43,6 +45,11 @@ def local_lock(file: Path, what: str, log: Callable[[str], None], wait: bool) ->
         with suppress(OSError):  # where nothing was made, nothing is left
             file.parent.rmdir()
             file.parent.parent.rmdir()
+
+
+def device_lock(name: str, log: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Wait until no other process of this user holds a device, then hold it: a lock in the user's own folder."""
+    return local_lock(cached_assets_path("potstill", "locks") / name, name, log, wait=True)
 
 
 def _acquire(file: Path, what: str, log: Callable[[str], None]) -> int | None:

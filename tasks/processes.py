@@ -85,8 +85,8 @@ def main(folder: Path) -> None:
     if rank == 0:
         logger.addHandler(handler := logging.StreamHandler())
         handler.setFormatter(logging.Formatter(f"{MARK}%(message)s"))
-    init_process_group(init_method=f"file://{folder}/processes", rank=rank, world_size=processes)
     try:
+        init_process_group(init_method=f"file://{folder}/processes", rank=rank, world_size=processes)
         train(JOB.validate_json((folder / "job.json").read_text()), folder)
     except (BadInput, Stopped) as error:
         (folder / type(error).__name__).write_text(str(error))

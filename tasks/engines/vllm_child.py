@@ -15,7 +15,7 @@ from typing import Any
 
 ENTRIES = 4_000_000  # log-probs held at once, before they are written
 STEP_TOKENS = 2048
-RUNNING = 256  # sequences that a step adds a token to at most, vLLM's own number for CPUs
+RUNNING = 256  # sequences that a step on a CPU adds a token to at most
 
 
 def main(options: dict[str, Any]) -> None:
@@ -35,6 +35,7 @@ def main(options: dict[str, Any]) -> None:
         max_logprobs=-1,
         max_model_len=-1,  # the model's own, or less where the cache is too small for it
         max_num_batched_tokens=STEP_TOKENS,  # so many rows of logits, over the whole vocabulary, when prompts are scored
+        max_num_seqs=RUNNING if current_platform.is_cpu() else None,
         enforce_eager=current_platform.is_cpu(),
         disable_log_stats=True,
     )
@@ -114,9 +115,8 @@ def tops(llm: Any, request: dict[str, Any]) -> None:
         kinds = {"actual": pa.float32(), "ids": pa.int32(), "logprobs": pa.float32()}
         return pa.record_batch({n: pa.array(c, pa.list_(t)) for (n, t), c in zip(kinds.items(), columns, strict=True)})
 
-    _write(
-        request, (scored(part) for part in _parts([len(p) + len(c) for p, c in zip(prompts, completions)], ENTRIES // (k + 1)))
-    )
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    _write(request, (scored(part) for part in _parts(lengths, ENTRIES // (k + 1))))
 
 
 def stops(llm: Any, request: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from flows.distill import distill
 from tasks.retries import RETRIES
 
 USER = """
-import sys, time, flows.compute as compute
+import logging, sys, time, flows.compute as compute
+logging.basicConfig(level=logging.INFO)
 from configs.load import load
 compute.accelerators = lambda recipe: {"GPU-of-a-test"}
 with compute.exclusive(load(sys.argv[1], sys.argv[2:])):
@@ -50,23 +51,25 @@ def user(tmp_path):
         yield start
 
 
+def until(process: subprocess.Popen, words: str) -> None:
+    """Reads what a process says until it says this."""
+    assert any(words in line for line in process.stdout), f"it ended without saying {words!r}"
+
+
 def test_a_crash_leaves_no_accelerator_taken(user, tmp_path):
     first = user()
-    assert first.stdout.readline() == "has it\n"
+    until(first, "has it")
     second = user()
-    os.set_blocking(second.stdout.fileno(), False)
-    time.sleep(8)  # it has long started, and waits
-    assert "has it" not in (second.stdout.read() or "")
-    os.set_blocking(second.stdout.fileno(), True)
+    until(second, f"GPU-of-a-test: waiting for process {first.pid} on")
     first.send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    assert second.stdout.readline() == "has it\n"
+    until(second, "has it")
     assert time.monotonic() - killed < 5
 
 
 def test_who_has_it_is_said(user, tmp_path, monkeypatch, caplog):
     first = user()
-    assert first.stdout.readline() == "has it\n"
+    until(first, "has it")
     monkeypatch.setattr(assets, "HF_ASSETS_CACHE", str(tmp_path))
     monkeypatch.setattr(compute, "accelerators", lambda recipe: {"GPU-of-a-test"})
     caplog.set_level("INFO", "potstill")
@@ -83,8 +86,8 @@ def test_who_has_it_is_said(user, tmp_path, monkeypatch, caplog):
 
 def test_an_accelerator_may_be_shared(user):
     first = user()
-    assert first.stdout.readline() == "has it\n"
-    assert user("compute.exclusive=false").stdout.readline() == "has it\n"
+    until(first, "has it")
+    until(user("compute.exclusive=false"), "has it")
 
 
 def test_the_accelerators_of_a_recipe(monkeypatch):
