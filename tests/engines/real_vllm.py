@@ -194,7 +194,7 @@ def recipe(which: str, **changes) -> dict:
 
 
 def test_every_engine_ends_in_the_same_tables(tmp_path) -> None:
-    """And a server takes the trained student as it lies there."""
+    """And a server takes the trained student as it lies there (this one is too small to say much)."""
     vllm = {"engine": "vllm", "vllm_python": PYTHON}
     with prefect_test_harness(server_startup_timeout=120):
         embedded = run(tmp_path, "embedded")
@@ -219,18 +219,27 @@ def test_every_engine_ends_in_the_same_tables(tmp_path) -> None:
     print(f"\na served teacher in a run: largest gap {abs(ours - theirs).max():.2e} nats over {len(ours)} tokens")
     assert abs(ours - theirs).max() < 1.1e-3
 
-    student = str(embedded / "round=0001" / "student")
+    served_answer(embedded, "word")
+
+
+def served_answer(run: Path, question: str) -> str:
+    """What the run's student, in a server of its own, answers to a chat; greedy, and the same as with transformers."""
+    student = str(run / "round=0001" / "student")
     own = ModelRef(student, "", device="cpu")
-    prompt = Side(own).render([{"role": "user", "content": "word"}])
+    messages = [{"role": "user", "content": question}]
+    prompt = Side(own).render(messages)
     with served(student) as url:
         ref = ModelRef(student, "", device="cpu", engine="server", urls=(url,))
-        (answer,) = engine(ref).generate([prompt], [0], Sampling(8, 0))
-        body = {"model": student, "messages": [{"role": "user", "content": "word"}], "max_tokens": 8, "temperature": 0}
-        chat = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]["content"]
-    (wanted,) = engine(own).generate([prompt], [0], Sampling(8, 0))
-    print(f"the trained student, served: {chat!r}")
+        (answer,) = engine(ref).generate([prompt], [0], Sampling(32, 0))
+        body = {"model": student, "messages": messages, "max_tokens": 32, "temperature": 0}
+        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+    (wanted,) = engine(own).generate([prompt], [0], Sampling(32, 0))
+    release()
+    chat = response.json()["choices"][0]["message"]["content"]
+    print(f"\n{run.name}'s student, served, asked {question!r}: {chat!r}")
     assert answer.ids == wanted.ids
     assert chat.strip() == Side(own).tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+    return chat
 
 
 SMALL = ("rounds=1", "prompts.eval=2", "evaluate.samples=0", "rollout.prompts=8", "rollout.shard_rows=4", "train.batch_size=4")
@@ -271,3 +280,4 @@ def test_a_real_recipe_by_every_engine(tmp_path, smollm2_url) -> None:
     for run in (*runs.values(), mirror):
         files = sorted(path.relative_to(run) for path in run.rglob("*.parquet"))
         assert files == sorted(path.relative_to(runs["embedded"]) for path in runs["embedded"].rglob("*.parquet"))
+    assert len(served_answer(mirror, "Write one short sentence with the word river.").split()) > 3
