@@ -154,7 +154,7 @@ def inspect(
     """
     from tasks import inspect as show
     from tasks import trace
-    from tasks.report import records, rounds_table
+    from tasks.rounds import records, rounds_table
 
     show.check_run(run)
     if verify:
@@ -174,6 +174,22 @@ def inspect(
     else:
         _print("Rounds", records(rounds_table(run)))
         _print("Tables", show.tables(run))
+
+
+@app.command
+def report(run: str) -> None:
+    """Write a run's report.html: one file with its figures, charts and shaded samples, for any browser.
+
+    Parameters
+    ----------
+    run
+        A run's folder or URI, such as runs/quickstart.
+    """
+    from tasks import inspect as show
+    from tasks.report import write_report
+
+    show.check_run(run)
+    out.print(write_report(show.run_at(run)), soft_wrap=True, highlight=False)
 
 
 @app.command

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from prefect import flow, runtime
 from prefect.artifacts import (
+    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -30,8 +31,9 @@ from tasks.models import ModelRef, check_machine, check_weights, reference, side
 from tasks.processes import check_processes
 from tasks.progress import logger
 from tasks.prompts import check_prompts, make_prompts
-from tasks.report import markdown, records, rounds_table
+from tasks.report import write_report
 from tasks.rollout import roll_out, shards, uses_teacher
+from tasks.rounds import markdown, records, rounds_table
 from tasks.score import score_shard
 from tasks.scorers import check_scorer
 from tasks.scratch import make_scratch
@@ -93,6 +95,8 @@ def _distill(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[st
             logger.info("round %d: %s", number, _headline(records(table)[-1]))
     table = rounds_table(run.address)
     create_markdown_artifact(markdown(table, run.address), key=slug(recipe.name, "summary"))
+    if target > done:
+        create_link_artifact(write_report(run), link_text="report", key=slug(recipe.name, "report"))
     last = run.find(round_slot(target, "student"))
     student_at = last.path if last else student.path
     return {"run": run.address, "rounds": run.rounds_done(), "student": student_at, "table": records(table)}

@@ -1,102 +1,145 @@
-"""What a run has shown so far: one row a model and round."""
+"""A run as one HTML file that needs nothing else: figures, charts, and answers with each unit shaded by its divergence."""
 
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import polars as pl
+import vl_convert
 
+from configs.load import dumps
 from storage.read import scan
-from tasks.estimates import Estimate, accuracy
+from storage.store import Run
+from tasks.charts import charts
+from tasks.rounds import records, rounds_table
+from tasks.tokens.align import Kind
+
+FILE = "report.html"
+SHOWN = 8  # prompts, and rollouts of each kind
+FULL = 5.0  # nats of a unit that are shaded the most
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+)
 
 
-def rounds_table(run: str) -> pl.DataFrame:
-    """The teacher, the student before training, and the student after each round, with 95% intervals.
-
-    `recovered` is the share of the teacher's lead in sampled accuracy that the student has gained since round 0.
-    `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats a byte; `truncated` is the share of
-    completions cut at the limit; `supervised` is the share of the round's completion bytes that a term of the loss
-    speaks of.
-    """
-    try:
-        evals = scan(run, "evals").collect()
-    except (pl.exceptions.ComputeError, FileNotFoundError):
-        return pl.DataFrame()  # a run that has only begun
-    quality = _supervised(run)
-    estimates: dict[tuple[str, int, str], Estimate] = {}
-    rows = []
-    for (model, number), group in evals.group_by(["model", "round"]):
-        for (decoding,), some in group.group_by(["decoding"]):
-            estimates[str(model), int(str(number)), str(decoding)] = accuracy(some)
-        sampled = group.filter(pl.col("decoding") == "sampled") if (group["decoding"] == "sampled").any() else group
-        rows.append(
-            {
-                "model": model,
-                "round": number,
-                "divergence": _per_byte(sampled),
-                "tokens": sampled["tokens"].mean(),
-                "truncated": (sampled["finish_reason"] == "length").mean(),
-            }
-        )
-    decoding = "sampled" if any(key[2] == "sampled" for key in estimates) else "greedy"
-    before, teacher = estimates.get(("student", 0, decoding)), estimates.get(("teacher", 0, decoding))
-    for row in rows:
-        key = (row["model"], row["round"])
-        for kind in ("greedy", "sampled"):
-            estimate = estimates.get((*key, kind))
-            row |= {
-                kind: estimate and estimate.value,
-                f"{kind}_low": estimate and estimate.low,
-                f"{kind}_high": estimate and estimate.high,
-            }
-        row["supervised"] = quality.get(row["round"]) if row["model"] == "student" else None
-        row["recovered"] = None
-        if row["model"] == "student" and row["round"] and before and teacher and teacher.value > before.value:
-            row["recovered"] = (estimates[*key, decoding].value - before.value) / (teacher.value - before.value)
-    rows.sort(key=lambda row: (row["model"] != "teacher", row["round"]))
-    return pl.DataFrame(rows, infer_schema_length=None)
+def write_report(run: Run) -> str:
+    """Write the run's `report.html`; its address. A run that has only begun has a short one."""
+    run.write_text(FILE, page(run))
+    return f"{run.address}/{FILE}"
 
 
-def _per_byte(evals: pl.DataFrame) -> float | None:
-    scored = evals.filter(pl.col("teacher_logprob").is_not_null())
-    apart = float((scored["logprob"] - scored["teacher_logprob"]).sum())
-    return apart / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
+def page(run: Run) -> str:
+    """The report, from the run's tables and manifests alone."""
+    recipe = run.frozen_recipe()
+    assert recipe is not None
+    rounds = rounds_table(run.address)
+    done = run.rounds_done()
+    return TEMPLATES.get_template("report.html").render(
+        recipe=recipe,
+        toml=dumps(recipe),
+        address=run.address,
+        done=done,
+        rounds=records(rounds),
+        charts=charts(run, rounds) if len(rounds) else {},
+        vega=vl_convert.javascript_bundle(),
+        gates=_gates(run.address, done),
+        answers=_answers(run.address, done),
+        rollouts=_rollouts(run.address, done),
+        full=FULL,
+    )
 
 
-def _supervised(run: str) -> dict[int, float]:
-    counts = ["supervised_bytes", "unmatched_bytes", "dropped_bytes", "tail_bytes"]
-    try:
-        sums = scan(run, "aligned").group_by("round").agg(pl.col(counts).cast(pl.Int64).sum()).collect()
-    except (pl.exceptions.ComputeError, FileNotFoundError):
-        return {}  # before the first round
-    return {row["round"]: row[counts[0]] / max(sum(row[c] for c in counts), 1) for row in sums.iter_rows(named=True)}
+def _gates(run: str, number: int) -> list[dict[str, Any]]:
+    return _collected(run, "gates", pl.col("round") == number).drop("round", strict=False).to_dicts()
 
 
-def records(table: pl.DataFrame) -> list[dict[str, Any]]:
-    """The table as people read it: `0.716 [0.66, 0.77]`, percent where a share of a whole is meant."""
-
-    def interval(row: dict[str, Any], kind: str) -> str | None:
-        return None if row[kind] is None else f"{row[kind]:.3f} [{row[kind + '_low']:.2f}, {row[kind + '_high']:.2f}]"
-
+def _answers(run: str, last: int) -> list[dict[str, Any]]:
+    """The first held-out prompts with their reference and, greedy where the run has it, the answers before and after."""
+    evals = _collected(run, "evals", pl.col("round").is_in([0, last]))
+    if evals.is_empty():
+        return []
+    prompts = _collected(run, "prompts", pl.col("split") == "eval").head(SHOWN)
+    kind = "greedy" if (evals["decoding"] == "greedy").any() else "sampled"
+    given = {
+        (row["model"], row["round"], row["prompt_id"]): row
+        for row in evals.filter(decoding=kind, sample=0).iter_rows(named=True)
+    }
+    who = {"teacher": ("teacher", 0), "student, round 0": ("student", 0), f"student, round {last}": ("student", last)}
+    who = {title: key for title, key in who.items() if any(key == (model, number) for model, number, _ in given)}
     return [
         {
-            "model": row["model"] if row["model"] == "teacher" else f"student, round {row['round']}",
-            "sampled": interval(row, "sampled"),
-            "greedy": interval(row, "greedy"),
-            "recovered": _format(row["recovered"], "{:.0%}"),
-            "divergence": _format(row["divergence"], "{:.4f}"),
-            "tokens": _format(row["tokens"], "{:.1f}"),
-            "truncated": _format(row["truncated"], "{:.1%}"),
-            "supervised": _format(row["supervised"], "{:.1%}"),
+            "prompt": " | ".join(message["content"] for message in prompt["messages"]),
+            "reference": prompt["reference"],
+            "answers": {title: given.get((*key, prompt["prompt_id"])) for title, key in who.items()},
         }
-        for row in table.iter_rows(named=True)
+        for prompt in prompts.iter_rows(named=True)
     ]
 
 
-def _format(value: float | None, pattern: str) -> str | None:
-    return None if value is None else pattern.format(value)
+def _rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
+    """Samples of a round, unit by unit: the first ones, and those furthest from the teacher, in nats a byte."""
+    apart = (pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()).cast(pl.Float64)
+    size = pl.col("byte_ends").list.last()
+    graded = (
+        scan(run, "aligned")
+        .filter(pl.col("round") == number, status="ok")
+        .drop_nulls(["student_logprobs", "teacher_logprobs"])
+        .select("rollout_id", "byte_ends", "kind", "student_logprobs", "teacher_logprobs", divergence=apart / (size + 1))
+    )
+    try:
+        picked = {
+            "The first": graded.head(SHOWN).collect(),
+            "The furthest from the teacher": graded.top_k(SHOWN, by="divergence").collect(engine="streaming"),
+        }
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        return {}
+    wanted = pl.concat(picked.values())["rollout_id"].unique().to_list()
+    texts = {row["rollout_id"]: row for row in _collected(run, "rollouts", pl.col("rollout_id").is_in(wanted)).to_dicts()}
+    asked = [row["prompt_id"] for row in texts.values()]
+    prompts = {row["prompt_id"]: row for row in _collected(run, "prompts", pl.col("prompt_id").is_in(asked)).to_dicts()}
+    return {
+        title: [
+            {
+                "rollout_id": row["rollout_id"],
+                "prompt": " | ".join(m["content"] for m in prompts[texts[row["rollout_id"]]["prompt_id"]]["messages"]),
+                "divergence": row["divergence"],
+                "units": units(texts[row["rollout_id"]]["text"], row),
+            }
+            for row in rows.iter_rows(named=True)
+        ]
+        for title, rows in picked.items()
+        if len(rows)
+    }
 
 
-def markdown(table: pl.DataFrame, where: str) -> str:
-    rows = records(table)
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join([*lines, "", f"Everything lies in `{where}`."])
+def units(text: str, aligned: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pieces of a completion between boundaries that both tokenizations share, each with both models' log-probs.
+
+    `shade` is log student − log teacher over `FULL` nats, within −1 and 1; the rest of the text, which is in no unit, has none.
+    """
+    data, start, found = text.encode(), 0, []
+    columns = (aligned[name] for name in ("byte_ends", "kind", "student_logprobs", "teacher_logprobs"))
+    for end, kind, student, teacher in zip(*columns, strict=True):
+        piece = data[start:end].decode(errors="backslashreplace")
+        apart = student - teacher
+        found.append(
+            {
+                "piece": piece or "■",  # the stop
+                "kind": Kind(kind).name.lower().replace("_", " "),
+                "student": student,
+                "teacher": teacher,
+                "shade": max(-1.0, min(1.0, apart / FULL)),
+            }
+        )
+        start = end
+    if rest := data[start:].decode(errors="backslashreplace"):
+        found.append({"piece": rest, "kind": "not aligned", "student": None, "teacher": None, "shade": None})
+    return found
+
+
+def _collected(run: str, table: str, wanted: pl.Expr) -> pl.DataFrame:
+    try:
+        return scan(run, table).filter(wanted).collect()
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        return pl.DataFrame()
