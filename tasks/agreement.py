@@ -12,6 +12,7 @@ from tasks.engines.sampling import warpers
 from tasks.models import ModelRef, device_of, hidden_states, logits_of, side
 
 POSITIONS = 256  # whose logits exist at once
+EDGE = 0.5  # nats: of two dtypes, one may round a token into what top_p or top_k keeps and the other out of it
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, 
         hidden = hidden_states(model, ids)[0, len(row["prompt_token_ids"]) - 1 : -1]
         actual = ids[0, len(row["prompt_token_ids"]) :]
         for at in torch.arange(len(actual), device=model.device).split(POSITIONS):
-            logprobs = warp(ids, logits_of(model, hidden[at], size)).log_softmax(-1)  # type: ignore[arg-type]
-            found.append(logprobs.gather(1, actual[at][:, None])[:, 0].cpu())
+            logits, chosen = logits_of(model, hidden[at], size), actual[at][:, None]
+            own = logits.gather(1, chosen) / (sampling.temperature or 1.0)
+            warped = warp(ids, logits)  # type: ignore[arg-type]
+            own = torch.where(own > smallest(warped) - EDGE, own, warped.gather(1, chosen))
+            found.append(warped.scatter(1, chosen, own).log_softmax(-1).gather(1, chosen)[:, 0].cpu())
     return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+
+
+def smallest(warped: torch.Tensor) -> torch.Tensor:
+    """The logit `[…, 1]` of the least likely id that sampling keeps."""
+    return warped.masked_fill(warped == -torch.inf, torch.inf).amin(-1, keepdim=True)

@@ -21,7 +21,7 @@ from tasks.engines.base import Engine, Sampling, Signal
 from tasks.engines.choose import engine, release
 from tasks.evaluate import completions
 from tasks.gates import Gate, engine_gates, lead
-from tasks.models import ModelRef, Side, device_of, empty_model, side
+from tasks.models import ModelRef, Side, device_of, dtype_of, empty_model, side
 from tasks.prompts import split_prompts
 from tasks.ragged import flat
 from tasks.rollout import Row, rollouts_table
@@ -33,6 +33,7 @@ from tasks.tokens.align import Kind
 
 GIB = 2**30
 TRAINED = 16  # bytes a weight in training: float32 weight, gradient, and AdamW's two moments
+FROZEN = 4  # of a weight beside which adapters are trained
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,28 @@ def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterat
         free and free / GIB,
         detail=f"GiB: {per_row:.0f} bytes a rollout, and a checkpoint a round; limit: what is free",
     )
-    need = max(TRAINED * weights["student"], 4 * max(weights.values())) / GIB
-    yield Gate(
-        "memory", need, memory_of(device_of(sample.student)), detail="GiB for weights and optimizer; activations come on top"
-    )
+    for device, need in memory_needs(sample, weights).items():
+        detail = "GiB for weights and optimizer; activations come on top"
+        yield Gate(f"{device}: memory", need / GIB, memory_of(device), detail=detail)
     yield Gate(
         "hours", total * seconds / rows / 3600, detail="sampling and scoring at this sample's speed; training comes on top"
     )
+
+
+def memory_needs(sample: Sample, weights: dict[str, int]) -> dict[torch.device, float]:
+    """Bytes that each device of this machine needs at one time: one model is loaded after the other."""
+    train, needs = sample.recipe.train, dict[torch.device, float]()
+    for role, ref in sample.sides().items():
+        device, each = device_of(ref), float(dtype_of(ref).itemsize)
+        if ref.engine == "server":
+            continue  # its weights lie elsewhere
+        if role == "student":
+            trained = TRAINED if sample.recipe.student.lora is None else FROZEN
+            parts = train.processes if train.sharding == "full" else 1
+            copies = train.processes if device.type == "cpu" else 1  # of processes, in one memory
+            each = max(each, trained * copies / parts)
+        needs[device] = max(needs.get(device, 0), each * weights[role])
+    return needs
 
 
 def weights_of(ref: ModelRef) -> int:
@@ -271,6 +287,7 @@ def examine(recipe: Recipe, student: ModelRef | None, teacher: ModelRef | None, 
         made.append(scored(sample, rollouts, teacher))
     seconds = time.monotonic() - started
     gates += [chance_gate(sample, role, ref) for role, ref in sample.sides().items()]
+    release()
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None:
         gates += [teacher_engine_gate(sample, teacher), noise_gate(sample, rollouts, made[1], teacher)]

@@ -1,17 +1,16 @@
 """The teacher's own completions, for off-policy rows. No student's tokenizer enters: students share them."""
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.load import content
 from configs.schema import Recipe, Rollout
 from storage.artifacts import Artifact, read_table
 from storage.schemas import COMPLETIONS
 from storage.store import Run, part, round_slot
-from tasks.engines.base import Sampling
+from tasks.engines.base import Advance, Sampling, unseen
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, side
 from tasks.progress import logger, progress
@@ -32,7 +31,7 @@ def complete_shard(recipe: Recipe, number: int, shard: int, teacher: ModelRef, p
         "engine": engine_name(teacher),
         "teacher": teacher.identity,
         "prompts": prompts.digest,
-        "recipe": config.model_dump(),
+        "recipe": content(recipe, "rollout"),
         "seed": recipe.seed,
         "round": number,
         "part": shard,
@@ -48,7 +47,7 @@ def complete_shard(recipe: Recipe, number: int, shard: int, teacher: ModelRef, p
 
 
 def completions_table(
-    rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Any = lambda count: None
+    rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Advance = unseen
 ) -> pa.Table:
     """The teacher's completions, under its own rendering of the prompts, of those `rows` whose source it is."""
     mine = [row for row in rows if row.source == "teacher"]
@@ -58,13 +57,10 @@ def completions_table(
     rendered = [text_side.render(messages) for messages in chosen["messages"].to_pylist()]
     name = engine_name(teacher)
     sampling, stops = Sampling.of(config), set(text_side.stop_ids)
-    for start in range(0, len(mine), config.batch_size):
-        batch = slice(start, start + config.batch_size)
-        made = generator.generate(rendered[batch], [row.seed for row in mine[batch]], sampling)
-        for row, prompt_id, completion in zip(mine[batch], ids[batch], made, strict=True):
-            text, whole = split_completion(text_side.beta, completion.ids, stops)
-            finish = "stop" if whole and completion.ids[-1] in stops else "length"
-            record = (row.rollout_id, prompt_id, teacher.digest, text, finish, name)
-            records.append(dict(zip(COMPLETIONS.names, record, strict=True)))
-        advance(len(made))
+    made = generator.generate(rendered, [row.seed for row in mine], sampling, advance)
+    for row, prompt_id, completion in zip(mine, ids, made, strict=True):
+        text, whole = split_completion(text_side.beta, completion.ids, stops)
+        finish = "stop" if whole and completion.ids[-1] in stops else "length"
+        record = (row.rollout_id, prompt_id, teacher.digest, text, finish, name)
+        records.append(dict(zip(COMPLETIONS.names, record, strict=True)))
     return pa.Table.from_pylist(records, COMPLETIONS)

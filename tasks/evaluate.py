@@ -8,6 +8,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.load import content
 from configs.schema import Recipe
 from storage.artifacts import Artifact, read_table
 from storage.schemas import EVALS
@@ -40,7 +41,7 @@ def evaluate_model(
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,
         "recipe": recipe.evaluate.model_dump(),
-        "rollout": recipe.rollout.model_dump(),
+        "rollout": content(recipe, "rollout"),
         "seed": recipe.seed,
         "role": role,
         "round": number,
@@ -69,7 +70,7 @@ def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: l
             for sample in range(samples):
                 # The same seeds in every round: the figures differ by the model alone.
                 seeds = [derive(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
-                for row, completion in zip(rows, generator.generate(rendered, seeds, sampling), strict=True):
+                for row, completion in zip(rows, generator.generate(rendered, seeds, sampling, advance), strict=True):
                     text, whole = split_completion(text_side.beta, completion.ids, stops)
                     value = score(text, row)
                     records.append(
@@ -91,7 +92,6 @@ def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: l
                             "whole": whole,
                         }
                     )
-                advance(len(rows))
     return records
 
 

@@ -19,7 +19,7 @@ from storage.store import Run, part, round_slot
 from tasks.agreement import Gap, trainer_logprobs
 from tasks.engines.base import Sampling
 from tasks.engines.choose import release
-from tasks.models import ModelRef, load_weights, side
+from tasks.models import ModelRef, float32_model, side
 from tasks.progress import logger
 from tasks.ragged import flat, rows_of, within
 
@@ -152,6 +152,7 @@ def check_round(recipe: Recipe, number: int, student: ModelRef, rollouts: list[A
         release()  # the model below takes its place
         sampled = read_table(rollouts[0], ["prompt_token_ids", "token_ids", "logprobs"])
         gates += engine_gates(student, sampled, Sampling.of(recipe.rollout), limits)
+        release()
         return pa.Table.from_pylist([{**asdict(gate), "gate": gate.name, "round": number} for gate in gates], GATES)
 
     artifact = run.build_table(round_slot(number, "gates", part(0)), inputs, make, logger.info)
@@ -226,7 +227,7 @@ def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limi
     gap = Gap(None, None)
     if len(own):
         with torch.inference_mode():
-            mine = trainer_logprobs(student, load_weights(student, torch.float32).eval(), own, sampling)
+            mine = trainer_logprobs(student, float32_model(student).eval(), own, sampling)
         gap = Gap.between(mine, flat(own["logprobs"])[0])
     detail = f"log-probs of {len(own)} samples against the trainer's"
     return [

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -28,6 +28,9 @@ from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
 transformers_logging.disable_progress_bar()  # a bar for every shard of weights would drown ours
+
+
+FLASH = "flash_attention_2"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ def _explained(name: str) -> Iterator[None]:
             raise BadInput(
                 f"{name}: the model needs code of its own; set trust_remote_code = true for it if you trust that code, "
                 "or choose another model"
+            ) from None
+        if "gated repo" in str(error):
+            raise BadInput(
+                f"{name}: its owner asks who uses it; request access at https://huggingface.co/{name}, then `hf auth login` "
+                "(or HF_TOKEN) here, or choose another model"
             ) from None
         raise BadInput(
             f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
@@ -206,11 +214,16 @@ def check_machine(role: str, config: Model) -> None:
             f"{role}.device = '{config.device}': this machine has {found} such devices, counted from 0; "
             f"set {role}.device to 'auto' or 'cpu'"
         )
-    if config.attention == "flash_attention_2" and not is_flash_attn_2_available():
+    if config.attention == FLASH and not is_flash_attn_2_available():
         raise BadInput(f"{role}.attention = 'flash_attention_2' needs the flash-attn package and a GPU; set it to 'sdpa'")
+    if config.attention == FLASH and role == "student" and (dtype := dtype_of(config)) != torch.bfloat16:
+        raise BadInput(
+            f"student.attention = 'flash_attention_2' trains in bfloat16 alone (found {str(dtype).removeprefix('torch.')}); "
+            "set student.dtype = 'bfloat16', or student.attention = 'sdpa'"
+        )
 
 
-def dtype_of(ref: ModelRef) -> torch.dtype:
+def dtype_of(ref: ModelRef | Model) -> torch.dtype:
     if ref.dtype != "auto":
         return getattr(torch, ref.dtype)
     device = device_of(ref)
@@ -227,6 +240,11 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
             trust_remote_code=ref.trust_remote_code,
             use_safetensors=True,
         )
+
+
+def float32_model(ref: ModelRef) -> PreTrainedModel:
+    """The model as the trainer's to compare with, in float32 and outside of autocast: where flash-attn does not run."""
+    return load_weights(replace(ref, attention="sdpa") if ref.attention == FLASH else ref, torch.float32)
 
 
 def empty_model(ref: ModelRef) -> PreTrainedModel:

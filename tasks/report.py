@@ -16,6 +16,7 @@ from tasks.tokens.align import Kind
 
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
+SNIPPET = "window.vegaEmbed = vegaEmbed"
 FULL = 5.0  # nats of a unit that are shaded the most
 
 TEMPLATES = jinja2.Environment(
@@ -42,7 +43,7 @@ def page(run: Run) -> str:
         done=done,
         rounds=records(rounds),
         charts=charts(run, rounds) if len(rounds) else {},
-        vega=vl_convert.javascript_bundle(),
+        vega=vl_convert.javascript_bundle(SNIPPET),
         gates=_gates(run.address, done),
         answers=_answers(run.address, done),
         rollouts=_rollouts(run.address, done),

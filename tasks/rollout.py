@@ -9,6 +9,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.load import content
 from configs.schema import Recipe, Rollout
 from storage.artifacts import Artifact, read_table
 from storage.schemas import ROLLOUTS
@@ -48,7 +49,7 @@ def roll_out(
         "policy": student.identity,
         "completions": completions.digest if completions else None,
         "prompts": prompts.digest,
-        "recipe": config.model_dump(),
+        "recipe": content(recipe, "rollout"),
         "seed": recipe.seed,
         "round": number,
         "part": shard,
@@ -107,13 +108,8 @@ def rollouts_table(
     if own:
         with progress(f"round {number} rollouts", len(own)) as advance:
             generator = engine(student, config.batch_size)
-            for start in range(0, len(own), config.batch_size):
-                batch = own[start : start + config.batch_size]
-                seeds = [rows[i].seed for i in batch]
-                sampled = generator.generate([rendered[i] for i in batch], seeds, sampling)
-                for i, completion in zip(batch, sampled, strict=True):
-                    made[i] = _sampled(completion, text_side)
-                advance(len(batch))
+            sampled = generator.generate([rendered[i] for i in own], [rows[i].seed for i in own], sampling, advance)
+            made = {i: _sampled(completion, text_side) for i, completion in zip(own, sampled, strict=True)}
     written = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":

@@ -6,12 +6,13 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.load import content
 from configs.schema import Recipe, Score
 from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run, part, round_slot
-from tasks.engines.base import Engine, Signal, TokenScores
+from tasks.engines.base import Advance, Engine, Signal, TokenScores, unseen
 from tasks.engines.choose import engine, engine_name
 from tasks.models import ModelRef, Side, side
 from tasks.progress import logger, progress
@@ -41,7 +42,7 @@ def score_shard(
         "teacher": teacher.identity,
         "prompts": prompts.digest,
         "rollouts": digest_table(wanted),
-        "recipe": _scored_fields(config),
+        "recipe": _scored_fields(recipe),
         "as_sampled": as_sampled,
     }
 
@@ -56,9 +57,10 @@ def score_shard(
     return run.build_table(round_slot(number, "scores", part(shard)), inputs, make, logger.info)
 
 
-def _scored_fields(config: Score) -> dict[str, Any]:
+def _scored_fields(recipe: Recipe) -> dict[str, Any]:
     """What of the recipe changes a scores file: `k` and `top_p` only where the signal is cut by them."""
-    return config.model_dump(exclude=set() if config.signal in ("topk", "bytes") else {"k", "top_p"})
+    cut = recipe.score.signal in ("topk", "bytes")
+    return {key: value for key, value in content(recipe, "score").items() if cut or key not in ("k", "top_p")}
 
 
 def teacher_ids(rows: list[dict[str, Any]], text_side: Side, as_sampled: bool) -> list[list[int] | None]:
@@ -83,7 +85,7 @@ def scores_table(
     text_side: Side,
     config: Score,
     as_sampled: bool,
-    advance: Any = lambda count: None,
+    advance: Advance = unseen,
 ) -> pa.Table:
     """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason), one row each and in order."""
     completions = teacher_ids(rows, text_side, as_sampled)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from configs.schema import Recipe
 from tasks import objectives
 from tasks.batches import MicroBatch, collate, rows_to_train
-from tasks.models import ModelRef, device_of, hidden_states, load_weights, logits_of, side
+from tasks.models import ModelRef, device_of, float32_model, hidden_states, logits_of, side
 from tasks.objectives.base import ObjectiveModule
 
 
@@ -58,7 +58,7 @@ def mean_loss(recipe: Recipe, student: ModelRef, teacher: ModelRef | None, rollo
     table = rows_to_train(rollouts, aligned)
     own, other, config = side(student), side(teacher or student), recipe.train
     objective = objectives.build(recipe.objective, own.vocabulary, other.vocabulary)
-    module = Student(load_weights(student, torch.float32), objective, len(own.beta.values), config.chunk_positions).eval()
+    module = Student(float32_model(student), objective, len(own.beta.values), config.chunk_positions).eval()
     module, loss = module.to(device_of(student)), 0.0
     with torch.no_grad():
         for start in range(0, len(table), config.micro_batch_size):

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import TypeAdapter
@@ -27,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from configs.errors import BadInput, Stopped
-from configs.load import MACHINERY
+from configs.load import content
 from configs.objectives import Sft
 from configs.schema import Recipe
 from storage.artifacts import Artifact, local_folder, read_table, write_parquet
@@ -70,7 +72,7 @@ def train_round(
         "trainer": trainer.digest if trainer else None,
         "rollouts": [artifact.digest for artifact in rollouts],
         "aligned": [artifact.digest for artifact in aligned],
-        "recipe": recipe.train.model_dump(mode="json", exclude={name.removeprefix("train.") for name in MACHINERY}),
+        "recipe": content(recipe, "train"),
         "objective": recipe.objective.model_dump(),
         "horizon": horizon(recipe),
         "seed": recipe.seed,
@@ -93,6 +95,7 @@ def train_round(
             launch(JOB.dump_json(job).decode(), folder, recipe.train.processes)
         else:
             train(job, folder)
+        release()
         return dict.fromkeys(slots, read_table(Artifact(str(folder / "steps.parquet"), "")).num_rows)
 
     return run.build_files(slots, inputs, make, logger.info)
@@ -136,7 +139,11 @@ class Trainer:
         config = recipe.train
         torch.manual_seed(derive(recipe.seed, "train", number))
         device, half = device_of(student), dtype_of(student) == torch.bfloat16
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")
+        named = {} if device.index is None else {"ACCELERATE_TORCH_DEVICE": str(device)}
+        if config.processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)  # another recipe may have trained here, on another device
+        with patch_environment(**named):
+            self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")
         if self.accelerator.num_processes != config.processes:
             raise RuntimeError(
                 f"train.processes = {config.processes}, but {self.accelerator.num_processes} take part: "

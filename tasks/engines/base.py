@@ -1,5 +1,6 @@
 """What a stage asks of an engine, whichever runs the model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -58,11 +59,23 @@ class TokenScores:
     hidden: np.ndarray | None = None
 
 
+Advance = Callable[[int], object]
+
+
+def unseen(count: int) -> None:
+    """Progress that nobody looks at."""
+
+
 class Engine(Protocol):
     """What runs a model. Raises BadInput for what it can never do, Unavailable for what may work the next time."""
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt. A completion depends on its prompt and seed, not on its neighbours."""
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+    ) -> list[Completion]:
+        """One completion a prompt. A completion depends on its prompt and seed, not on its neighbours.
+
+        The engine makes its own batches of them: `advance` is told how many more are done.
+        """
         ...
 
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:

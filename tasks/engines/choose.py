@@ -1,7 +1,10 @@
 """Picks the engine that a model's recipe names. One loaded model at a time is held; a server holds nothing here."""
 
+import gc
 from functools import lru_cache
 from importlib.metadata import version
+
+import torch
 
 from configs.errors import Unavailable
 from tasks.engines.base import Engine
@@ -27,8 +30,7 @@ def engine_name(ref: ModelRef) -> str:
 def engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> Engine:
     """The engine for a model: the one that is held, or a new one once the memory of the last is given back.
 
-    transformers generates `batch_size` sequences and scores `batch_tokens` tokens, padding included, at once;
-    vLLM makes its own batches.
+    transformers generates `batch_size` sequences and scores `batch_tokens` tokens, padding included, at once.
     """
     if ref.engine == "server":
         return _server(ref)
@@ -42,9 +44,12 @@ def engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> 
 
 
 def release() -> None:
-    """Give back the memory of the model that is loaded."""
+    """Give back the memory of the model that is held, and of what was trained: a vLLM beside this process needs it."""
     while _held:
         _held.popitem()[1].close()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_engine(ref: ModelRef) -> None:

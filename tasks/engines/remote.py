@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.engines.base import Completion, Sampling, Signal, TokenScores
+from tasks.engines.base import Advance, Completion, Sampling, Signal, TokenScores, unseen
 from tasks.models import ModelRef, side
 
 STOP_ERROR = 1e-3  # nats that stop ids which were not returned may change a stop's log-prob by
@@ -35,7 +35,9 @@ class RemoteEngine(ABC):
         self.rows = self.side.rows or self.size  # of the head; those past `size` are no ids
 
     @abstractmethod
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]: ...
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+    ) -> list[Completion]: ...
 
     @abstractmethod
     def tops(self, prompts: list[list[int]], completions: list[list[int]], k: int) -> Iterator[Top]:

@@ -3,14 +3,14 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import httpx
 import numpy as np
 
 from configs.errors import BadInput, Unavailable
-from tasks.engines.base import Completion, Sampling
+from tasks.engines.base import Advance, Completion, Sampling, unseen
 from tasks.engines.remote import RemoteEngine, Top
 from tasks.models import ModelRef
 from tasks.progress import logger
@@ -20,7 +20,9 @@ ENTRIES = 200_000  # log-probs a response
 PROMPTS = 64  # a request
 ATTEMPTS = 6
 PAUSE = 1.0  # seconds before the second attempt, doubled with each
-SECONDS = 600.0  # until a response begins, or goes on
+SECONDS = 600.0  # until a response begins, or goes on; after twice that nothing is tried again
+ASKED = 30.0  # the same, where a server is asked what it serves
+BUSY = {408, 425, 429}  # a gateway's ways to say: later
 PROBE = "The naïve fox's 3.14159 jumps,\n\tif x != 0: return  “日本語” 👩‍👩‍👧 Ångström — Привет!"
 PROBE_TOKENS = 512
 
@@ -29,13 +31,12 @@ Made = TypeVar("Made")
 
 
 class ServerEngine(RemoteEngine):
-    """Work goes to the addresses in turn. What fails for a moment (5xx, resets, timeouts) is tried again, ever later."""
+    """Work goes to the addresses in turn. What fails for a moment (5xx, 429, resets, timeouts) is tried again, ever later."""
 
     def __init__(self, ref: ModelRef):
         super().__init__(ref)
         key = os.environ.get("VLLM_API_KEY")
         self.client = httpx.Client(
-            timeout=httpx.Timeout(SECONDS, connect=10),
             limits=httpx.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
@@ -43,7 +44,9 @@ class ServerEngine(RemoteEngine):
         self.names: dict[str, str] = {}  # what each address calls the model
         self.drawn: set[str] = set()  # addresses whose log-probs are those of the distribution drawn from
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+    ) -> list[Completion]:
         """A request has one seed, so each completion is a request of its own."""
         self.check()
         plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and not sampling.top_k
@@ -60,7 +63,11 @@ class ServerEngine(RemoteEngine):
             (choice,) = self._complete(url, [job[0]], {**wanted, "seed": job[1]})
             return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
-        return list(self._each(complete, list(zip(prompts, seeds, strict=True))))
+        made = []
+        for completion in self._each(complete, list(zip(prompts, seeds, strict=True))):
+            made.append(completion)
+            advance(1)
+        return made
 
     def tops(self, prompts: list[list[int]], completions: list[list[int]], k: int) -> Iterator[Top]:
         self.check()
@@ -94,9 +101,9 @@ class ServerEngine(RemoteEngine):
         for url in self.urls:
             if url in self.names:
                 continue
-            name = self._served(url, self._call(url, "/v1/models", None, attempts)["data"])
+            name = self._served(url, self._call(url, "/v1/models", None, attempts, ASKED)["data"])
             body = {"model": name, "prompt": self.probe, "add_special_tokens": False}
-            theirs = self._call(url, "/tokenize", body, attempts)["tokens"]
+            theirs = self._call(url, "/tokenize", body, attempts, ASKED)["tokens"]
             if theirs != (ours := self.side.tokenizer(self.probe, add_special_tokens=False)["input_ids"]):
                 at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
                 raise BadInput(
@@ -115,7 +122,7 @@ class ServerEngine(RemoteEngine):
 
     def _served(self, url: str, models: list[dict[str, Any]]) -> str:
         """The served name of the recipe's model: the same name or path, or one that ends like it."""
-        for same in (str, lambda name: name.rstrip("/").rpartition("/")[2]):
+        for same in (str, _last):
             for model in models:
                 if same(self.ref.path) in {same(model["id"]), same(model.get("root") or model["id"])}:
                     return model["id"]
@@ -141,38 +148,54 @@ class ServerEngine(RemoteEngine):
 
     def _each(self, work: Callable[[str, Job], Made], jobs: list[Job]) -> Iterator[Made]:
         """`work(url, job)` of all jobs, in order, many at once; the first error ends it."""
-        pool = ThreadPoolExecutor(min(IN_FLIGHT * len(self.urls), max(len(jobs), 1)))
-        try:
-            yield from pool.map(work, [self.urls[i % len(self.urls)] for i in range(len(jobs))], jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        calls = [(self.urls[i % len(self.urls)], job) for i, job in enumerate(jobs)]
+        # Threads that neither an error here, a time-out or Ctrl-C, nor the end of the process waits for.
+        with ThreadPool(min(IN_FLIGHT * len(self.urls), max(len(jobs), 1))) as pool:
+            yield from pool.imap(lambda call: work(*call), calls)
 
     def _complete(self, url: str, prompts: list[list[int]], options: dict[str, Any]) -> list[dict[str, Any]]:
         """One choice a prompt; what the server's own defaults could change is said."""
         fixed = {"max_tokens": 1, "temperature": 0, "repetition_penalty": 1.0, "min_p": 0.0, "return_token_ids": True}
         body = {"model": self.names[url], "prompt": prompts, **fixed, **options}
         choices = sorted(self._call(url, "/v1/completions", body)["choices"], key=lambda choice: choice["index"])
-        if [choice["prompt_token_ids"] for choice in choices] != prompts:
+        if [choice.get("prompt_token_ids") for choice in choices] != prompts:
             raise BadInput(f"{url}: answers for other tokens than it was asked about; it needs vLLM 0.30 or later")
         return choices
 
-    def _call(self, url: str, path: str, body: dict[str, Any] | None, attempts: int = ATTEMPTS) -> dict[str, Any]:
-        failure = ""
+    def _call(
+        self, url: str, path: str, body: dict[str, Any] | None, attempts: int = ATTEMPTS, seconds: float | None = None
+    ) -> dict[str, Any]:
+        failure, started, seconds = "", time.monotonic(), seconds or SECONDS
         for attempt in range(attempts):
             if attempt:
+                if time.monotonic() - started > 2 * seconds:
+                    attempts = attempt
+                    break
                 logger.info("%s: %s; trying again", url, failure)
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                response = self.client.request("GET" if body is None else "POST", url + path, json=body)
+                response = self.client.request(
+                    "GET" if body is None else "POST", url + path, json=body, timeout=httpx.Timeout(seconds, connect=10)
+                )
                 if response.status_code < 400:
                     return response.json()
             except (httpx.TransportError, ValueError) as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
             failure = f"status {response.status_code} for {path}: {_reason(response)}"
-            if response.status_code < 500:
+            if response.status_code in (401, 403):
+                raise BadInput(f"{url}: {failure}; set VLLM_API_KEY to a key that this server takes")
+            if response.status_code < 500 and response.status_code not in BUSY:
                 raise BadInput(f"{url}: {failure}; change the recipe, or what the server is started with")
-        raise Unavailable(f"{url}: no answer in {attempts} attempts ({failure}); start this server again or name another")
+        raise Unavailable(
+            f"{url}: no answer in {attempts} attempt{'s' * (attempts > 1)} ({failure}); start this server again or name another"
+        )
+
+
+def _last(name: str) -> str:
+    """What a path or hub id ends with: its last name, and of a run's checkpoint (`RUN/round=0003/student`) all three."""
+    parts = name.rstrip("/").split("/")
+    return "/".join(parts[-3:] if parts[-2:-1] and parts[-2].startswith("round=") else parts[-1:])
 
 
 def _reason(response: httpx.Response) -> str:

@@ -1,6 +1,5 @@
 """The embedded engine: a transformers model in this process, on the CPU or one GPU."""
 
-import gc
 from dataclasses import replace
 from functools import cached_property
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from tasks.engines.base import Completion, Sampling, Signal, TokenScores
+from tasks.engines.base import Advance, Completion, Sampling, Signal, TokenScores, unseen
 from tasks.engines.events import boundary_laws, half, likeliest, split_scores, stored
 from tasks.engines.sampling import SeededSampler
 from tasks.models import ModelRef, check_head, device_of, hidden_states, load_weights, logits_of, side
@@ -28,7 +27,9 @@ class TransformersEngine:
         check_head(self.model, ref.path, self.size)
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+    ) -> list[Completion]:
         results: list[Completion | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
@@ -52,6 +53,7 @@ class TransformersEngine:
             for row, i in enumerate(rows):
                 n = lengths[row]
                 results[i] = Completion(sampled[row, :n].tolist(), logprobs[row, :n].tolist())
+            advance(len(rows))
         return [result for result in results if result is not None]
 
     def _prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
@@ -64,7 +66,7 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         places = (seen.cumsum(-1) - 1).clamp(min=0)
         self.model.base_model(input_ids=alone, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(copies)
+        cache.reorder_cache(copies)  # which layers of every kind have, those with a recurrent state too
         return cache
 
     @torch.inference_mode()
@@ -115,9 +117,6 @@ class TransformersEngine:
     def close(self) -> None:
         del self.model
         self.__dict__.pop("laws", None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def length_batches(lengths: list[int], budget: int) -> list[list[int]]:

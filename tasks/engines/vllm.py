@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.errors import BadInput, Unavailable
-from tasks.engines.base import Completion, Sampling
+from tasks.engines.base import Advance, Completion, Sampling, unseen
 from tasks.engines.remote import RemoteEngine, Top
 from tasks.models import ModelRef, dtype_of
 from tasks.progress import logger
@@ -48,14 +49,18 @@ class VllmEngine(RemoteEngine):
         super().__init__(ref)
         self.child: Child | None = None
 
-    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+    ) -> list[Completion]:
         wanted = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
             wanted |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         table = pa.table({"prompt": pa.array(prompts, IDS), "seed": pa.array(seeds, pa.int64())})
         stops, padding = self.side.stop_ids, [self.size, self.rows]
         made = self._ask("generate", table, sampling=wanted, stops=stops, padding=padding)
-        return [Completion(row["ids"], row["logprobs"]) for batch in made for row in batch.to_pylist()]
+        completions = [Completion(row["ids"], row["logprobs"]) for batch in made for row in batch.to_pylist()]
+        advance(len(completions))
+        return completions
 
     def tops(self, prompts: list[list[int]], completions: list[list[int]], k: int) -> Iterator[Top]:
         table = pa.table({"prompt": pa.array(prompts, IDS), "completion": pa.array(completions, IDS)})
@@ -89,6 +94,18 @@ class VllmEngine(RemoteEngine):
             raise
 
 
+def environment(device: str) -> dict[str, str]:
+    """What a child is told of the machine: vLLM takes the first GPU that it sees, and so sees no other than `device`."""
+    kind, _, index = device.partition(":")
+    variables = dict(os.environ)
+    if kind == "cpu":
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    elif index:
+        seen = variables.get("CUDA_VISIBLE_DEVICES")  # of which torch counts its own
+        variables["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(index)] if seen else index
+    return variables
+
+
 class Child:
     """The process and the folder that tables pass through."""
 
@@ -109,8 +126,13 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env=environment(ref.device),
             )
-        self._reply()
+        try:
+            self._reply()
+        except BaseException:  # also a time-out while it loads
+            self.end()
+            raise
 
     def ask(self, do: str, table: pa.Table, options: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         given, made = (f"{self.folder.name}/{name}.arrow" for name in ("in", "out"))

@@ -1,5 +1,8 @@
 """The server engine against a real model behind real sockets: the same scores as the embedded engine, and every fault."""
 
+import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -138,7 +141,7 @@ def test_log_probs_of_another_distribution_are_refused(serve) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [500, 503, "reset", "garbage", 1.0], ids=str)
+@pytest.mark.parametrize("fault", [500, 503, 408, 429, "reset", "garbage", 1.0], ids=str)
 def test_what_fails_for_a_moment_is_tried_again(serve, monkeypatch, fault) -> None:
     """The answers are in the right order, and every fault costs one request more."""
     monkeypatch.setattr(server, "PROMPTS", 2)
@@ -159,6 +162,17 @@ def test_a_server_that_keeps_failing_is_named(serve) -> None:
     engine = ServerEngine(at(student_ref(), good, bad))
     with pytest.raises(Unavailable, match=rf"{bad.url}: no answer in 6 attempts \(status 500.*a fault on demand"):
         engine.generate([[9, 8]] * 4, [0, 1, 2, 3], Sampling(2))
+
+
+def test_a_server_that_hangs_is_not_waited_for_all_day(serve, monkeypatch) -> None:
+    """Two attempts as long as they may be, not six."""
+    fake = serve(student_ref())
+    engine = ServerEngine(at(student_ref(), fake))
+    engine.check()
+    monkeypatch.setattr(server, "SECONDS", 0.3)
+    fake.faults.extend([5.0] * 6)
+    with pytest.raises(Unavailable, match=rf"{fake.url}: no answer in 2 attempts \(ReadTimeout"):
+        engine.generate([[9, 8]], [0], Sampling(2))
 
 
 def test_a_dead_server_is_named_and_may_come_back(serve) -> None:
@@ -186,7 +200,67 @@ def test_the_pauses_double(serve, monkeypatch) -> None:
     assert pauses == [1, 2, 4, 8, 16]
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_nobody_waits_for_a_server_that_is_given_up(serve) -> None:
+    """Neither a time-out of the task nor Ctrl-C: the requests that are under way are left alone."""
+    fake = serve(student_ref())
+    engine = ServerEngine(at(student_ref(), fake))
+    engine.check()
+    fake.faults.extend([20.0] * 8)
+
+    def late(*_: object) -> None:
+        raise TimeoutError("late")
+
+    before, started = signal.signal(signal.SIGALRM, late), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(TimeoutError, match="late"):
+            engine.generate([[9, 8]] * 4, [0, 1, 2, 3], Sampling(2))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 5
+    asking = [thread for thread in threading.enumerate() if thread.name.startswith("Thread-") and not thread.daemon]
+    assert asking == []  # the interpreter joins those that are no daemons at its end
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_a_key(serve, status: int) -> None:
+    fake = serve(student_ref())
+    fake.faults.append(status)
+    with pytest.raises(BadInput, match=rf"{fake.url}: status {status} .*; set VLLM_API_KEY to a key that this server takes"):
+        ServerEngine(at(student_ref(), fake)).generate([[9, 8]], [0], Sampling(2))
+    assert len(fake.requests) == 1
+
+
+def test_a_server_that_does_not_say_what_it_read(serve, monkeypatch) -> None:
+    fake = serve(student_ref())
+    choice = fake.choice
+    monkeypatch.setattr(fake, "choice", lambda i, prompt, body: choice(i, prompt, {**body, "return_token_ids": False}))
+    with pytest.raises(BadInput, match=rf"{fake.url}: .* it needs vLLM 0.30 or later"):
+        ServerEngine(at(student_ref(), fake)).score([[9, 8]], [[7]], Signal(k=2))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "root", "fits"),
+    [
+        ("runs/maths/round=0003/student", "/data/runs/maths/round=0003/student", True),
+        ("runs/maths/round=0003/student", "/data/runs/poetry/round=0003/student", False),
+        ("runs/maths/round=0003/student", "/data/runs/maths/round=0007/student", False),
+        ("Qwen/Qwen3-4B", "/models/Qwen3-4B/", True),
+        ("Qwen/Qwen3-4B", "/models/Qwen3-8B", False),
+    ],
+)
+def test_a_checkpoint_is_told_by_its_run_and_round(recipe: str, root: str, fits: bool) -> None:
+    """Every run's are called `student`; two runs from one base model have one vocabulary, too."""
+    engine = ServerEngine(replace(student_ref(), engine="server", urls=("http://a:1",)))
+    engine.ref = replace(engine.ref, path=recipe)
+    if fits:
+        assert engine._served("http://a:1", [{"id": root}]) == root
+    else:
+        with pytest.raises(BadInput, match=f"http://a:1: serves {root}, not {recipe}"):
+            engine._served("http://a:1", [{"id": root}])
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
 def test_a_refusal_is_not_tried_again(serve, status: int) -> None:
     fake = serve(student_ref())
     fake.faults.append(status)

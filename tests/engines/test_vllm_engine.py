@@ -128,6 +128,26 @@ def test_completions(start) -> None:
     assert generator.generate([], [], Sampling(6)) == []
 
 
+@pytest.mark.parametrize(
+    ("device", "seen", "wanted"),
+    [
+        ("auto", "4,5", "4,5"),
+        ("cuda", None, None),
+        ("cuda:1", None, "1"),
+        ("cuda:1", "4,5", "5"),
+        ("cuda:0", "GPU-abc", "GPU-abc"),
+        ("cpu", "4,5", ""),
+    ],
+)
+def test_the_child_sees_the_device_of_the_recipe_alone(monkeypatch, device, seen, wanted) -> None:
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert parent.environment(device).get("CUDA_VISIBLE_DEVICES") == wanted
+    assert parent.environment(device)["PATH"] == os.environ["PATH"]
+
+
 # -- faults ----------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +158,27 @@ def test_a_child_that_does_not_start(start) -> None:
         broken.score([[9]], [[8]], Signal(k=2))
     fault(broken, "")
     assert len(broken.score([[9]], [[8]], Signal(k=2))) == 1
+
+
+def test_a_child_that_is_interrupted_while_it_loads_is_ended(start, tmp_path, monkeypatch) -> None:
+    """A time-out strikes before the first reply: no process is left that holds the GPU."""
+    slow = start(student_ref())
+    slow.ref = replace(slow.ref, vllm_python=interpreter(tmp_path, "import time; time.sleep(60)"))
+    started: list[subprocess.Popen] = []
+    real = subprocess.Popen
+    monkeypatch.setattr(parent.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
+
+    def late(*_: object) -> None:
+        raise TimeoutError("late")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(TimeoutError, match="late"):
+            slow.score([[9]], [[8]], Signal(k=2))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The rounds, on small real models: what a run leaves, what a second call makes, and what going on means."""
 
+import gc
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from storage.lineage import digest_file, digest_folder
 from storage.read import scan
 from storage.schemas import COMPLETIONS, SCHEMAS
 from storage.store import Run
+from tasks.student import Student
 
 
 def manifests(run: Path) -> dict[str, dict]:
@@ -38,6 +40,41 @@ def steps(run: Path) -> pl.DataFrame:
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
+def test_nothing_of_training_stays_in_memory(recipe, monkeypatch):
+    """What samples next may be a vLLM beside this process, which needs the device's memory."""
+    alive, real = [], Run.build_table
+
+    def watched(self, slot, *arguments):
+        if slot.endswith("evals/student") and slot.startswith("round=0001"):
+            alive.extend(thing for thing in gc.get_objects() if type(thing) is Student)
+        return real(self, slot, *arguments)
+
+    monkeypatch.setattr(Run, "build_table", watched)
+    assert distill(str(recipe(name="memory")), rounds=1)["rounds"] == 1
+    assert alive == []
+
+
+def test_recipes_of_two_dtypes_in_one_process(recipe, models):
+    """The one that makes a model trains in float32, the one that asks for it in bfloat16."""
+    assert distill(str(recipe(name="float32")), rounds=1)["rounds"] == 1
+    half = {"model": str(models["student"]), "dtype": "bfloat16"}
+    path = recipe(name="bfloat16", student=half, gates__engine_mean=0.5, gates__engine_max=9.0)
+    assert distill(str(path), rounds=1)["rounds"] == 1
+
+
+def test_a_run_goes_on_on_a_smaller_machine(recipe, tmp_path):
+    """After an out-of-memory error: smaller batches make nothing again, and the next round is made with them."""
+    distill(str(recipe(rounds=1)))
+    before = files(tmp_path / "runs")
+    small = recipe(
+        rounds=1, train__micro_batch_size=2, train__chunk_positions=16, rollout__batch_size=8, score__batch_tokens=256
+    )
+    assert distill(str(small))["rounds"] == 1
+    after = files(tmp_path / "runs")
+    assert {name for name in after if after[name] != before[name]} == {"tiny/run.toml"}
+    assert distill(str(small), rounds=2)["rounds"] == 2
+
+
 def test_every_table_has_its_schema(tiny):
     """Of those that every run has: the teacher's completions are made for off-policy rows that are its own."""
     for name, schema in SCHEMAS.items():
@@ -51,7 +88,7 @@ def test_every_table_has_its_schema(tiny):
 def test_the_folder_is_as_designed(tiny):
     """Names of DESIGN.md §4, and nothing half-made among them."""
     assert {path.name for path in tiny.iterdir()} == {
-        "run.toml", "vocab", "prompts", "_manifests", "round=0000", "round=0001", "round=0002",
+        "run.toml", "report.html", "vocab", "prompts", "_manifests", "round=0000", "round=0001", "round=0002",
     }  # fmt: skip
     assert {path.name for path in (tiny / "round=0000").iterdir()} == {"evals"}
     for number in (1, 2):

@@ -21,6 +21,8 @@ sys.path.append(str(CHECKOUT / "tests" / "engines"))
 
 from fake_server import FakeServer
 
+FAKES = CHECKOUT / "tests" / "engines" / "fakes"
+
 
 @pytest.fixture
 def fake(models, monkeypatch):
@@ -112,6 +114,30 @@ def test_a_dead_child_ends_the_command_with_its_last_words(potstill, recipe, mod
     assert "ended with status 1; its last words:\n  CUDA out of memory" in ended.err
     assert "the same command goes on" in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_a_run_goes_on_after_its_child_was_killed(recipe, models, tmp_path, monkeypatch):
+    """With every try, in the middle of a round's scores: what is committed stays, and the end is that of a calm run."""
+    python = tmp_path / "python"
+    code = f"import runpy; sys.path.insert(0, {str(FAKES)!r}); sys.argv = sys.argv[2:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    python.write_text(f"#!{sys.executable}\nimport sys\n{code}\n")
+    python.chmod(0o755)
+    teacher = {"model": str(models["teacher"]), "engine": "vllm", "vllm_python": str(python)}
+    calm = distill(str(recipe(name="calm", teacher=teacher)), rounds=1)
+    shutil.rmtree(tmp_path / "runs")
+    path, done = recipe(name="failing", teacher=teacher), tmp_path / "runs" / "failing" / "round=0001"
+    monkeypatch.setenv("FAKE_VLLM_UNTIL", str(done / "scores" / "part-00000.parquet"))
+    release()
+    with pytest.raises(Unavailable, match=r"was killed \(SIGKILL\); its last words:\n(.*\n)*  the last words before the kill"):
+        distill(str(path), rounds=1)
+    shards = sorted(done.glob("*/part-*.parquet"))
+    assert [shard.parent.name for shard in shards] == ["rollouts", "rollouts", "scores"]
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    monkeypatch.delenv("FAKE_VLLM_UNTIL")
+    assert distill(str(path), rounds=1)["table"] == calm["table"]
+    assert [shard.stat().st_mtime_ns for shard in shards] == times
+    release()
 
 
 def test_an_interpreter_that_is_not_there(potstill, recipe, models, tmp_path):

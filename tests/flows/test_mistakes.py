@@ -276,6 +276,9 @@ def test_attention_without_its_package(place, monkeypatch):
     monkeypatch.setattr("tasks.models.is_flash_attn_2_available", lambda: False)
     with pytest.raises(BadInput, match=r"teacher\.attention = 'flash_attention_2' needs the flash-attn package .*'sdpa'"):
         check(load(place / "good.toml", ["teacher.attention=flash_attention_2"]))
+    monkeypatch.setattr("tasks.models.is_flash_attn_2_available", lambda: True)
+    with pytest.raises(BadInput, match=r"student\.attention .* trains in bfloat16 alone \(found float32\); set student\.dtype"):
+        check(load(place / "good.toml", ["student.attention=flash_attention_2"]))
 
 
 def test_devices_are_counted(place, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +24,7 @@ from flows.preflight import preflight
 from storage.artifacts import Artifact
 from storage.read import scan
 from storage.store import Run
-from tasks.checks import examine
+from tasks.checks import Sample, examine, memory_needs
 from tasks.engines.base import TokenScores
 from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
@@ -123,7 +124,30 @@ def test_a_sound_recipe_passes(pair):
     assert gates["lead"].detail.startswith("teacher 1.000, student 1.000")
     assert gates["own teacher"].value == pytest.approx(0, abs=0.01)
     measured = {name for name, gate in gates.items() if gate.ok}
-    assert measured >= {"student: template", "teacher: room", "engine, largest", "teacher's engine", "disk", "memory"}
+    assert measured >= {"student: template", "teacher: room", "engine, largest", "teacher's engine", "disk", "cpu: memory"}
+
+
+def test_memory_is_held_against_each_device_that_has_to_hold_it(pair):
+    """A served teacher needs none here; adapters need the frozen weights and little more; processes on a CPU add up."""
+
+    def needs(**changes) -> dict[str, float]:
+        recipe = load(pair(**changes))
+        sample = Sample(recipe, pa.table({}), *(reference(c, str(c.model)) for c in (recipe.student, recipe.teacher)))
+        return {str(device): need for device, need in memory_needs(sample, {"student": 10, "teacher": 1000}).items()}
+
+    models = {role: tomllib.loads(pair().read_text())[role] for role in ("student", "teacher")}
+    assert needs() == {"cpu": 4000}
+    served = {**models["teacher"], "engine": "server", "urls": ["http://gpu:8000"]}
+    assert needs(teacher=served, score={"signal": "topk"}) == {"cpu": 160}
+    assert needs(teacher={**models["teacher"], "dtype": "bfloat16"}) == {"cpu": 2000}
+    assert needs(teacher=served, score={"signal": "topk"}, train={"processes": 3}) == {"cpu": 480}
+    assert needs(teacher=served, score={"signal": "topk"}, student={**models["student"], "lora": {}}) == {"cpu": 40}
+    apart = needs(teacher={**models["teacher"], "device": "cuda:1"}, student={**models["student"], "device": "cuda:0"})
+    assert apart == {"cuda:0": 160, "cuda:1": 4000}
+    halves = {"processes": 2, "sharding": "full"}
+    assert needs(teacher=served, score={"signal": "topk"}, student={**models["student"], "device": "cuda"}, train=halves) == {
+        "cuda": 80
+    }
 
 
 def test_a_template_that_doubles_bos(pair, taught, tmp_path):
@@ -177,8 +201,8 @@ def test_sampled_logprobs_that_are_shifted_by_one_position(pair, taught, monkeyp
 def test_an_engine_that_samples_at_another_temperature(pair, taught, monkeypatch):
     generate = TransformersEngine.generate
 
-    def colder(self: TransformersEngine, prompts: Any, seeds: Any, sampling: Any) -> list[Any]:
-        return generate(self, prompts, seeds, replace(sampling, temperature=0.5 * sampling.temperature))
+    def colder(self: TransformersEngine, prompts: Any, seeds: Any, sampling: Any, *rest: Any) -> list[Any]:
+        return generate(self, prompts, seeds, replace(sampling, temperature=0.5 * sampling.temperature), *rest)
 
     monkeypatch.setattr(TransformersEngine, "generate", colder)
     assert "engine, mean" in breached(found(pair(), student=taught["poor"]))

@@ -1,19 +1,25 @@
 """The transformers engine (DESIGN.md §6): samples from seeds, and scores that a naive forward pass gives too."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import SEEDS, full_logprobs, student_ref, teacher_ref, twin_ref
+from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config
 
+from configs.schema import Gates, Scratch
 from tasks.engines.base import Completion, Sampling, Signal, TokenScores
 from tasks.engines.events import likeliest
 from tasks.engines.sampling import SeededSampler, gumbel
 from tasks.engines.transformers import TransformersEngine, length_batches
+from tasks.gates import engine_gates
 from tasks.models import ModelRef, side
+from tasks.scratch import new_tokenizer
 
 REFS = [student_ref, teacher_ref, twin_ref]
 NAMES = ["plain", "several-stops", "padded-head"]
@@ -144,6 +150,37 @@ def test_a_completion_does_not_depend_on_its_batch() -> None:
     assert [c.ids for c in other] != [c.ids for c in together]  # the seed does count
 
 
+@pytest.mark.parametrize("sampling", [Sampling(32, 1, 0.9), Sampling(32, 1, 1, 20), Sampling(32, 0.7, 0.9, 20)], ids=str)
+def test_an_engine_in_half_precision_is_not_taken_for_another(sampling: Sampling) -> None:
+    """bfloat16 rounds some tokens into what top_p and top_k keep; at another cut, or none, the gate still says so."""
+    half = TransformersEngine(replace(student_ref(), dtype="bfloat16"))
+    prompts = random_ids(np.random.default_rng(6), 32, 2, 9)
+
+    def gates(drawn: Sampling) -> dict[str, bool | None]:
+        made = half.generate(prompts, list(range(32)), drawn)
+        columns = {"prompt_token_ids": prompts, "token_ids": [c.ids for c in made]}
+        table = pa.table(columns | {"logprobs": pa.array([c.logprobs for c in made], pa.list_(pa.float32()))})
+        return {gate.name: gate.ok for gate in engine_gates(student_ref(), table, sampling, Gates())}
+
+    assert gates(sampling) == {"engine, mean": True, "engine, largest": True}
+    assert gates(Sampling(32))["engine, mean"] is False
+
+
+def test_progress_is_told_of_every_completion_and_batches_are_of_like_lengths(monkeypatch) -> None:
+    """A shard of short and long prompts is padded by next to nothing, whatever its order."""
+    loaded, told, widths = engine(student_ref(), batch_size=4), [], []
+    real = loaded.model.generate
+
+    def seen(ids, **options):
+        widths.append(ids.shape[1])
+        return real(ids, **options)
+
+    monkeypatch.setattr(loaded.model, "generate", seen)
+    loaded.generate([[9] * (2 + 10 * (i % 2)) for i in range(10)], list(range(10)), Sampling(2), told.append)
+    assert told == [4, 4, 2]
+    assert widths == [2, 12, 12]
+
+
 def sampled(ref: ModelRef, rows: int = 150, new_tokens: int = 12) -> tuple[list[list[int]], list[Completion]]:
     prompts = random_ids(np.random.default_rng(3), rows, 1, 8)
     return prompts, engine(ref).generate(prompts, list(range(rows)), Sampling(new_tokens))
@@ -185,6 +222,32 @@ def test_a_prompt_that_begins_with_padding_is_not_one_that_is_padded() -> None:
         (alone,) = loaded.generate([prompt], [seed], sampling)
         assert alone.ids == other.ids
         assert alone.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+HYBRIDS = {
+    "LFM2": lambda **shape: Lfm2Config(**shape, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+    "Falcon-H1": lambda **shape: FalconH1Config(
+        **shape, num_hidden_layers=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1
+    ),
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_samples_of_one_prompt_where_layers_keep_a_state(tmp_path, family: str) -> None:
+    """Models of attention and recurrent layers: what a sample is drawn from is that of the sample alone."""
+    tokenizer = new_tokenizer(Scratch(vocab_size=300), ["hello world spelled backward olleh dlrow"] * 5)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HYBRIDS[family](**shape, num_key_value_heads=2, eos_token_id=2, bos_token_id=1))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = TransformersEngine(ModelRef(str(tmp_path), family, device="cpu"))
+    prompts, seeds = [[1, 4, 50, 60, 70, 5]] * 3 + [[1, 4, 50, 80, 5]] * 2, [1, 2, 3, 4, 5]
+    alone = [loaded.generate([prompt], [seed], Sampling(8))[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    together = loaded.generate(prompts, seeds, Sampling(8))
+    assert [completion.ids for completion in together] == [completion.ids for completion in alone]
+    for ours, other in zip(together, alone, strict=True):
+        assert ours.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("make", REFS, ids=NAMES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import BadInput
-from configs.load import differences, dumps, load, validate
+from configs.load import MACHINERY, content, differences, dumps, load, validate
 from configs.objectives import Bytes, Gold
 from configs.schema import FilePrompts
 
@@ -238,6 +238,16 @@ def test_differences_name_both_values(plain):
 
 def test_a_run_may_go_on_with_other_machinery(plain):
     assert differences(load(plain), load(plain, ["train.processes=4", "train.sharding=full", "compute.runner=ray"])) == []
+    smaller = ["train.micro_batch_size=2", "train.chunk_positions=64", "rollout.batch_size=8", "score.batch_tokens=512"]
+    assert differences(load(plain), load(plain, [*smaller, "student.device=cpu", "teacher.device=cpu"])) == []
+
+
+def test_keys_name_all_but_machinery(plain):
+    """What may change while a run goes on must leave its stages' keys as they are; what may not must change them."""
+    recipe = load(plain)
+    for name in ("rollout", "score", "train"):
+        left_out = getattr(recipe, name).model_dump().keys() - content(recipe, name).keys()
+        assert {f"{name}.{key}" for key in left_out} == {field for field in MACHINERY if field.startswith(f"{name}.")}
 
 
 def test_recipes_cannot_be_changed(plain):

@@ -1,6 +1,7 @@
 """What the child script uses of vLLM, over a toy model of random bigrams: no torch, starts in a moment.
 
 A file `fault` in the model's folder breaks it: `start`, `memory` (an exception in a request), `killed`, `slow`.
+Once the file exists that FAKE_VLLM_UNTIL names, every request kills it.
 """
 
 import itertools
@@ -38,6 +39,8 @@ class LLM:
 
     def fault(self):
         path = self.folder / "fault"
+        if os.path.exists(os.environ.get("FAKE_VLLM_UNTIL", "")):
+            return "killed"
         return path.read_text() if path.exists() else ""
 
     def generate(self, prompts, params, use_tqdm):
