@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from configs.load import load
 from tasks.checks import examine
 from tasks.models import ModelRef, reference
+from tasks.prompts import split_prompts
 from tasks.scorers import scorer
 
 sys.path.insert(0, str(CHECKOUT / "tests"))
@@ -55,6 +56,16 @@ def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
     assert gates["student: template"].ok
     assert gates["teacher: template"].ok
     assert gates["student: spelled"].value == gates["teacher: spelled"].value == 1
+
+
+def test_countdown_grades_a_model_that_reasons_first():
+    """Its template asks for the answer in a form that the task's own scorer finds in a text."""
+    recipe = load(CHECKOUT / "configs" / "countdown.toml", ["prompts.train=2", "prompts.eval=2"])
+    row = split_prompts(recipe.prompts, 0)["eval"].to_pylist()[0]
+    assert "<answer>" in row["messages"][-1]["content"]
+    grade = scorer(recipe.evaluate.scorer)
+    assert grade(f"First I try a product, then 1 + 2. <answer>{row['reference']}</answer>", row) == 1
+    assert grade("First I try a product, then 1 + 2. <answer>1 + 2</answer>", row) < 1
 
 
 @pytest.mark.parametrize(
