@@ -131,6 +131,43 @@ def preflight(
 
 
 @app.command
+def compare(
+    config: Path,
+    *,
+    objectives: str,
+    seeds: str = "",
+    rounds: Whole | None = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+) -> None:
+    """Run a recipe under several objectives, and show how they differ on the same prompts and seeds, with intervals.
+
+    Parameters
+    ----------
+    config
+        The recipe: a TOML file, such as configs/quickstart.toml.
+    objectives
+        Two or more, as bytes,gold:merge=sum,alm; the others are held against the first.
+    seeds
+        Seeds of the runs of each, as 0,1,2; the recipe's own if left out.
+    rounds
+        Compare after so many rounds; the recipe's number if left out.
+    set_
+        Set a field of the recipe, as `--set rollout.prompts=512`; may be repeated.
+    """
+    if rounds is not None and rounds < 1:
+        raise BadInput(f"--rounds {rounds}: give 1 or more")
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",") if seeds):
+        raise BadInput(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
+    _plain_logs()
+    from flows.compare import compare as hold_together
+    from flows.compare import planned
+
+    names, numbers = tuple(objectives.split(",")), tuple(int(seed) for seed in seeds.split(",") if seeds)
+    planned(str(config), names, numbers, set_)  # before a server is started for nothing
+    _print("Objectives", hold_together(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_))
+
+
+@app.command
 def inspect(
     run: str,
     *,

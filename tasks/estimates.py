@@ -1,14 +1,15 @@
-"""Shares with their intervals."""
+"""Shares and differences with their intervals."""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share with its 95% interval."""
+    """A share, or a difference of two, with its 95% interval."""
 
     value: float
     low: float
@@ -16,6 +17,24 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+DRAWS = 4000
+
+
+def paired(differences: list[np.ndarray]) -> Estimate:
+    """The mean of differences over prompts, averaged over seeds (`[prompts]` a seed), with a bootstrapped interval.
+
+    Seeds are drawn with replacement, and prompts within each: the interval holds for other prompts, and, as far as so few
+    seeds can tell, for other seeds. One seed's interval is of the prompts alone.
+    """
+    rng, seeds = np.random.default_rng(0), len(differences)
+    chosen, total = rng.integers(seeds, size=(seeds, DRAWS)), np.zeros(DRAWS)
+    for place in range(seeds):
+        means = np.stack([each[rng.integers(len(each), size=(DRAWS, len(each)))].mean(1) for each in differences])
+        total += means[chosen[place], np.arange(DRAWS)]
+    low, high = np.quantile(total / seeds, [0.025, 0.975])
+    return Estimate(float(np.mean([each.mean() for each in differences])), float(low), float(high))
 
 
 def accuracy(evals: pl.DataFrame) -> Estimate:
