@@ -1,5 +1,6 @@
 """A run as one HTML file that needs nothing else: figures, charts, and answers with each unit shaded by its divergence."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from tasks.tokens.align import Kind
 
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
-SNIPPET = "window.vegaEmbed = vegaEmbed"
 FULL = 5.0  # nats of a unit that are shaded the most
 
 TEMPLATES = jinja2.Environment(
@@ -43,12 +43,18 @@ def page(run: Run) -> str:
         done=done,
         rounds=records(rounds),
         charts=charts(run, rounds) if len(rounds) else {},
-        vega=vl_convert.javascript_bundle(SNIPPET),
+        vega=_vega(),
         gates=_gates(run.address, done),
         answers=_answers(run.address, done),
         rollouts=_rollouts(run.address, done),
         full=FULL,
     )
+
+
+@lru_cache(maxsize=1)
+def _vega() -> str:
+    """What draws the charts: Vega and all that it needs, as one script."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
 
 
 def _gates(run: str, number: int) -> list[dict[str, Any]]:
