@@ -45,9 +45,11 @@ def engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> 
 
 def release() -> None:
     """Give back the memory of the model that is held, and of what was trained: a vLLM beside this process needs it."""
+    loaded = bool(_held)
     while _held:
         _held.popitem()[1].close()
-    gc.collect()
+    if loaded or torch.cuda.is_available():  # (half a second in a process with as many modules)
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

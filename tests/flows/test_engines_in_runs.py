@@ -39,7 +39,7 @@ def served(models, *urls: str) -> dict:
 
 def test_a_served_teacher_ends_in_the_same_tables(recipe, models, fake, tmp_path):
     """Schemas and files equal; the scores of the same rollouts too, but for rounding. Its weights need not be here."""
-    root, here = tmp_path / "runs", tmp_path / "weightless" / models["teacher"].name
+    root, here = tmp_path / "runs", tmp_path / "weightless" / models["teacher"].relative_to(models["teacher"].parents[2])
     shutil.copytree(models["teacher"], here, ignore=shutil.ignore_patterns("*.safetensors"))
     distill(str(recipe(name="embedded")), rounds=1)
     distill(str(recipe(name="served", teacher={**served(models, fake.url), "model": str(here)})), rounds=1)
