@@ -127,7 +127,7 @@ def lead(teacher: pa.Table, student: pa.Table, limits: Gates) -> Gate:
     spread = 1.96 * float(apart.std(ddof=1)) / len(apart) ** 0.5 if len(apart) > 1 else 1.0
     detail = f"teacher {shares[0].mean():.3f}, student {shares[1].mean():.3f}; the lead is at most the figure, with 97.5%"
     if not shares[0].any() and not shares[1].any():
-        return Gate("lead", None, limits.lead, detail="no answer of either is right")
+        return Gate("lead", None, limits.lead, least=True, detail="no answer of either is right")
     return Gate("lead", float(apart.mean()) + spread, limits.lead, least=True, detail=detail)
 
 

@@ -398,5 +398,6 @@ def test_the_lead_is_held_against_by_its_upper_end():
     assert gate.value == pytest.approx(apart.mean() + 1.96 * apart.std(ddof=1) / math.sqrt(50))
     assert gate.ok
     assert lead(evals(np.full(50, 0.1)), evals(np.full(50, 0.9)), limits).ok is False
-    assert lead(evals(np.zeros(5)), evals(np.zeros(5)), limits).ok is None
+    nothing = lead(evals(np.zeros(5)), evals(np.zeros(5)), limits)
+    assert (nothing.ok, nothing.record()["limit"]) == (None, "at least 0")
     assert all(a <= b for a, b in pairwise([0.0, lead(evals(np.ones(5)), evals(np.zeros(5)), limits).value]))
