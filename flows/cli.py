@@ -22,6 +22,7 @@ def _whole(_: Any, tokens: Sequence[Any]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_whole)]
+Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
 
 app = App(
     name="potstill",
@@ -65,7 +66,7 @@ def run(
     config: Path,
     *,
     rounds: Whole | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    set_: Set = (),
 ) -> None:
     """Run, or go on with, the run of a recipe until it has N rounds. A second identical call does nothing.
 
@@ -101,7 +102,7 @@ def preflight(
     config: Path,
     *,
     prompts: Whole = 64,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    set_: Set = (),
 ) -> None:
     """Check a recipe before it costs anything: exit status 1 where a limit of its [gates] is breached.
 
@@ -137,7 +138,7 @@ def compare(
     objectives: str,
     seeds: str = "",
     rounds: Whole | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
+    set_: Set = (),
 ) -> None:
     """Run a recipe under several objectives, and show how they differ on the same prompts and seeds, with intervals.
 

@@ -42,7 +42,7 @@ def tables(run: str) -> list[dict[str, Any]]:
 
 def one_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
     """A round's byte accounts by status, its units by kind, what of it both vocabularies know, its first rollouts."""
-    aligned = _found(run, "aligned", pl.col("round") == number)
+    aligned = collected(run, "aligned", pl.col("round") == number)
     if not len(aligned):
         raise BadInput(f"{run}: no round {number} with aligned rollouts; rounds are counted from 1")
     rollouts = scan(run, "rollouts").filter(pl.col("round") == number).collect()
@@ -85,7 +85,7 @@ def _matched(run: str, number: int, rollouts: pl.DataFrame) -> list[dict[str, An
         return table["token_ids"].explode().drop_nulls()  # rows that were dropped have none
 
     lines = [{"side": "student", "of": "emitted tokens", "share": share(tokens(rollouts), "student")}]
-    scores = _found(run, "scores", pl.col("round") == number)
+    scores = collected(run, "scores", pl.col("round") == number)
     if len(scores):
         lines.append({"side": "teacher", "of": "emitted tokens", "share": share(tokens(scores), "teacher")})
         if scores["top_ids"].null_count() < len(scores):
@@ -133,7 +133,7 @@ def one_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
     return {"Rollout": [about], "Tokens": lines}
 
 
-def _found(run: str, table: str, wanted: pl.Expr) -> pl.DataFrame:
+def collected(run: str, table: str, wanted: pl.Expr) -> pl.DataFrame:
     """Rows of a table; none where the run does not have the table yet."""
     try:
         return scan(run, table).filter(wanted).collect()
@@ -142,7 +142,7 @@ def _found(run: str, table: str, wanted: pl.Expr) -> pl.DataFrame:
 
 
 def _rows(run: str, table: str, wanted: pl.Expr) -> list[dict[str, Any]]:
-    return _found(run, table, wanted).to_dicts()
+    return collected(run, table, wanted).to_dicts()
 
 
 def _pieces(run: str, role: str, ids: list[int], logprobs: list[float] | None) -> list[tuple[str, float | None]]:

@@ -12,6 +12,7 @@ from configs.load import dumps
 from storage.read import scan
 from storage.store import Run
 from tasks.charts import charts
+from tasks.inspect import collected
 from tasks.rounds import records, rounds_table
 from tasks.tokens.align import Kind
 
@@ -58,15 +59,15 @@ def _vega() -> str:
 
 
 def _gates(run: str, number: int) -> list[dict[str, Any]]:
-    return _collected(run, "gates", pl.col("round") == number).drop("round", strict=False).to_dicts()
+    return collected(run, "gates", pl.col("round") == number).drop("round", strict=False).to_dicts()
 
 
 def _answers(run: str, last: int) -> list[dict[str, Any]]:
     """The first held-out prompts with their reference and, greedy where the run has it, the answers before and after."""
-    evals = _collected(run, "evals", pl.col("round").is_in([0, last]))
+    evals = collected(run, "evals", pl.col("round").is_in([0, last]))
     if evals.is_empty():
         return []
-    prompts = _collected(run, "prompts", pl.col("split") == "eval").head(SHOWN)
+    prompts = collected(run, "prompts", pl.col("split") == "eval").head(SHOWN)
     kind = "greedy" if (evals["decoding"] == "greedy").any() else "sampled"
     given = {
         (row["model"], row["round"], row["prompt_id"]): row
@@ -102,9 +103,9 @@ def _rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return {}
     wanted = pl.concat(picked.values())["rollout_id"].unique().to_list()
-    texts = {row["rollout_id"]: row for row in _collected(run, "rollouts", pl.col("rollout_id").is_in(wanted)).to_dicts()}
+    texts = {row["rollout_id"]: row for row in collected(run, "rollouts", pl.col("rollout_id").is_in(wanted)).to_dicts()}
     asked = [row["prompt_id"] for row in texts.values()]
-    prompts = {row["prompt_id"]: row for row in _collected(run, "prompts", pl.col("prompt_id").is_in(asked)).to_dicts()}
+    prompts = {row["prompt_id"]: row for row in collected(run, "prompts", pl.col("prompt_id").is_in(asked)).to_dicts()}
     return {
         title: [
             {
@@ -143,10 +144,3 @@ def units(text: str, aligned: dict[str, Any]) -> list[dict[str, Any]]:
     if rest := data[start:].decode(errors="backslashreplace"):
         found.append({"piece": rest, "kind": "not aligned", "student": None, "teacher": None, "shade": None})
     return found
-
-
-def _collected(run: str, table: str, wanted: pl.Expr) -> pl.DataFrame:
-    try:
-        return scan(run, table).filter(wanted).collect()
-    except (pl.exceptions.ComputeError, FileNotFoundError):
-        return pl.DataFrame()
