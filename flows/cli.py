@@ -1,20 +1,17 @@
 """The `potstill` command."""
 
-import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
+from flows.terminal import Terminated, catch_sigterm, end, log_plainly, out, print_line, print_table
 
 
 def _whole(_: Any, tokens: Sequence[Any]) -> int:
@@ -27,38 +24,25 @@ Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
 app = App(
     name="potstill",
     help="On-policy distillation of a large language model into a small one of any family.",
+    version=version("potstill"),
     suppress_keyboard_interrupt=False,  # `main` says what a stop means
 )
-out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit status 2; a stop or a full disk is one message too."""
-    signal.signal(signal.SIGTERM, _terminate)
+    catch_sigterm()
     try:
         app(exit_on_error=False, print_error=False)
     except (BadInput, CycloptsError) as error:
-        _end(str(error), 2)
+        end(str(error), 2)
     except (CannotWrite, Stopped) as error:
-        _end(str(error), 1)
+        end(str(error), 1)
     except Unavailable as error:
-        _end(f"{error}\npotstill: the same command goes on from what is committed", 1)
+        end(f"{error}\npotstill: the same command goes on from what is committed", 1)
     except KeyboardInterrupt as stop:
         status = 143 if isinstance(stop, Terminated) else 130
-        _end("stopped; the same command goes on from what is committed", status)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: from a scheduler, a container's stop, a machine's shutdown."""
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-def _end(message: str, status: int) -> NoReturn:
-    print(f"potstill: {message}", file=sys.stderr)
-    sys.exit(status)
+        end("stopped; the same command goes on from what is committed", status)
 
 
 @app.command
@@ -70,7 +54,7 @@ def run(
 ) -> None:
     """Run, or go on with, the run of a recipe until it has N rounds. A second identical call does nothing.
 
-    Every field of a recipe, with its default and limits, is in configs/schema.py.
+    The fields of a recipe are described in configs/README.md and configs/schema.py.
 
     Parameters
     ----------
@@ -83,18 +67,19 @@ def run(
     """
     if rounds is not None and rounds < 0:
         raise BadInput(f"--rounds {rounds}: give 0 or more")
-    _plain_logs()
-    from configs.load import load
+    log_plainly()
+    from configs.load import load_recipe
 
-    recipe = load(config, set_)
-    from flows.distill import check, distill
+    recipe = load_recipe(config, set_)
+    from flows.distill import distill
+    from flows.refuse import check_recipe
     from storage.store import Run
 
-    check(recipe)  # before a server is started for nothing
+    check_recipe(recipe)  # before a server is started for nothing
     Run(recipe.root, recipe.name).check_free()
     result = distill(str(config), rounds=rounds, overrides=set_)
-    _print("Rounds", result["table"])
-    out.print(f"Everything lies in {result['run']}; the last student in {result['student']}", soft_wrap=True, highlight=False)
+    print_table("Rounds", result["table"])
+    print_line(f"The run is in {result['run']}, its last student in {result['student']}")
 
 
 @app.command
@@ -117,17 +102,17 @@ def preflight(
     """
     if prompts < 1:
         raise BadInput(f"--prompts {prompts}: give 1 or more")
-    _plain_logs()
-    from configs.load import load
+    log_plainly()
+    from configs.load import load_recipe
 
-    recipe = load(config, set_)
-    from flows.distill import check
+    recipe = load_recipe(config, set_)
     from flows.preflight import preflight as examine
+    from flows.refuse import check_recipe
 
-    check(recipe)  # before a server is started for nothing
+    check_recipe(recipe)  # before a server is started for nothing
     rows = examine(str(config), prompts=prompts, overrides=set_)
-    _print("Preflight", [{key: row[key] for key in ("gate", "found", "limit", "verdict", "detail")} for row in rows])
-    if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["verdict"] == "BREACHED"]:
+    print_table("Preflight", [{key: row[key] for key in ("gate", "value", "limit", "result", "detail")} for row in rows])
+    if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["result"] == "BREACHED"]:
         raise Stopped("\n  ".join([f"{config}: {len(breached)} of {len(rows)} gates breached", *breached]))
 
 
@@ -159,13 +144,13 @@ def compare(
         raise BadInput(f"--rounds {rounds}: give 1 or more")
     if not all(seed.strip().isdecimal() for seed in seeds.split(",") if seeds):
         raise BadInput(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
-    _plain_logs()
+    log_plainly()
     from flows.compare import compare as hold_together
-    from flows.compare import planned
+    from flows.compare import plan_runs
 
     names, numbers = tuple(objectives.split(",")), tuple(int(seed) for seed in seeds.split(",") if seeds)
-    planned(str(config), names, numbers, set_)  # before a server is started for nothing
-    _print("Objectives", hold_together(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_))
+    plan_runs(str(config), names, numbers, set_)  # before a server is started for nothing
+    print_table("Objectives", hold_together(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_))
 
 
 @app.command
@@ -192,28 +177,29 @@ def inspect(
     verify
         Compute every digest again; name what was altered or is missing, and exit with 1 if anything is.
     """
-    from tasks import inspect as show
-    from tasks import trace
-    from tasks.rounds import records, rounds_table
+    from tasks.views import inspect as show
+    from tasks.views import trace
+    from tasks.views.rounds import format_rounds, summarise_rounds
 
     show.check_run(run)
     if verify:
-        damages = trace.damages(run)
-        _print("Altered or missing", damages)
-        out.print(f"{trace.committed(run) - len(damages)} of {trace.committed(run)} artifacts are what their manifests say")
+        damages = trace.find_damage(run)
+        print_table("Altered or missing", damages)
+        total = trace.count_artifacts(run)
+        out.print(f"{total - len(damages)} of {total} artifacts are what their manifests say")
         sys.exit(bool(damages))
     if lineage:
-        for title, rows in trace.lineage(run, round).items():
-            _print(title, rows)
+        for title, rows in trace.trace_lineage(run, round).items():
+            print_table(title, rows)
     elif rollout is not None:
-        for title, rows in show.one_rollout(run, rollout).items():
-            _print(title, rows)
+        for title, rows in show.show_rollout(run, rollout).items():
+            print_table(title, rows)
     elif round is not None:
-        for title, rows in show.one_round(run, round).items():
-            _print(title, rows)
+        for title, rows in show.show_round(run, round).items():
+            print_table(title, rows)
     else:
-        _print("Rounds", records(rounds_table(run)))
-        _print("Tables", show.tables(run))
+        print_table("Rounds", format_rounds(summarise_rounds(run)))
+        print_table("Tables", show.list_tables(run))
 
 
 @app.command
@@ -225,11 +211,11 @@ def report(run: str) -> None:
     run
         A run's folder or URI, such as runs/quickstart.
     """
-    from tasks import inspect as show
-    from tasks.report import write_report
+    from tasks.views import inspect as show
+    from tasks.views.report import write_report
 
     show.check_run(run)
-    out.print(write_report(show.run_at(run)), soft_wrap=True, highlight=False)
+    out.print(write_report(show.open_run(run)), soft_wrap=True, highlight=False)
 
 
 @app.command
@@ -256,8 +242,8 @@ def align(
     out_
         Write the units of every row to this Parquet file: the model-free columns of `aligned`.
     """
-    from tasks import texts as show
-    from tasks.models import tokenizer_of
+    from tasks.models.text import tokenizer_of
+    from tasks.views import texts as show
 
     own, other = tokenizer_of(student), tokenizer_of(teacher)
     names, texts = ["text"], [text]
@@ -265,39 +251,16 @@ def align(
         names, texts = show.read_texts(file)
     elif out_ is not None:
         raise BadInput("--out writes the units of a file: give --file too")
-    aligned = show.aligned_texts(names, texts, own, other)
+    aligned = show.align_texts(names, texts, own, other)
     if out_ is not None:
-        show.write(aligned.table, out_)
+        show.write_units(aligned.table, out_)
     elif file is None and aligned.table["status"][0].as_py() == "ok":
-        for pair in show.two_rows(text, aligned.table.to_pylist()[0], own, other, out.width - 10):
+        for pair in show.format_pairs(text, aligned.table.to_pylist()[0], own, other, out.width - 10):
             for role, line in zip(("student", "teacher"), pair, strict=True):
                 out.print(Text(f"{role}  {line}"))
             out.print()
-    for title, rows in show.summary(aligned, own, other).items():
-        _print(title, rows)
-
-
-def _plain_logs() -> None:
-    """Our lines on standard error; of Prefect's only what it cannot go on with."""
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("potstill")
-    logger.addHandler(handler)
-    logger.propagate = False
-
-
-def _print(title: str, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        out.print(f"{title}: none")
-        return
-    table = Table(title=title, title_justify="left", highlight=False)
-    for column in rows[0]:
-        numeric = all(isinstance(row[column], int | float | None) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))  # text, not markup
-    out.print(table)
+    for title, rows in show.summarise(aligned, own, other).items():
+        print_table(title, rows)
 
 
 if __name__ == "__main__":

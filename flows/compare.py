@@ -7,11 +7,13 @@ from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from configs.errors import BadInput
-from configs.load import load
+from configs.load import load_recipe
 from configs.schema import Recipe
-from flows.distill import check, distill, slug
+from flows.distill import distill
+from flows.publish import slug
+from flows.refuse import check_recipe
 from storage.store import Run
-from tasks.compare import compared
+from tasks.views.compare import compare_runs
 
 
 @flow(name="compare", validate_parameters=True)
@@ -22,27 +24,26 @@ def compare(
     rounds: Annotated[int | None, Field(ge=1, description="compare after so many rounds; default: the recipe's")] = None,
     overrides: Annotated[tuple[str, ...], Field(description="recipe fields to set, each as a.b=c")] = (),
 ) -> list[dict[str, Any]]:
-    """A row an objective, with its difference to the first one on the same held-out prompts and seeds (tasks/compare.py).
+    """One row per objective, with its difference to the first on the same held-out prompts and seeds (tasks/views/compare.py).
 
     A run of each objective and seed is made, or gone on with, under the recipe's root; from the second on they take over
     the rollouts and scores of a seed's first round. Every run stays, to be inspected like any other.
     """
-    recipe = load(config, overrides)
-    variants = planned(config, objectives, seeds, overrides)
+    recipe = load_recipe(config, overrides)
+    variants = plan_runs(config, objectives, seeds, overrides)
     number = recipe.rounds if rounds is None else rounds
-    for told in (told for runs in variants.values() for told in runs):
-        distill(config, rounds=number, overrides=told)
-    made = {name: [_run(config, told).address for told in runs] for name, runs in variants.items()}
-    rows = compared(made, number)
+    for variant in (variant for runs in variants.values() for variant in runs):
+        distill(config, rounds=number, overrides=variant)
+    rows = compare_runs({name: [_open_run(config, v).address for v in runs] for name, runs in variants.items()}, number)
     create_table_artifact(rows, key=slug(recipe.name, "compare"), description=f"after round {number}")
     return rows
 
 
-def planned(
+def plan_runs(
     config: str, objectives: tuple[str, ...], seeds: tuple[int, ...], overrides: tuple[str, ...]
 ) -> dict[str, list[tuple[str, ...]]]:
-    """The overrides of each objective's runs, one a seed. BadInput, before anything is made, where one cannot work."""
-    recipe = load(config, overrides)
+    """The overrides of each objective's runs, one per seed. BadInput, before anything is made, where one cannot work."""
+    recipe = load_recipe(config, overrides)
     seeds = seeds or (recipe.seed,)
     if len(objectives) < 2:
         raise BadInput(f"objectives: {', '.join(objectives) or 'none'}: give two or more to compare, such as bytes,gold")
@@ -50,26 +51,27 @@ def planned(
         if len(set(given)) < len(given):
             raise BadInput(f"{what}: {', '.join(map(str, given))}: one is there twice; name each once")
     variants = {
-        objective: [
-            (*overrides, *_told(recipe, objective), f"seed={seed}", f"name={slug(recipe.name, objective)}-seed{seed}")
-            for seed in seeds
-        ]
+        objective: [(*overrides, *_override_objective(recipe, objective), *_override_run(recipe, objective, s)) for s in seeds]
         for objective in objectives
     }
     for runs in variants.values():
-        for told in runs:
-            check(load(config, told))
-            _run(config, told).check_free()
+        for variant in runs:
+            check_recipe(load_recipe(config, variant))
+            _open_run(config, variant).check_free()
     return variants
 
 
-def _told(recipe: Recipe, objective: str) -> tuple[str, ...]:
+def _override_objective(recipe: Recipe, objective: str) -> tuple[str, ...]:
     """Overrides that choose an objective: the recipe's own keeps its options, another one has its defaults."""
     name, *options = objective.split(":")
-    own = () if name == recipe.objective.name else (f'objective={{name="{name}"}}',)
-    return (*own, *(f"objective.{option}" for option in options))
+    chosen = () if name == recipe.objective.name else (f'objective={{name="{name}"}}',)
+    return (*chosen, *(f"objective.{option}" for option in options))
 
 
-def _run(config: str, told: tuple[str, ...]) -> Run:
-    recipe = load(config, told)
+def _override_run(recipe: Recipe, objective: str, seed: int) -> tuple[str, ...]:
+    return (f"seed={seed}", f"name={slug(recipe.name, objective)}-seed{seed}")
+
+
+def _open_run(config: str, overrides: tuple[str, ...]) -> Run:
+    recipe = load_recipe(config, overrides)
     return Run(recipe.root, recipe.name)

@@ -1,24 +1,23 @@
 """Where a run's tasks are worked on, for how long, and on whose accelerators."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from prefect import Task
 from prefect.task_engine import TaskRunTimeoutError
-from prefect.utilities.callables import get_call_parameters
 
 from configs.errors import BadInput, Unavailable
 from configs.schema import Compute, Recipe
-from storage.artifacts import Artifact
 from storage.lock import device_lock
-from tasks.models import accelerator_names
-from tasks.progress import logger
+from tasks.models.reference import accelerator_names
+from tasks.rows.round import Round, Shard
+from tasks.running.progress import logger
 
+P = ParamSpec("P")
 T = TypeVar("T")
-Each = Callable[[Task[..., Artifact], list[tuple[Any, ...]]], list[Artifact]]
 
 _held: set[str] = set()  # accelerators that this process has
 
@@ -40,56 +39,62 @@ def check_compute(compute: Compute) -> None:
             ) from None
 
 
+class RunShards(Protocol):
+    """Calls a stage once per shard; its results are in the shards' order."""
+
+    def __call__(self, task: Task[[Round, Shard], Shard], round: Round, shards: tuple[Shard, ...], /) -> tuple[Shard, ...]: ...
+
+
 @contextmanager
-def shard_runner(compute: Compute) -> Iterator[Each]:
-    """Yields `each(task, calls)`, which calls a task once a shard and gives the artifacts in the calls' order.
+def shard_runner(compute: Compute) -> Iterator[RunShards]:
+    """Yields what calls a stage for all shards of a round.
 
     With Ray the calls run side by side, as many as the cluster has room for; a worker's exception is raised here. Results
     are bit-equal where a worker has as many threads (Ray: as `cpus`) as this process, else equal to rounding.
     """
     if compute.runner == "local":
-        yield lambda task, calls: [in_time(compute, task, *call) for call in calls]
+        yield lambda task, round, shards: tuple(run_in_time(compute, task, round, shard) for shard in shards)
         return
     from prefect_ray import RayTaskRunner
     from prefect_ray.context import remote_options
 
-    own = {} if compute.address else {"include_dashboard": False}
-    with RayTaskRunner(address=compute.address, init_kwargs=own) as runner:
+    started_here = {} if compute.address else {"include_dashboard": False}
+    with RayTaskRunner(address=compute.address, init_kwargs=started_here) as runner:
 
-        def each(task: Task[..., Artifact], calls: list[tuple[Any, ...]]) -> list[Artifact]:
+        def run_shards(task: Task[[Round, Shard], Shard], round: Round, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
             limited = task.with_options(timeout_seconds=compute.task_timeout)
-            with remote_options(num_cpus=compute.cpus, num_gpus=compute.gpus), _late(compute, task):
-                futures = [runner.submit(limited, get_call_parameters(task.fn, call, {})) for call in calls]
-                return [future.result() for future in futures]
+            with remote_options(num_cpus=compute.cpus, num_gpus=compute.gpus), _explain_timeout(compute, task.name):
+                futures = [runner.submit(limited, {"round": round, "shard": shard}) for shard in shards]
+                return tuple(future.result() for future in futures)
 
-        yield each
+        yield run_shards
 
 
-def in_time(compute: Compute, task: Task[..., T], *call: Any) -> T:
+def run_in_time(compute: Compute, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What a task returns. One that takes longer than `compute.task_timeout` is stopped; an engine's is tried again."""
-    with _late(compute, task):
-        return task.with_options(timeout_seconds=compute.task_timeout)(*call)
+    with _explain_timeout(compute, task.name):
+        return task.with_options(timeout_seconds=compute.task_timeout)(*args, **kwargs)
 
 
 @contextmanager
-def _late(compute: Compute, task: Task[..., Any]) -> Iterator[None]:
+def _explain_timeout(compute: Compute, name: str) -> Iterator[None]:
     try:
         yield
     except TaskRunTimeoutError:
         raise Unavailable(
-            f"{task.name}: not done in compute.task_timeout = {compute.task_timeout:g} seconds; "
+            f"{name}: not done in compute.task_timeout = {compute.task_timeout:g} seconds; "
             "see what its engine waits for, or give it more"
         ) from None
 
 
 @contextmanager
-def exclusive(recipe: Recipe) -> Iterator[None]:
+def hold_accelerators(recipe: Recipe) -> Iterator[None]:
     """Compute on the accelerators of this machine that a recipe names while no other run of this user does.
 
     They are held under locks of the operating system, which end with the process: a crash leaves none taken. A run
     within a run (a teacher that is made first) computes on what the outer one holds.
     """
-    names = sorted(accelerators(recipe) - _held) if recipe.compute.exclusive else []
+    names = sorted(accelerators_of(recipe) - _held) if recipe.compute.exclusive else []
     with ExitStack() as locks:
         for name in names:
             locks.enter_context(device_lock(name, logger.info))
@@ -98,7 +103,7 @@ def exclusive(recipe: Recipe) -> Iterator[None]:
         yield
 
 
-def accelerators(recipe: Recipe) -> set[str]:
+def accelerators_of(recipe: Recipe) -> set[str]:
     """Those of this machine that a recipe computes on, by names that another process would give them too."""
     used = accelerator_names(recipe.student, recipe.train.processes)
     if recipe.teacher is not None and recipe.teacher.engine != "server":

@@ -6,10 +6,12 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
-from configs.load import load
-from flows.compute import exclusive
-from flows.distill import check, check_pair, made, slug
-from tasks.checks import examine
+from configs.load import load_recipe
+from flows.compute import hold_accelerators
+from flows.distill import make_model
+from flows.publish import slug
+from flows.refuse import check_pair, check_recipe
+from tasks.preflight import try_recipe
 
 
 @flow(name="preflight", validate_parameters=True)
@@ -18,16 +20,16 @@ def preflight(
     prompts: Annotated[int, Field(ge=1, description="how many prompts to try")] = 64,
     overrides: Annotated[tuple[str, ...], Field(description="recipe fields to set, each as a.b=c")] = (),
 ) -> list[dict[str, Any]]:
-    """The gates of a recipe as rows: `gate`, `found`, `limit`, `verdict`, `detail`, and `advice` where one is breached.
+    """The gates of a recipe as rows: `gate`, `value`, `limit`, `result`, `detail`, and `advice` where one is breached.
 
     Models that another recipe makes are made first, as the run would. Of the run itself nothing is written.
     """
-    recipe = load(config, overrides)
-    check(recipe)
-    with exclusive(recipe):
-        teacher = made(recipe, recipe.teacher) if recipe.teacher else None
-        student = None if recipe.student.scratch else made(recipe, recipe.student)
-        check_pair(recipe, student, teacher)
-        rows = [gate.record() for gate in examine(recipe, student, teacher, prompts)]
+    recipe = load_recipe(config, overrides)
+    check_recipe(recipe)
+    with hold_accelerators(recipe):
+        teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
+        student = None if recipe.student.scratch else make_model(recipe, recipe.student)
+        check_pair(recipe, student=student, teacher=teacher)
+        rows = try_recipe(recipe, prompts, student=student, teacher=teacher)
     create_table_artifact(rows, key=slug(recipe.name, "preflight"))
     return rows

@@ -43,7 +43,8 @@ def parquet_bytes(table: pa.Table) -> int:
     """How many bytes a table takes on disk; nothing is written."""
     sink = pa.BufferOutputStream()
     write_parquet(table, sink)
-    return sink.getvalue().size
+    size: int = sink.getvalue().size
+    return size
 
 
 def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:

@@ -9,7 +9,8 @@ import fsspec
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem and the path in it; listings are not cached, because other machines write there too."""
-    return fsspec.url_to_fs(uri, use_listings_cache=False)
+    found: tuple[fsspec.AbstractFileSystem, str] = fsspec.url_to_fs(uri, use_listings_cache=False)
+    return found
 
 
 def settle(made: Path, target: Path) -> None:

@@ -93,7 +93,8 @@ class Folder:
             self.commit(file, place)
 
     def read_text(self, place: str) -> str:
-        return self.fs.cat_file(posixpath.join(self.path, place)).decode()
+        text: str = self.fs.cat_file(posixpath.join(self.path, place)).decode()
+        return text
 
     # -- reading ---------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from configs.errors import BadInput
-from configs.load import differences, dumps, validate
+from configs.load import dump_recipe, list_differences, validate_recipe
 from configs.schema import Recipe
 from storage import disk
 from storage.artifacts import Artifact, write_parquet
@@ -214,7 +214,7 @@ class Run(Folder):
         if not self.fs.exists(path):
             return None
         try:
-            return validate(tomllib.loads(self.read_text("run.toml")), path)
+            return validate_recipe(tomllib.loads(self.read_text("run.toml")), path)
         except tomllib.TOMLDecodeError as error:
             raise BadInput(f"{path}: not valid TOML: {error}; put it back, or choose another name or root") from None
 
@@ -227,7 +227,7 @@ class Run(Folder):
         frozen = self.frozen_recipe()
         if frozen is None and any(path.rstrip("/") != left for path in inside):
             raise BadInput(f"{self.path}: not a run folder (no run.toml in it); choose another name or root")
-        if frozen is not None and (lines := differences(frozen, recipe)):
+        if frozen is not None and (lines := list_differences(frozen, recipe)):
             raise BadInput(
                 f"{self.path}: this run belongs to another recipe: "
                 + "; ".join(lines)
@@ -242,7 +242,7 @@ class Run(Folder):
         """Write `run.toml`: once, and again when what may change does."""
         self.check_recipe(recipe)  # again: now nobody else can start the run
         if self.frozen_recipe() != recipe:
-            self.write_text("run.toml", dumps(recipe))
+            self.write_text("run.toml", dump_recipe(recipe))
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

@@ -1,1 +1,1 @@
-"""What one stage does: a pure core (arrays and tables in, tables out) and one thin task entry a stage."""
+"""The stages of a run, one file each, and in the folders what they are made of. Each stage: inputs, key, make, commit."""

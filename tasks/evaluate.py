@@ -1,26 +1,27 @@
 """The evaluation stage: greedy and sampled accuracy on held-out prompts, and the distance to the teacher."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from configs.load import content
+from configs.load import select_content
 from configs.schema import Recipe
 from storage.artifacts import Artifact, read_table
 from storage.schemas import EVALS
 from storage.store import Run, round_slot
-from tasks.engines.base import Sampling, Signal
-from tasks.engines.choose import engine, engine_name
-from tasks.models import ModelRef, side
-from tasks.progress import logger, progress
-from tasks.retries import RETRIES
-from tasks.score import teacher_ids
-from tasks.scorers import scorer
-from tasks.seeds import derive
+from tasks.engines.base import Sampling
+from tasks.engines.choose import engine_name, get_engine
+from tasks.models.reference import ModelRef
+from tasks.models.text import side, teacher_ids
+from tasks.rows.scorers import make_scorer
+from tasks.running.progress import logger, progress
+from tasks.running.retries import RETRIES
+from tasks.running.seeds import derive_seed
+from tasks.signals import make_signal
 from tasks.tokens.token_bytes import split_completion
 
 CODE = 1
@@ -28,7 +29,13 @@ CODE = 1
 
 @task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE, **RETRIES)
 def evaluate_model(
-    recipe: Recipe, number: int, role: str, model: ModelRef, teacher: ModelRef | None, prompts: Artifact
+    recipe: Recipe,
+    number: int,
+    role: Literal["student", "teacher"],
+    prompts: Artifact,
+    *,
+    model: ModelRef,
+    teacher: ModelRef | None,
 ) -> Artifact:
     """`round=…/evals/student` (or `teacher`): completions of the eval prompts, their scores, their divergence."""
     run = Run(recipe.root, recipe.name)
@@ -41,7 +48,7 @@ def evaluate_model(
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,
         "recipe": recipe.evaluate.model_dump(),
-        "rollout": content(recipe, "rollout"),
+        "rollout": select_content(recipe, "rollout"),
         "seed": recipe.seed,
         "role": role,
         "round": number,
@@ -49,27 +56,30 @@ def evaluate_model(
 
     def make() -> pa.Table:
         rows = read_table(prompts).to_pylist()
-        records = completions(recipe, number, role, model, rows)
+        records = evaluate_prompts(recipe, number, role, model, rows)
         if teacher is not None:
-            _teacher_logprobs(recipe, records, model, teacher, {row["prompt_id"]: row["messages"] for row in rows})
+            messages = {row["prompt_id"]: row["messages"] for row in rows}
+            _add_teacher_logprobs(recipe, records, messages, model=model, teacher=teacher)
         return pa.Table.from_pylist(records, EVALS)
 
     return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
 
 
-def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def evaluate_prompts(
+    recipe: Recipe, number: int, role: str, model: ModelRef, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """One greedy and `evaluate.samples` sampled completions of every prompt, graded."""
     config, text_side = recipe.rollout, side(model)
-    stops, score = set(text_side.stop_ids), scorer(recipe.evaluate.scorer)
+    stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
     rendered = [text_side.render(row["messages"]) for row in rows]
-    generator = engine(model, config.batch_size, recipe.score.batch_tokens)
+    generator = get_engine(model, config.batch_size, recipe.score.batch_tokens)
     records = []
     with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:
         for decoding, samples in (("greedy", 1), ("sampled", recipe.evaluate.samples)):
             sampling = replace(Sampling.of(config), temperature=0.0) if decoding == "greedy" else Sampling.of(config)
             for sample in range(samples):
                 # The same seeds in every round: the figures differ by the model alone.
-                seeds = [derive(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
+                seeds = [derive_seed(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
                 for row, completion in zip(rows, generator.generate(rendered, seeds, sampling, advance), strict=True):
                     text, whole = split_completion(text_side.beta, completion.ids, stops)
                     value = score(text, row)
@@ -95,16 +105,18 @@ def completions(recipe: Recipe, number: int, role: str, model: ModelRef, rows: l
     return records
 
 
-def _teacher_logprobs(
-    recipe: Recipe, records: list[dict[str, Any]], model: ModelRef, teacher: ModelRef, messages: dict[str, Any]
+def _add_teacher_logprobs(
+    recipe: Recipe, records: list[dict[str, Any]], messages: dict[str, Any], *, model: ModelRef, teacher: ModelRef
 ) -> None:
-    own, other = side(model), side(teacher)
-    ids = teacher_ids(records, other, own.vocabulary.same_as(other.vocabulary))
+    """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte."""
+    t_side = side(teacher)
+    ids = teacher_ids(records, t_side, side(model).vocabulary.same_as(t_side.vocabulary))
     # A text that is cut before the student's last token has no counterpart on the teacher's side.
     able = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
-    grader = engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
-    prompts = [other.render(messages[records[i]["prompt_id"]]) for i in able]
-    for i, scores in zip(able, grader.score(prompts, [ids[i] or [] for i in able], Signal("sampled")), strict=True):
+    engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
+    prompts = [t_side.render(messages[records[i]["prompt_id"]]) for i in able]
+    scores = engine.score(prompts, [ids[i] or [] for i in able], make_signal("sampled"))
+    for i, scored in zip(able, scores, strict=True):
         record = records[i]
-        record["teacher_logprob"] = float(scores.logprobs.sum(dtype=np.float64))
+        record["teacher_logprob"] = float(scored.logprobs.sum(dtype=np.float64))
         record["divergence"] = (record["logprob"] - record["teacher_logprob"]) / max(record["bytes"], 1)

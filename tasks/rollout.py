@@ -1,7 +1,6 @@
 """The rollout stage: completions of a round, sampled by the current student or taken from elsewhere by λ."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,91 +8,50 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from configs.load import content
-from configs.schema import Recipe, Rollout
-from storage.artifacts import Artifact, read_table
+from configs.load import select_content
+from configs.schema import Rollout
+from storage.artifacts import read_table
 from storage.schemas import ROLLOUTS
-from storage.store import Run, part, round_slot
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.choose import engine, engine_name
-from tasks.models import ModelRef, Side, side
-from tasks.progress import logger, progress
-from tasks.retries import RETRIES
-from tasks.seeds import derive, uniform
+from tasks.engines.choose import engine_name, get_engine
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side, side
+from tasks.rows.plan import Row, plan_rows
+from tasks.rows.round import Round, Shard
+from tasks.running.progress import logger, progress
+from tasks.running.retries import RETRIES
 from tasks.tokens.token_bytes import split_completion
 
 CODE = 1
 
 
-@dataclass(frozen=True)
-class Row:
-    """One rollout to be made."""
-
-    prompt: int  # index in prompts/train
-    sample: int
-    source: str
-    seed: int
-    rollout_id: str
-
-
-@task(name="rollouts", task_run_name="rollouts-{number}-{shard}", cache_policy=NO_CACHE, **RETRIES)
-def roll_out(
-    recipe: Recipe, number: int, shard: int, student: ModelRef, prompts: Artifact, completions: Artifact | None
-) -> Artifact:
-    """`round=…/rollouts/part-…`: one shard of a round. `completions` are the teacher's, where some rows are its own."""
-    run, config = Run(recipe.root, recipe.name), recipe.rollout
+@task(name="rollouts", task_run_name="rollouts-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+def roll_out(round: Round, shard: Shard) -> Shard:
+    """`round=…/rollouts/part-…`: one shard's completions, with the teacher's `completions` where some rows are its own."""
+    recipe, config = round.recipe, round.recipe.rollout
     inputs = {
         "stage": "rollouts",
         "code": CODE,
-        "engine": engine_name(student),
-        "policy": student.identity,
-        "completions": completions.digest if completions else None,
-        "prompts": prompts.digest,
-        "recipe": content(recipe, "rollout"),
+        "engine": engine_name(round.student),
+        "policy": round.student.identity,
+        "completions": shard.completions.digest if shard.completions else None,
+        "prompts": round.prompts.digest,
+        "recipe": select_content(recipe, "rollout"),
         "seed": recipe.seed,
-        "round": number,
-        "part": shard,
+        "round": round.number,
+        "part": shard.number,
     }
 
     def make() -> pa.Table:
-        table = read_table(prompts)
-        rows = plan(config, recipe.seed, number, shard, table["prompt_id"].to_pylist())
-        given = read_table(completions).to_pylist() if completions else []
-        return rollouts_table(rows, table, config, number, student, given)
+        prompts = read_table(round.prompts)
+        rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
+        written = read_table(shard.completions).to_pylist() if shard.completions else []
+        return make_rollouts(rows, prompts, config, round.number, round.student, written)
 
-    return run.build_table(round_slot(number, "rollouts", part(shard)), inputs, make, logger.info)
-
-
-def shards(config: Rollout) -> int:
-    """How many shards a round has."""
-    return -(-config.prompts * config.samples // config.shard_rows)
+    return replace(shard, rollouts=round.run.build_table(round.slot("rollouts", shard), inputs, make, logger.info))
 
 
-def uses_teacher(config: Rollout) -> bool:
-    return config.off_policy == "teacher" and config.on_policy < 1
-
-
-def plan(config: Rollout, seed: int, number: int, shard: int, prompt_ids: list[str]) -> list[Row]:
-    """The rows of a shard. Prompts are gone through in a new random order each epoch, over the rounds."""
-    total = config.prompts * config.samples
-    rows = []
-    for at in range(shard * config.shard_rows, min((shard + 1) * config.shard_rows, total)):
-        turn, sample = divmod(at, config.samples)
-        epoch, place = divmod((number - 1) * config.prompts + turn, len(prompt_ids))
-        prompt = int(_order(seed, epoch, len(prompt_ids))[place])
-        key = (seed, number, prompt_ids[prompt], turn, sample)
-        own = uniform("source", *key) < config.on_policy
-        source = "student" if own else config.off_policy
-        rows.append(Row(prompt, sample, source, derive("rollout", *key), f"{number:04d}-{turn:06d}-{sample:03d}"))
-    return rows
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, prompts: int) -> np.ndarray:
-    return np.random.default_rng(derive("order", seed, epoch)).permutation(prompts)
-
-
-def rollouts_table(
+def make_rollouts(
     rows: list[Row], prompts: pa.Table, config: Rollout, number: int, student: ModelRef, completions: list[dict[str, Any]]
 ) -> pa.Table:
     """Fill in the completions of `rows` from where each comes from: the student, references, or the teacher's `completions`."""
@@ -102,22 +60,22 @@ def rollouts_table(
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(m) for m in messages]
     sampling = Sampling.of(config)
-    made: dict[int, dict[str, Any]] = {}
+    filled: dict[int, dict[str, Any]] = {}
 
-    own = [i for i, row in enumerate(rows) if row.source == "student"]
-    if own:
-        with progress(f"round {number} rollouts", len(own)) as advance:
-            generator = engine(student, config.batch_size)
-            sampled = generator.generate([rendered[i] for i in own], [rows[i].seed for i in own], sampling, advance)
-            made = {i: _sampled(completion, text_side) for i, completion in zip(own, sampled, strict=True)}
+    on_policy = [i for i, row in enumerate(rows) if row.source == "student"]
+    if on_policy:
+        with progress(f"round {number} rollouts", len(on_policy)) as advance:
+            generator, seeds = get_engine(student, config.batch_size), [rows[i].seed for i in on_policy]
+            sampled = generator.generate([rendered[i] for i in on_policy], seeds, sampling, advance)
+            filled = {i: _from_sample(completion, text_side) for i, completion in zip(on_policy, sampled, strict=True)}
     written = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
-            made[i] = _given(references[i], True, text_side, config.max_new_tokens)
+            filled[i] = _from_text(references[i], True, text_side, config.max_new_tokens)
         elif row.source == "teacher":
             source = written[row.rollout_id]
-            made[i] = _given(source["text"], source["finish_reason"] == "stop", text_side, config.max_new_tokens)
-            made[i] |= {"policy": source["policy"], "engine": source["engine"]}
+            filled[i] = _from_text(source["text"], source["finish_reason"] == "stop", text_side, config.max_new_tokens)
+            filled[i] |= {"policy": source["policy"], "engine": source["engine"]}
 
     return pa.Table.from_pylist(
         [
@@ -131,7 +89,7 @@ def rollouts_table(
                 "prompt_token_ids": rendered[i],
                 "seed": row.seed,
                 "engine": name if row.source == "student" else "",
-                **made[i],
+                **filled[i],
             }
             for i, (row, prompt_id) in enumerate(zip(rows, chosen["prompt_id"].to_pylist(), strict=True))
         ],
@@ -139,7 +97,7 @@ def rollouts_table(
     )
 
 
-def _sampled(completion: Completion, text_side: Side) -> dict[str, Any]:
+def _from_sample(completion: Completion, text_side: Side) -> dict[str, Any]:
     stops = set(text_side.stop_ids)
     return {
         "token_ids": completion.ids,
@@ -149,7 +107,7 @@ def _sampled(completion: Completion, text_side: Side) -> dict[str, Any]:
     }
 
 
-def _given(text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
+def _from_text(text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
     """A text that the student did not sample, as it would have had to; cut at the limit like a sample.
 
     A prompt without a reference, or a text that the tokenizer cannot spell byte for byte, has no ids: the align stage

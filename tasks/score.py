@@ -1,111 +1,116 @@
 """The scoring stage: the teacher's log-probs of every token of a shard, under its own rendering of the prompt."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from configs.load import content
-from configs.schema import Recipe, Score
+from configs.load import select_content
+from configs.schema import Recipe
+from configs.signals import SIGNALS
 from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
 from storage.schemas import SCORES
-from storage.store import Run, part, round_slot
-from tasks.engines.base import Advance, Engine, Signal, TokenScores, unseen
-from tasks.engines.choose import engine, engine_name
-from tasks.models import ModelRef, Side, side
-from tasks.progress import logger, progress
-from tasks.retries import RETRIES
+from storage.store import Run
+from tasks.engines.base import Advance, Engine, TokenScores, unseen
+from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.transformers import TransformersEngine
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side, side, teacher_ids
+from tasks.rows.round import Round, Shard
+from tasks.running.progress import logger, progress
+from tasks.running.retries import RETRIES
+from tasks.signals import make_signal
+from tasks.signals.base import Signal
+from tasks.signals.head import head_of, save_head
 
 CODE = 1
+HEAD_CODE = 1
 ROWS_AT_ONCE = 1024  # between two steps of the progress bar
-COLUMNS = {  # of each signal: its events, their log-probs, and how many each token has
-    "topk": ("top_ids", "top_logprobs", "top_counts"),
-    "bytes": ("law_classes", "law_logprobs", "law_counts"),
-}
 
 
-@task(name="scores", task_run_name="scores-{number}-{shard}", cache_policy=NO_CACHE, **RETRIES)
-def score_shard(
-    recipe: Recipe, number: int, shard: int, student: ModelRef, teacher: ModelRef, prompts: Artifact, rollouts: Artifact
-) -> Artifact:
+@task(name="scores", task_run_name="scores-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+def score_shard(round: Round, shard: Shard) -> Shard:
     """`round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
-    run, config = Run(recipe.root, recipe.name), recipe.score
-    as_sampled = side(student).vocabulary.same_as(side(teacher).vocabulary)
+    recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
+    assert teacher is not None
+    assert shard.rollouts is not None
+    as_sampled = side(round.student).vocabulary.same_as(side(teacher).vocabulary)
     # What is scored is the text, whichever tokenizer wrote it: another student's rollouts of it need no new scores.
-    wanted = read_table(rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
+    wanted = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
     inputs = {
         "stage": "scores",
         "code": CODE,
         "engine": engine_name(teacher),
         "teacher": teacher.identity,
-        "prompts": prompts.digest,
+        "prompts": round.prompts.digest,
         "rollouts": digest_table(wanted),
-        "recipe": _scored_fields(recipe),
+        "recipe": _stored_fields(recipe),
         "as_sampled": as_sampled,
     }
 
     def make() -> pa.Table:
         rows = wanted.to_pylist()
-        messages = read_table(prompts, ["prompt_id", "messages"])
-        by_id = dict(zip(messages["prompt_id"].to_pylist(), messages["messages"].to_pylist(), strict=True))
-        grader = engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
-        with progress(f"round {number} scores", len(rows)) as advance:
-            return scores_table(rows, by_id, grader, side(teacher), config, as_sampled, advance)
+        prompts = read_table(round.prompts, ["prompt_id", "messages"])
+        messages = dict(zip(prompts["prompt_id"].to_pylist(), prompts["messages"].to_pylist(), strict=True))
+        engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
+        signal = make_signal(config.signal, config.k, config.top_p)
+        with progress(f"round {round.number} scores", len(rows)) as advance:
+            return score_rows(rows, messages, engine, side(teacher), signal, as_sampled, advance)
 
-    return run.build_table(round_slot(number, "scores", part(shard)), inputs, make, logger.info)
+    return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
 
 
-def _scored_fields(recipe: Recipe) -> dict[str, Any]:
+@task(name="head", cache_policy=NO_CACHE)
+def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
+    """`teacher/`: the head's weights, for a signal that cannot be read without them."""
+    run = Run(recipe.root, recipe.name)
+    inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
+
+    def make(folder: Path) -> dict[str, int]:
+        engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
+        assert isinstance(engine, TransformersEngine), "the recipe is refused before"
+        head = head_of(engine.model, engine.size)
+        save_head(head, folder / "teacher")
+        return {"teacher": len(head.weight)}
+
+    return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
+
+
+def _stored_fields(recipe: Recipe) -> dict[str, Any]:
     """What of the recipe changes a scores file: `k` and `top_p` only where the signal is cut by them."""
-    cut = recipe.score.signal in ("topk", "bytes")
-    return {key: value for key, value in content(recipe, "score").items() if cut or key not in ("k", "top_p")}
+    cut = SIGNALS[recipe.score.signal].cut
+    return {key: value for key, value in select_content(recipe, "score").items() if cut or key not in ("k", "top_p")}
 
 
-def teacher_ids(rows: list[dict[str, Any]], text_side: Side, as_sampled: bool) -> list[list[int] | None]:
-    """Each completion in the teacher's ids, its stop included; None where its tokenizer cannot spell the text.
-
-    With one vocabulary on both sides the sampled ids themselves are used: a student may split a text in other ways
-    than `encode` does.
-    """
-    if as_sampled:
-        return [row["token_ids"] or None for row in rows]
-    encoded = text_side.encoder.encode([row["text"] or "" for row in rows])
-    stop = text_side.stop_ids[:1]
-    return [
-        None if ids is None else ids + stop * (row["finish_reason"] == "stop") for ids, row in zip(encoded, rows, strict=True)
-    ]
-
-
-def scores_table(
-    rows: list[dict[str, Any]],
-    messages: dict[str, Any],
-    grader: Engine,
-    text_side: Side,
-    config: Score,
+def score_rows(
+    rows: Sequence[dict[str, Any]],
+    messages: dict[str, list[dict[str, str]]],
+    engine: Engine,
+    teacher: Side,
+    signal: Signal,
     as_sampled: bool,
     advance: Advance = unseen,
 ) -> pa.Table:
     """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason), one row each and in order."""
-    completions = teacher_ids(rows, text_side, as_sampled)
-    signal = Signal(config.signal, config.k, config.top_p)
+    completions = teacher_ids(rows, teacher, as_sampled)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
         able = [i for i in batch if completions[i]]
-        prompts = [text_side.render(messages[rows[i]["prompt_id"]]) for i in able]
-        results = grader.score(prompts, [completions[i] or [] for i in able], signal)
+        prompts = [teacher.render(messages[rows[i]["prompt_id"]]) for i in able]
+        results = engine.score(prompts, [completions[i] or [] for i in able], signal)
         by_row: dict[int, TokenScores] = dict(zip(able, results, strict=True))
         for i in batch:
-            common = {"rollout_id": rows[i]["rollout_id"], "teacher": text_side.ref.digest}
-            if (s := by_row.get(i)) is None:
-                status = "lossy_text" if completions[i] is None else "empty"
-                scored.append({**common, "status": status})
+            common = {"rollout_id": rows[i]["rollout_id"], "teacher": teacher.ref.digest}
+            if (scores := by_row.get(i)) is None:
+                scored.append({**common, "status": "lossy_text" if completions[i] is None else "empty"})
                 continue
-            events = dict(zip(COLUMNS.get(config.signal, ()), (s.top_ids, s.top_logprobs, s.counts), strict=False))
-            hidden = None if s.hidden is None else s.hidden.reshape(-1)
-            given = {"token_ids": completions[i], "logprobs": s.logprobs, "rest": s.rest, "hidden": hidden}
-            scored.append({**common, **given, **events, "status": "ok"})
+            columns = {name: values.reshape(-1) for name, values in scores.columns.items()}
+            scored.append({**common, "token_ids": completions[i], "logprobs": scores.logprobs, **columns, "status": "ok"})
         advance(len(batch))
     return pa.Table.from_pylist(scored, SCORES)

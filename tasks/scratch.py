@@ -9,11 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.errors import BadInput
-from configs.schema import Recipe, Scratch
+from configs.models import Scratch
+from configs.schema import Recipe
 from storage.artifacts import Artifact, read_table
 from storage.store import Run, round_slot
-from tasks.progress import logger
-from tasks.seeds import derive
+from tasks.running.progress import logger
+from tasks.running.seeds import derive_seed
 
 CODE = 1
 SPECIAL = ["<pad>", "<s>", "<end>", "<system>", "<user>", "<assistant>"]
@@ -36,21 +37,21 @@ def make_scratch(recipe: Recipe, prompts: Artifact) -> Artifact:
         texts = [text for text in table["reference"].to_pylist() if text]
         if config.tokenizer_text == "all":
             texts += [m["content"] for messages in table["messages"].to_pylist() for m in messages]
-        tokenizer = new_tokenizer(config, texts)
+        tokenizer = train_tokenizer(config, texts)
         tokenizer.save_pretrained(folder / "student")
-        new_model(config, tokenizer, derive(recipe.seed, "scratch")).save_pretrained(folder / "student")
+        init_model(config, tokenizer, derive_seed(recipe.seed, "scratch")).save_pretrained(folder / "student")
         return {"student": len(texts)}
 
     return run.build_files({"student": round_slot(0, "student")}, inputs, make, logger.info)["student"]
 
 
-def new_tokenizer(config: Scratch, texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(config: Scratch, texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with all 256 bytes, so that no text is lost; merges from `texts`."""
     if not texts:
         raise BadInput("student.scratch: the prompts have no reference, so there is no text to train a tokenizer on")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
@@ -61,7 +62,7 @@ def new_tokenizer(config: Scratch, texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def new_model(config: Scratch, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def init_model(config: Scratch, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),

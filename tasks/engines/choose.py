@@ -11,7 +11,7 @@ from tasks.engines.base import Engine
 from tasks.engines.server import ServerEngine
 from tasks.engines.transformers import TransformersEngine
 from tasks.engines.vllm import VllmEngine, vllm_version
-from tasks.models import ModelRef
+from tasks.models.reference import ModelRef
 
 _held: dict[ModelRef, TransformersEngine | VllmEngine] = {}
 _server = lru_cache(maxsize=8)(ServerEngine)
@@ -27,7 +27,7 @@ def engine_name(ref: ModelRef) -> str:
     return "server" if ref.engine == "server" else f"transformers-{version('transformers')}"
 
 
-def engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> Engine:
+def get_engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> Engine:
     """The engine for a model: the one that is held, or a new one once the memory of the last is given back.
 
     transformers generates `batch_size` sequences and scores `batch_tokens` tokens, padding included, at once.

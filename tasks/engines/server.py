@@ -11,9 +11,10 @@ import numpy as np
 
 from configs.errors import BadInput, Unavailable
 from tasks.engines.base import Advance, Completion, Sampling, unseen
-from tasks.engines.remote import RemoteEngine, Top
-from tasks.models import ModelRef
-from tasks.progress import logger
+from tasks.engines.remote import RemoteEngine
+from tasks.models.reference import ModelRef
+from tasks.running.progress import logger
+from tasks.signals.base import Top
 
 IN_FLIGHT = 32  # requests at one address
 ENTRIES = 200_000  # log-probs a response
@@ -125,7 +126,8 @@ class ServerEngine(RemoteEngine):
         for same in (str, _last):
             for model in models:
                 if same(self.ref.path) in {same(model["id"]), same(model.get("root") or model["id"])}:
-                    return model["id"]
+                    name: str = model["id"]
+                    return name
         names = ", ".join(model["id"] for model in models)
         raise BadInput(
             f"{url}: serves {names}, not {self.ref.path}; serve that model there (--served-model-name {self.ref.path}), "
@@ -178,7 +180,8 @@ class ServerEngine(RemoteEngine):
                     "GET" if body is None else "POST", url + path, json=body, timeout=httpx.Timeout(seconds, connect=10)
                 )
                 if response.status_code < 400:
-                    return response.json()
+                    answer: dict[str, Any] = response.json()
+                    return answer
             except (httpx.TransportError, ValueError) as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue

@@ -1,19 +1,18 @@
 """The embedded engine: a transformers model in this process, on the CPU or one GPU."""
 
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from tasks.engines.base import Advance, Completion, Sampling, Signal, TokenScores, unseen
-from tasks.engines.events import boundary_laws, half, likeliest, split_scores, stored
+from tasks.engines.base import Advance, Completion, Sampling, TokenScores, unseen
 from tasks.engines.sampling import SeededSampler
-from tasks.models import ModelRef, check_head, device_of, hidden_states, load_weights, logits_of, side
-from tasks.tokens.byte_laws import REST, ByteLaws
-
-SCORE_CHUNK = 1024  # positions whose full logits exist at once
+from tasks.models.reference import ModelRef, device_of
+from tasks.models.text import side
+from tasks.models.weights import check_head, hidden_states, load_weights, logits_of
+from tasks.signals.base import SCORE_CHUNK, Chunk, Signal, join_chunks, split_columns
+from tasks.tokens.byte_laws import ByteLaws
 
 
 class TransformersEngine:
@@ -21,7 +20,7 @@ class TransformersEngine:
         """`batch_size` sequences are generated at once; `batch_tokens`, padding included, are scored at once."""
         self.side, self.batch_size, self.batch_tokens = side(ref), batch_size, batch_tokens
         self.device = device_of(ref)
-        self.model = load_weights(ref).eval().to(self.device)  # type: ignore[arg-type]
+        self.model = load_weights(ref).eval().to(self.device)
         self.model.generation_config = GenerationConfig()  # a model's own top_k and penalties are not the recipe's
         self.size = len(self.side.beta.values)
         check_head(self.model, ref.path, self.size)
@@ -81,34 +80,29 @@ class TransformersEngine:
             row = torch.tensor([r for r, i in enumerate(rows) for _ in completions[i]], device=self.device)
             time = torch.tensor([len(prompts[i]) + t for i in rows for t in range(len(completions[i]))], device=self.device)
             first = torch.tensor([t == 0 for i in rows for t in range(len(completions[i]))], device=self.device)
-            scores = self._scores(hidden[row, time - 1], ids[row, time], first, signal)
+            logprobs, columns = self._scores(hidden[row, time - 1], ids[row, time], first, signal)
             ends = np.cumsum([len(completions[i]) for i in rows])
-            for i, part in zip(rows, split_scores(scores, ends), strict=True):
-                results[i] = part
+            parts = zip(rows, np.split(logprobs, ends[:-1]), split_columns(signal, columns, ends), strict=True)
+            for i, path, part in parts:
+                results[i] = TokenScores(path, part)
         return [result for result in results if result is not None]
 
-    def _scores(self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal) -> TokenScores:
-        """Scores at flat positions, in chunks; `first` marks the first token of each completion."""
+    def _scores(
+        self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Log-probs and the signal's columns at flat positions, in chunks; `first` marks each completion's first token."""
         stops = torch.tensor(self.side.stop_ids, device=self.device)
         chosen, chunks = [], []
-        for at in torch.arange(len(actual), device=self.device).split(SCORE_CHUNK):
-            # One position more in front: a token's law of bytes also reads the distribution before it.
-            window = torch.cat([at[:1] - 1, at]) if at[0] > 0 else at
+        for at in torch.split(torch.arange(len(actual), device=self.device), SCORE_CHUNK):
+            lead = int(at[0] > 0)
+            window = torch.cat([at[:lead] - 1, at])
             logprobs = logits_of(self.model, hidden[window], self.size).log_softmax(-1)
-            own = logprobs[len(window) - len(at) :]
-            path = own.gather(1, actual[at][:, None])[:, 0]
-            chosen.append(torch.where(torch.isin(actual[at], stops), own[:, stops].logsumexp(-1), path).cpu().numpy())
-            if signal.kind == "topk":
-                chunks.append(likeliest(own, signal))
-            elif signal.kind == "bytes":
-                laws = boundary_laws(self.laws, logprobs, actual[window], first[window])
-                chunks.append(likeliest(laws[len(window) - len(at) :].log(), signal, events=REST))
-        scored = TokenScores(np.concatenate(chosen))
-        if chunks:
-            scored = replace(scored, **stored(chunks))
-        if signal.kind == "hidden":
-            scored = replace(scored, hidden=half(hidden, self.side.ref.path))
-        return scored
+            here = logprobs[lead:]
+            path = here.gather(1, actual[at][:, None])[:, 0]
+            chosen.append(torch.where(torch.isin(actual[at], stops), here[:, stops].logsumexp(-1), path).cpu().numpy())
+            chunk = Chunk(hidden[at], logprobs, actual[window], first[window], lead, lambda: self.laws, self.side.ref.path)
+            chunks.append(signal.store(chunk))
+        return np.concatenate(chosen), join_chunks(chunks)
 
     @cached_property
     def laws(self) -> ByteLaws:

@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from configs.errors import BadInput, Unavailable
 from tasks.engines.base import Advance, Completion, Sampling, unseen
-from tasks.engines.remote import RemoteEngine, Top
-from tasks.models import ModelRef, dtype_of
-from tasks.progress import logger
+from tasks.engines.remote import RemoteEngine
+from tasks.models.reference import ModelRef, dtype_of
+from tasks.running.progress import logger
+from tasks.signals.base import Top
 
 CHILD = Path(__file__).with_name("vllm_child.py")
 LAST_WORDS = 15  # lines of what a child wrote before it ended

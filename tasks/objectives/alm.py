@@ -11,11 +11,11 @@ UNBOUNDED = -1e4  # a long unit is rightly far less likely than e⁻²⁰, and s
 
 
 class AlmObjective(ObjectiveModule):
+    config: Alm
     stops: torch.Tensor
 
-    def __init__(self, config: Alm, student: Vocabulary):
-        super().__init__()
-        self.config = config
+    def __init__(self, config: Alm, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
         self.register_buffer("stops", torch.tensor(student.stop_ids), persistent=False)
 
     def project(self, pairing: Pairing) -> Projection:

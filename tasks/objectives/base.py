@@ -5,16 +5,16 @@ the tokens `start … end - 1` and has a target: log masses on a few events, and
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
-from tasks.ragged import offsets_of, ragged, rows_of
+from configs.objectives import ObjectiveConfig
 from tasks.tokens.align import Units, unit_starts
 from tasks.tokens.byte_laws import expand_ranges
+from tasks.tokens.ragged import offsets_of, ragged, rows_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,15 @@ class Terms:
 class ObjectiveModule(nn.Module):
     """One objective for one pair of vocabularies. A module, so that its tables move to the device with the student."""
 
-    reads_laws: ClassVar[bool] = False  # the teacher's laws of the next byte, where the signal has them
+    config: ObjectiveConfig
+
+    def __init__(self, config: ObjectiveConfig):
+        super().__init__()
+        self.config = config
+
+    def prepare(self, rows: pa.Table, seed: int) -> pa.Table:
+        """Rows of an optimizer step as the student reads them: `input_ids` where they differ from `token_ids`."""
+        return rows
 
     def project(self, pairing: Pairing) -> Projection:
         """The terms and targets of a shard (the align stage)."""

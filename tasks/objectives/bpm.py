@@ -10,16 +10,17 @@ import torch
 from configs.objectives import Bpm
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
 from tasks.objectives.classes import Classes
-from tasks.objectives.divergences import bucketed
-from tasks.ragged import add_up, expand, rows_of
+from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind, unit_starts
+from tasks.tokens.ragged import add_up, expand, rows_of
 from tasks.tokens.vocabulary import Vocabulary, match
 
 
 class BpmObjective(ObjectiveModule):
-    def __init__(self, config: Bpm, student: Vocabulary, teacher: Vocabulary):
-        super().__init__()
-        self.config = config
+    config: Bpm
+
+    def __init__(self, config: Bpm, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
         matching = match(teacher, student)
         self.carry = np.where(matching.ids >= 0, matching.ids, matching.prefix)  # the stop goes to the stop
         if student.same_as(teacher):
@@ -70,4 +71,4 @@ class BpmObjective(ObjectiveModule):
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         law = self.classes(logits.softmax(-1), terms.start, terms.ids)
         student = log_of(law).masked_fill(terms.logprobs.isneginf(), -torch.inf)
-        return bucketed(terms.logprobs, terms.rest, student, self.config.beta)
+        return bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta)

@@ -8,19 +8,19 @@ import torch
 
 from configs.objectives import Bytes
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
-from tasks.objectives.divergences import bucketed
-from tasks.ragged import add_up, expand, offsets_of, rows_of, within
+from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import byte_ends
 from tasks.tokens.byte_laws import REST, STOP, TINY, ByteLaws, first_classes
+from tasks.tokens.ragged import add_up, expand, index_in_row, offsets_of, rows_of
 from tasks.tokens.vocabulary import Vocabulary
 
 
 class BytesObjective(ObjectiveModule):
-    reads_laws = True
+    config: Bytes
 
-    def __init__(self, config: Bytes, student: Vocabulary, teacher: Vocabulary):
-        super().__init__()
-        self.config, self.student, self.teacher = config, student, teacher
+    def __init__(self, config: Bytes, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
+        self.student, self.teacher = student, teacher
         self.laws = ByteLaws(student)
 
     # -- the teacher's side, in the align stage ------------------------------------------------------------------------
@@ -63,7 +63,7 @@ class BytesObjective(ObjectiveModule):
         rest = np.exp(pairing.rest)
 
         # The cover of token j, read from the distribution that chose token j - 1.
-        after = np.flatnonzero(within(pairing.teacher_offsets) > 0)
+        after = np.flatnonzero(index_in_row(pairing.teacher_offsets) > 0)
         previous = ids[after - 1]
         low, equal, high = vocabulary.prefix_range(previous, vocabulary.lengths[previous])
         entries, boundary = expand(pairing.top_offsets[after - 1], pairing.top_offsets[after])
@@ -103,4 +103,4 @@ class BytesObjective(ObjectiveModule):
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         law = self.laws(logits, terms.actual, terms.start, terms.end, terms.inside)
         student = law.gather(1, terms.ids).clamp(min=TINY).log().masked_fill(terms.logprobs.isneginf(), -torch.inf)
-        return bucketed(terms.logprobs, terms.rest, student, self.config.beta)
+        return bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta)

@@ -29,7 +29,7 @@ def log_rest(s: torch.Tensor) -> torch.Tensor:
     return (1 - s.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(s.dtype).eps).log()
 
 
-def bucketed(
+def bucketed_jsd(
     t: torch.Tensor,
     t_rest: torch.Tensor,
     s: torch.Tensor,

@@ -9,19 +9,20 @@ import torch
 from configs.objectives import Gold
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
 from tasks.objectives.classes import Classes, Subset
-from tasks.objectives.divergences import bucketed
-from tasks.ragged import add_up, expand, rows_of
+from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import unit_starts
 from tasks.tokens.byte_laws import expand_ranges
+from tasks.tokens.ragged import add_up, expand, rows_of
 from tasks.tokens.vocabulary import Vocabulary, match
 
 IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
 
 
 class GoldObjective(ObjectiveModule):
-    def __init__(self, config: Gold, student: Vocabulary, teacher: Vocabulary):
-        super().__init__()
-        self.config = config
+    config: Gold
+
+    def __init__(self, config: Gold, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
         self.to_student = student.representative if student.same_as(teacher) else match(teacher, student).ids
         self.teacher_class = teacher.representative
         self.teacher_size = teacher.size
@@ -107,7 +108,7 @@ class GoldObjective(ObjectiveModule):
             ids = torch.cat([ids, self.unmatched.top(mass, terms.unmatched.shape[1])[at]], 1)
         law = self.classes(mass, at, ids)
         student = (log_of(law[:, :events]) + others[:, None]).masked_fill(terms.logprobs.isneginf(), -torch.inf)
-        loss = bucketed(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
+        loss = bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
         loss = self.config.matched_weight * loss
         if unmatched:
             path_mass = others.exp()

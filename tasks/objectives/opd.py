@@ -11,11 +11,11 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class OpdObjective(ObjectiveModule):
+    config: Opd
     stops: torch.Tensor
 
-    def __init__(self, config: Opd, student: Vocabulary):
-        super().__init__()
-        self.config = config
+    def __init__(self, config: Opd, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
         self.register_buffer("stops", torch.tensor(student.stop_ids), persistent=False)
 
     def project(self, pairing: Pairing) -> Projection:

@@ -6,16 +6,17 @@ import torch
 from configs.objectives import Strict
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
 from tasks.objectives.classes import Classes, Subset
-from tasks.objectives.divergences import bucketed
-from tasks.ragged import add_up, expand, offsets_of, rows_of
+from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind, unit_starts
+from tasks.tokens.ragged import add_up, expand, offsets_of, rows_of
 from tasks.tokens.vocabulary import Vocabulary, match
 
 
 class StrictObjective(ObjectiveModule):
-    def __init__(self, config: Strict, student: Vocabulary, teacher: Vocabulary):
-        super().__init__()
-        self.config = config
+    config: Strict
+
+    def __init__(self, config: Strict, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
         self.to_student = student.representative if student.same_as(teacher) else match(teacher, student).ids
         self.matched = Subset(student, np.unique(self.to_student[self.to_student >= 0]))
         self.classes = Classes(student)
@@ -61,4 +62,4 @@ class StrictObjective(ObjectiveModule):
         outside = torch.cat([terms.logprobs.masked_fill(compared, -torch.inf), terms.rest[:, None]], 1).logsumexp(-1)
         student = log_of(self.classes(mass, terms.start, terms.ids)) - log_of(self.matched.total(mass))[terms.start][:, None]
         teacher, student = (side.masked_fill(~compared, -torch.inf) for side in (terms.logprobs, student))
-        return bucketed(teacher, outside, student, beta=1.0)
+        return bucketed_jsd(teacher, outside, student, beta=1.0)

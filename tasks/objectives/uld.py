@@ -5,20 +5,22 @@ import torch
 
 from configs.objectives import Uld
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
-from tasks.ragged import expand, offsets_of, within
 from tasks.tokens.align import byte_ends
+from tasks.tokens.ragged import expand, index_in_row, offsets_of
 from tasks.tokens.vocabulary import Vocabulary
 
 
 class UldObjective(ObjectiveModule):
-    def __init__(self, config: Uld, student: Vocabulary):
-        super().__init__()
-        self.config, self.lengths = config, student.lengths
+    config: Uld
+
+    def __init__(self, config: Uld, *, student: Vocabulary, teacher: Vocabulary):
+        super().__init__(config)
+        self.lengths = student.lengths
 
     def project(self, pairing: Pairing) -> Projection:
         pairs = np.minimum(np.diff(pairing.student_offsets), np.diff(pairing.teacher_offsets))
         offsets = offsets_of(pairs)
-        position = within(offsets)
+        position = index_in_row(offsets)
         teacher, _ = expand(pairing.teacher_offsets[:-1], pairing.teacher_offsets[:-1] + pairs)
         entries, _ = expand(pairing.top_offsets[teacher], pairing.top_offsets[teacher + 1])
         ends = byte_ends(self.lengths[pairing.student_ids], pairing.student_offsets)

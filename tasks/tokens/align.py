@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from tasks.ragged import offsets_of, rows_of, within
+from tasks.tokens.ragged import index_in_row, offsets_of, rows_of
 
 
 class Kind(IntEnum):
@@ -32,7 +32,8 @@ class Units:
 def byte_ends(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Cumulative byte ends of tokens within their rows, from flat token `lengths`."""
     total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
+    ends: np.ndarray = total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
+    return ends
 
 
 def align(
@@ -62,8 +63,8 @@ def align(
     ends = [
         np.concatenate([own, at_stop])[order]
         for own, at_stop in (
-            (within(student_offsets)[s_at] + 1, s_counts[stop_rows] + 1),
-            (within(teacher_offsets)[t_at] + 1, t_counts[stop_rows] + 1),
+            (index_in_row(student_offsets)[s_at] + 1, s_counts[stop_rows] + 1),
+            (index_in_row(teacher_offsets)[t_at] + 1, t_counts[stop_rows] + 1),
             (s_ends[s_at], np.bincount(s_rows, student_lengths, rows).astype(np.int64)[stop_rows]),
         )
     ]
@@ -77,7 +78,8 @@ def align(
 
 def unit_sizes(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Tokens in each unit, from exclusive ends that count from each row's start."""
-    return ends - unit_starts(ends, offsets)
+    sizes: np.ndarray = ends - unit_starts(ends, offsets)
+    return sizes
 
 
 def unit_starts(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ def first_classes(vocabulary: Vocabulary) -> np.ndarray:
 
 
 def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tasks.ragged.expand` for tensors."""
+    """`tasks.tokens.ragged.expand` for tensors."""
     counts = (ends - starts).clamp(min=0)
     owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
     before = counts.cumsum(0) - counts
@@ -104,4 +104,17 @@ class ByteLaws(nn.Module):
         sums = mass.new_zeros(len(start) * (CLASSES + 1)).index_add(0, term * (CLASSES + 1) + column, read)
         cover, path = sums.view(-1, CLASSES + 1).split([CLASSES, 1], 1)
         law = cover + (path + (known == 0)[:, None]) * first[end - 1]
-        return law / law.sum(-1, keepdim=True).clamp(min=TINY)
+        normalised: torch.Tensor = law / law.sum(-1, keepdim=True).clamp(min=TINY)
+        return normalised
+
+
+def boundary_laws(laws: ByteLaws, logprobs: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The law of the next byte before each token, covers applied, `[positions, 258]`.
+
+    `logprobs` `[positions, V]` are those that `actual` `[positions]` were drawn from; `first`, bool `[positions]`, marks
+    tokens with none before them. A position that is not first, but the first of the chunk, gets no cover.
+    """
+    end = torch.arange(1, len(actual) + 1, device=actual.device)
+    start = (end - 1 - (~first).long()).clamp(min=0)
+    law: torch.Tensor = laws(logprobs, actual, start, end, torch.zeros_like(end))
+    return law

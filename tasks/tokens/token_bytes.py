@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -113,10 +114,10 @@ def _piece_decoder(backend: Tokenizer, name: str) -> Callable[[str], bytes]:
     )
 
 
-def _kinds(component: dict) -> set[str]:
+def _kinds(component: dict[str, Any]) -> set[str]:
     """The types of a normaliser, pre-tokeniser or decoder and of all its parts."""
-    nested: list[dict] = next((component[key] for key in ("decoders", "pretokenizers", "normalizers") if key in component), [])
-    return {component["type"]}.union(*map(_kinds, nested))
+    parts = (component[key] for key in ("decoders", "pretokenizers", "normalizers") if key in component)
+    return {component["type"]}.union(*map(_kinds, next(parts, [])))
 
 
 class Encoder:

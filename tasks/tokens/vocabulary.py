@@ -97,7 +97,8 @@ class Vocabulary:
 
     def byte_at(self, ids: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Byte `index` of each id, uint8; the caller knows that the ids are that long."""
-        return self.flat[self.starts[ids] + index]
+        byte: np.ndarray = self.flat[self.starts[ids] + index]
+        return byte
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ class Matching:
     prefix: np.ndarray
 
 
-def match(own: Vocabulary, other: Vocabulary) -> Matching:
-    """For each id of `own`, the same bytes (or the stop) in `other`, and the longest token of `other` that begins it."""
-    ids = np.full(own.size, -1, np.int32)
-    prefix = np.full(own.size, -1, np.int32)
-    for i, value in enumerate(own.beta.values):
+def match(vocabulary: Vocabulary, other: Vocabulary) -> Matching:
+    """For each id of `vocabulary`: the same bytes (or the stop) in `other`, and the longest token of `other` that begins it."""
+    ids = np.full(vocabulary.size, -1, np.int32)
+    prefix = np.full(vocabulary.size, -1, np.int32)
+    for i, value in enumerate(vocabulary.beta.values):
         if value is None:
             continue
         ids[i] = other.by_bytes.get(value, -1)
@@ -120,5 +121,30 @@ def match(own: Vocabulary, other: Vocabulary) -> Matching:
             if (found := other.by_bytes.get(value[:length])) is not None:
                 prefix[i] = found
                 break
-    ids[own.stop_ids] = other.stop_ids[0]
+    ids[vocabulary.stop_ids] = other.stop_ids[0]
     return Matching(ids, prefix)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many byte strings are tokens of each vocabulary, and of both."""
+
+    student: int
+    teacher: int
+    shared: int
+
+    @property
+    def jaccard(self) -> float:
+        return self.shared / (self.student + self.teacher - self.shared)
+
+
+def count_overlap(*, student: Vocabulary, teacher: Vocabulary) -> Overlap:
+    return Overlap(len(student.by_bytes), len(teacher.by_bytes), len(student.by_bytes.keys() & teacher.by_bytes.keys()))
+
+
+def describe_overlap(*, student: Vocabulary, teacher: Vocabulary) -> str:
+    both = count_overlap(student=student, teacher=teacher)
+    return (
+        f"{both.shared} tokens shared by bytes: {both.shared / both.student:.1%} of the student's {both.student}, "
+        f"{both.shared / both.teacher:.1%} of the teacher's {both.teacher} (Jaccard {both.jaccard:.3f})"
+    )

@@ -27,11 +27,15 @@ from configs.objectives import Alm  # noqa: E402
 from configs.schema import Score  # noqa: E402
 from storage.schemas import ROLLOUTS, SCORES  # noqa: E402
 from tasks import objectives  # noqa: E402
-from tasks.align import aligned_table  # noqa: E402
-from tasks.models import Side, tokenizer_of  # noqa: E402
-from tasks.ragged import flat  # noqa: E402
-from tasks.score import teacher_ids  # noqa: E402
+from tasks.align import align_rollouts  # noqa: E402
+from tasks.models.text import (  # noqa: E402
+    Side,
+    teacher_ids,
+    tokenizer_of,
+)
+from tasks.signals import make_signal  # noqa: E402
 from tasks.tokens.align import align  # noqa: E402
+from tasks.tokens.ragged import flat  # noqa: E402
 
 PAIRS = [
     ("llama3", "qwen3"),
@@ -87,7 +91,7 @@ def measured(texts: list[str], own: Side, other: Side) -> dict[str, Callable[[],
     ]
     kept = [row["text"] for row in rows]
     rollouts = pa.Table.from_pylist(rows, ROLLOUTS)
-    module = objectives.build(Alm(name="alm"), own.vocabulary, other.vocabulary)
+    module = objectives.build(Alm(name="alm"), student=own.vocabulary, teacher=other.vocabulary)
 
     def encode(side: Side) -> int:
         return sum(map(len, side.tokenizer.backend_tokenizer.encode_batch(kept, add_special_tokens=False)))
@@ -110,7 +114,14 @@ def measured(texts: list[str], own: Side, other: Side) -> dict[str, Callable[[],
         }
         unused = {field.name: pa.nulls(len(rows), field.type) for field in SCORES if field.name not in scores}
         config = Score(signal="sampled")
-        aligned_table(rollouts, pa.table(scores | unused).select(SCORES.names), own, other, module, config)
+        align_rollouts(
+            rollouts,
+            pa.table(scores | unused).select(SCORES.names),
+            module,
+            make_signal(config.signal, config.k, config.top_p),
+            student=own,
+            teacher=other,
+        )
         return 0
 
     return {"teacher": lambda: encode(other), "student": lambda: encode(own), "stage": stage, "units": units}

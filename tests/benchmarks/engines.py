@@ -15,9 +15,11 @@ import fetch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from tasks.engines.base import Sampling, Signal  # noqa: E402
-from tasks.engines.choose import engine, release  # noqa: E402
-from tasks.models import ModelRef, side  # noqa: E402
+from tasks.engines.base import Sampling  # noqa: E402
+from tasks.engines.choose import get_engine, release  # noqa: E402
+from tasks.models.reference import ModelRef  # noqa: E402
+from tasks.models.text import side  # noqa: E402
+from tasks.signals import make_signal  # noqa: E402
 
 TOPICS = ("the tides", "a lost key", "bread", "prime numbers", "bees", "a haiku", "the moon", "fractions")
 
@@ -36,7 +38,7 @@ def main(samples: int, tokens: int, python: str) -> None:
     completions: list[list[int]] = []
     for name, ref in refs.items():
         started = time.monotonic()
-        loaded = engine(ref)
+        loaded = get_engine(ref)
         loaded.generate(prompts[:2], seeds[:2], Sampling(2))
         rates[name] = {"seconds to start": time.monotonic() - started}
         started = time.monotonic()
@@ -44,7 +46,7 @@ def main(samples: int, tokens: int, python: str) -> None:
         rates[name]["generate"] = sum(len(c.ids) for c in made) / (time.monotonic() - started)
         completions = completions or [c.ids for c in made]
         total = sum(map(len, completions))
-        for label, signal in (("score, k = 64", Signal(k=64)), ("score, sampled", Signal("sampled"))):
+        for label, signal in (("score, k = 64", make_signal(k=64)), ("score, sampled", make_signal("sampled"))):
             started = time.monotonic()
             loaded.score(prompts, completions, signal)
             rates[name][label] = total / (time.monotonic() - started)

@@ -32,12 +32,14 @@ import fetch  # noqa: E402
 from configs.objectives import Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld  # noqa: E402
 from storage.schemas import ALIGNED, ROLLOUTS  # noqa: E402
 from tasks import objectives  # noqa: E402
-from tasks.batches import MicroBatch, collate  # noqa: E402
-from tasks.models import ModelRef, Side, hidden_states, load_weights, logits_of, tokenizer_of  # noqa: E402
+from tasks.models.reference import ModelRef  # noqa: E402
+from tasks.models.text import Side, tokenizer_of  # noqa: E402
+from tasks.models.weights import hidden_states, load_weights, logits_of  # noqa: E402
 from tasks.objectives.base import Pairing  # noqa: E402
-from tasks.ragged import offsets_of  # noqa: E402
-from tasks.student import Student  # noqa: E402
 from tasks.tokens.align import align  # noqa: E402
+from tasks.tokens.ragged import offsets_of  # noqa: E402
+from tasks.training.batches import MicroBatch, collate  # noqa: E402
+from tasks.training.student import Student  # noqa: E402
 
 TEXTS = ("README.md", "LICENSE", "tasks/train.py", "tasks/tokens/vocabulary.py")
 TOKENS, K = 256, 64
@@ -146,7 +148,7 @@ def steps(kind: str, names: list[str], chunk: int) -> dict[str, Callable[[], tor
     for name in names:
         alone = name in ("gkd", "sft", PLAIN)
         config = OBJECTIVES.get(name, OBJECTIVES["sft"])
-        objective = objectives.build(config, student.vocabulary, (student if alone else teacher).vocabulary)
+        objective = objectives.build(config, student=student.vocabulary, teacher=(student if alone else teacher).vocabulary)
         batch = batch_of(objective, one if alone else two)
         if name == PLAIN:
             made[name] = partial(plain, model, batch, size, chunk)

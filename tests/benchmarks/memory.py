@@ -14,17 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.load import validate
+from configs.load import validate_recipe
 from storage.store import Run
 from tasks.align import align_shard
-from tasks.batches import collate, optimizer_batches
-from tasks.engines.base import Completion, Sampling, Signal, TokenScores
+from tasks.engines.base import Completion, Sampling, TokenScores
 from tasks.engines.transformers import TransformersEngine
-from tasks.models import device_of, reference, side
+from tasks.models.reference import device_of, make_reference
+from tasks.models.text import side
 from tasks.prompts import make_prompts
-from tasks.rollout import roll_out, shards
+from tasks.rollout import roll_out
+from tasks.rows.plan import count_shards
+from tasks.rows.round import Round, Shard
 from tasks.score import score_shard
-from tasks.scratch import new_model, new_tokenizer
+from tasks.scratch import init_model, train_tokenizer
+from tasks.signals.base import Signal
+from tasks.training.batches import collate, optimizer_batches
 from tasks.vocab import match_vocabularies
 
 LIMIT = 1.10
@@ -47,7 +51,8 @@ def made_up_score(self: TransformersEngine, prompts: list, completions: list[lis
         logprobs = np.full((len(ids), signal.k), np.log(0.9 / signal.k), np.float16)
         rest = np.full(len(ids), np.log(0.1), np.float32)
         counts = np.full(len(ids), signal.k, np.int16)
-        results.append(TokenScores(logprobs[:, 0].astype(np.float32), top.ravel(), logprobs.ravel(), counts, rest))
+        columns = {"top_ids": top.ravel(), "top_logprobs": logprobs.ravel(), "top_counts": counts, "rest": rest}
+        results.append(TokenScores(logprobs[:, 0].astype(np.float32), columns))
     return results
 
 
@@ -66,21 +71,26 @@ def round_of(rollouts: int, folder: Path) -> None:
         "score": {"k": K},
         "objective": {"name": "bytes"},
     }
-    recipe = validate(data, "memory")
-    scratch = validate({**data, "student": {"scratch": shape}}, "memory").student.scratch
+    recipe = validate_recipe(data, "memory")
+    scratch = validate_recipe({**data, "student": {"scratch": shape}}, "memory").student.scratch
     assert scratch is not None
     for role, text in (("student", "hello what is 12"), ("teacher", "the number is what it is")):
-        tokenizer = new_tokenizer(scratch, [text])
+        tokenizer = train_tokenizer(scratch, [text])
         tokenizer.save_pretrained(folder / role)
-        new_model(scratch, tokenizer, 0).save_pretrained(folder / role)
-    student, teacher = (reference(config, str(config.model)) for config in (recipe.student, recipe.teacher) if config)
+        init_model(scratch, tokenizer, 0).save_pretrained(folder / role)
+    student, teacher = (make_reference(config, str(config.model)) for config in (recipe.student, recipe.teacher) if config)
     Run(recipe.root, recipe.name).freeze(recipe)
-    prompts, vocab = make_prompts.fn(recipe), match_vocabularies.fn(recipe, student, teacher)
+    prompts, vocab = make_prompts.fn(recipe), match_vocabularies.fn(recipe, student=student, teacher=teacher)
+    assert student is not None
+    round = Round(
+        recipe=recipe, number=1, student=student, teacher=teacher, start=student, prompts=prompts.train, vocabularies=vocab
+    )
     pairs = []
-    for part in range(shards(recipe.rollout)):
-        sampled = roll_out.fn(recipe, 1, part, student, prompts["train"], None)
-        scored = score_shard.fn(recipe, 1, part, student, teacher, prompts["train"], sampled)
-        pairs.append((sampled, align_shard.fn(recipe, 1, part, student, teacher, vocab, sampled, scored)))
+    for number in range(count_shards(recipe.rollout)):
+        shard = align_shard.fn(round, score_shard.fn(round, roll_out.fn(round, Shard(number))))
+        assert shard.rollouts is not None
+        assert shard.aligned is not None
+        pairs.append((shard.rollouts, shard.aligned))
     tokens = 0
     for table in optimizer_batches(pairs, 64, 0):
         tokens += collate(table, side(student).pad_id, device_of(student)).tokens

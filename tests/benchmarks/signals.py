@@ -21,14 +21,19 @@ from rich.table import Table  # noqa: E402
 from configs.schema import Score  # noqa: E402
 from storage.schemas import SCORES  # noqa: E402
 from storage.store import write_parquet  # noqa: E402
-from tasks.engines.base import Sampling, Signal  # noqa: E402
-from tasks.engines.events import boundary_laws, likeliest  # noqa: E402
+from tasks.engines.base import Sampling  # noqa: E402
 from tasks.engines.transformers import TransformersEngine  # noqa: E402
-from tasks.models import ModelRef, finish_of, hidden_states  # noqa: E402
-from tasks.objectives.divergences import bucketed  # noqa: E402
-from tasks.score import scores_table  # noqa: E402
-from tasks.signals import Head  # noqa: E402
-from tasks.tokens.byte_laws import REST, ByteLaws  # noqa: E402
+from tasks.models.reference import ModelRef  # noqa: E402
+from tasks.models.weights import hidden_states, logit_scale_of  # noqa: E402
+from tasks.objectives.divergences import bucketed_jsd  # noqa: E402
+from tasks.score import score_rows  # noqa: E402
+from tasks.signals.base import keep_likeliest  # noqa: E402
+from tasks.signals.head import Head  # noqa: E402
+from tasks.tokens.byte_laws import (  # noqa: E402
+    REST,
+    ByteLaws,
+    boundary_laws,
+)
 
 TOPICS = (
     "the tides", "a lost key", "sorting a list in Python", "bread", "prime numbers", "the French Revolution", "bees", "a haiku",
@@ -69,7 +74,7 @@ def main(samples: int, tokens: int, temperature: float) -> None:
     s_hidden = flat_hidden(engine, prompts, completions)
     student_head = engine.model.get_output_embeddings().weight.clone()
     engine = TransformersEngine(ModelRef(str(fetch.MODELS / "smollm2"), "smollm2"), batch_size=64)
-    head = Head(engine.model.get_output_embeddings().weight.detach(), None, finish_of(engine.model))
+    head = Head(engine.model.get_output_embeddings().weight.detach(), None, logit_scale_of(engine.model))
     noisy = Head(student_head, None, head.finish)
 
     table = Table(
@@ -86,7 +91,7 @@ def main(samples: int, tokens: int, temperature: float) -> None:
     first = torch.tensor([j == 0 for ids in completions for j in range(len(ids))])
     base = None
     for case in CASES[::-1]:  # `sampled` first: what every file holds
-        size, events = stored_size(scores_table(rows, messages, engine, engine.side, case, as_sampled=True), total)
+        size, events = stored_size(score_rows(rows, messages, engine, engine.side, case, as_sampled=True), total)
         base = size if base is None else base
         error = errors(case, head, noisy, t_hidden, s_hidden, actual, first, ByteLaws(engine.side.vocabulary))
         cells = [case.signal, str(case.k), str(case.top_p), f"{events:.1f}", f"{size:.1f}", f"{base:.1f}"]
@@ -132,14 +137,12 @@ def errors(
         if case.signal == "hidden":
             ids, top, rest = None, stored, torch.full((len(t),), -torch.inf)
         else:
-            ids, top, rest = padded(
-                likeliest(t, Signal(case.signal, case.k, case.top_p), REST if case.signal == "bytes" else None)
-            )
+            ids, top, rest = padded(keep_likeliest(t, case.k, case.top_p, REST if case.signal == "bytes" else None))
         for beta, parts in found.items():
             nowhere = torch.full((len(t),), -torch.inf)
-            full = bucketed(t, nowhere, s, beta)
+            full = bucketed_jsd(t, nowhere, s, beta)
             mine = s if ids is None else s.gather(1, ids).masked_fill(top.isneginf(), -torch.inf)
-            parts.append((bucketed(top, rest, mine, beta) - full, full))
+            parts.append((bucketed_jsd(top, rest, mine, beta) - full, full))
     return [tuple(float(torch.cat(column).abs().mean()) for column in zip(*parts, strict=True)) for parts in found.values()]
 
 

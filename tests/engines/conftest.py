@@ -12,7 +12,7 @@ sys.path.append(str(CHECKOUT / "tests" / "property"))
 from fake_server import FakeServer  # noqa: E402
 
 from tasks.engines import server  # noqa: E402
-from tasks.models import ModelRef  # noqa: E402
+from tasks.models.reference import ModelRef  # noqa: E402
 
 
 @pytest.fixture

@@ -25,15 +25,17 @@ from toys import full_logprobs
 
 from configs.errors import BadInput
 from flows.distill import distill
-from tasks.engines.base import Completion, Engine, Sampling, Signal, TokenScores
-from tasks.engines.choose import engine, release
-from tasks.models import ModelRef, Side
+from tasks.engines.base import Completion, Engine, Sampling, TokenScores
+from tasks.engines.choose import get_engine, release
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side
+from tasks.signals import make_signal
 
 PYTHON = str(CHECKOUT / ".venv-vllm" / "bin" / "python")
 SMOLLM2 = str(CHECKOUT / "models" / "smollm2")
 LIMIT = 1e-3  # nats, float32
 TOPICS = ("the tides", "a lost key", "bread", "prime numbers", "bees", "a haiku", "the moon", "fractions")
-SIGNAL = Signal("topk", 16, 0.95)
+SIGNAL = make_signal("topk", 16, 0.95)
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def engines(smollm2_url) -> Iterator[dict[str, Callable[[], Engine]]]:
         "vllm": ModelRef(SMOLLM2, "smollm2", device="cpu", engine="vllm", vllm_python=PYTHON),
         "server": ModelRef(SMOLLM2, "smollm2", device="cpu", engine="server", urls=(smollm2_url,)),
     }
-    yield {name: lambda ref=ref: engine(ref) for name, ref in refs.items()}
+    yield {name: lambda ref=ref: get_engine(ref) for name, ref in refs.items()}
     release()
 
 
@@ -107,9 +109,11 @@ def test_engines_agree_on_the_same_tokens(engines, prompts) -> None:
         print(f"\n{name} and transformers, {len(apart)} tokens: largest gap {apart.max():.2e}, mean {apart.mean():.2e} nats")
         assert apart.max() < LIMIT
         for ours, theirs in zip(wanted, scores, strict=True):
-            same = ours.counts == theirs.counts  # where the mass stands just at top_p, one more or less is kept
+            same = (
+                ours.columns["top_counts"] == theirs.columns["top_counts"]
+            )  # where the mass stands just at top_p, one more or less is kept
             assert same.mean() > 0.9
-            assert np.exp(theirs.rest[same]) == pytest.approx(np.exp(ours.rest[same]), abs=1e-4)
+            assert np.exp(theirs.columns["rest"][same]) == pytest.approx(np.exp(ours.columns["rest"][same]), abs=1e-4)
         late = engines[name]().score([prompt[:-1] for prompt in prompts], shifted, SIGNAL)
         apart = gaps(late, wanted)
         print(f"{name}, one position off: largest gap {apart.max():.2f}, mean {apart.mean():.2f} nats")
@@ -230,10 +234,10 @@ def served_answer(run: Path, question: str) -> str:
     prompt = Side(own).render(messages)
     with served(student) as url:
         ref = ModelRef(student, "", device="cpu", engine="server", urls=(url,))
-        (answer,) = engine(ref).generate([prompt], [0], Sampling(32, 0))
+        (answer,) = get_engine(ref).generate([prompt], [0], Sampling(32, 0))
         body = {"model": student, "messages": messages, "max_tokens": 32, "temperature": 0}
         response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
-    (wanted,) = engine(own).generate([prompt], [0], Sampling(32, 0))
+    (wanted,) = get_engine(own).generate([prompt], [0], Sampling(32, 0))
     release()
     chat = response.json()["choices"][0]["message"]["content"]
     print(f"\n{run.name}'s student, served, asked {question!r}: {chat!r}")

@@ -12,11 +12,13 @@ from toys import full_logprobs, student_ref, teacher_ref, twin_ref
 
 from configs.errors import BadInput, Unavailable
 from tasks.engines import remote, server
-from tasks.engines.base import Sampling, Signal, TokenScores
+from tasks.engines.base import Sampling, TokenScores
 from tasks.engines.choose import check_engine, engine_name
 from tasks.engines.server import ServerEngine
 from tasks.engines.transformers import TransformersEngine
-from tasks.models import ModelRef, side
+from tasks.models.reference import ModelRef
+from tasks.models.text import side
+from tasks.signals import make_signal
 
 
 def at(ref: ModelRef, *fakes) -> ModelRef:
@@ -33,9 +35,12 @@ def sequences(ref: ModelRef, rows: int = 9, seed: int = 0) -> tuple[list[list[in
 
 def named(scores: TokenScores) -> list[dict[int, float]]:
     """Of each token the ids that are kept, with their log-probs (near-equal ones may stand in another order)."""
-    ends = np.cumsum(scores.counts)
-    parts = [slice(end - count, end) for end, count in zip(ends, scores.counts, strict=True)]
-    return [dict(zip(scores.top_ids[at].tolist(), scores.top_logprobs[at].tolist(), strict=True)) for at in parts]
+    ends = np.cumsum(scores.columns["top_counts"])
+    parts = [slice(end - count, end) for end, count in zip(ends, scores.columns["top_counts"], strict=True)]
+    return [
+        dict(zip(scores.columns["top_ids"][at].tolist(), scores.columns["top_logprobs"][at].tolist(), strict=True))
+        for at in parts
+    ]
 
 
 # -- the same as the embedded engine ---------------------------------------------------------------------------------------
@@ -48,37 +53,40 @@ def test_scores_are_the_embedded_engines(ref, serve, monkeypatch, k: int, top_p:
     monkeypatch.setattr(server, "ENTRIES", 40 * (k + 1))
     fakes = [serve(ref()), serve(ref())]
     prompts, completions = sequences(ref())
-    signal = Signal("topk", k, top_p)
+    signal = make_signal("topk", k, top_p)
     wanted = TransformersEngine(ref()).score(prompts, completions, signal)
     for ours, theirs in zip(wanted, ServerEngine(at(ref(), *fakes)).score(prompts, completions, signal), strict=True):
-        assert theirs.counts.tolist() == ours.counts.tolist()
+        assert theirs.columns["top_counts"].tolist() == ours.columns["top_counts"].tolist()
         assert named(theirs) == [pytest.approx(each, abs=1e-3, rel=2**-10) for each in named(ours)]
         assert theirs.logprobs == pytest.approx(ours.logprobs, abs=1.1e-3)  # STOP_ERROR
         assert theirs.logprobs[:-1] == pytest.approx(ours.logprobs[:-1], abs=1e-4)
-        assert np.exp(theirs.rest) == pytest.approx(np.exp(ours.rest), abs=2e-6)
-        kinds = [(a.dtype, b.dtype) for a, b in zip(vars(theirs).values(), vars(ours).values()) if b is not None]
+        assert np.exp(theirs.columns["rest"]) == pytest.approx(np.exp(ours.columns["rest"]), abs=2e-6)
+        kinds = [
+            (a.dtype, b.dtype)
+            for a, b in zip((theirs.logprobs, *theirs.columns.values()), (ours.logprobs, *ours.columns.values()))
+        ]
         assert all(a == b for a, b in kinds)
     assert all(fake.requests for fake in fakes)
 
 
 def test_the_sampled_signal_has_log_probs_alone(serve) -> None:
     prompts, completions = sequences(teacher_ref())
-    ours = TransformersEngine(teacher_ref()).score(prompts, completions, Signal("sampled"))
-    theirs = ServerEngine(at(teacher_ref(), serve(teacher_ref()))).score(prompts, completions, Signal("sampled"))
+    ours = TransformersEngine(teacher_ref()).score(prompts, completions, make_signal("sampled"))
+    theirs = ServerEngine(at(teacher_ref(), serve(teacher_ref()))).score(prompts, completions, make_signal("sampled"))
     for a, b in zip(theirs, ours, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1.1e-3)
-        assert (a.top_ids, a.counts, a.rest) == (None, None, None)
+        assert a.columns == {}
 
 
 def test_stops_that_were_not_returned_are_asked_for(serve, monkeypatch) -> None:
     """With k = 1 the other stops are hardly ever among the returned ids; without asking, the event is too small."""
     prompts, completions = sequences(teacher_ref(), 30)
     embedded = TransformersEngine(teacher_ref())
-    wanted = np.array([s.logprobs[-1] for s in embedded.score(prompts, completions, Signal(k=1))])
+    wanted = np.array([s.logprobs[-1] for s in embedded.score(prompts, completions, make_signal(k=1))])
     remote_engine = ServerEngine(at(teacher_ref(), serve(teacher_ref())))
 
     def gaps() -> np.ndarray:
-        return abs(np.array([s.logprobs[-1] for s in remote_engine.score(prompts, completions, Signal(k=1))]) - wanted)
+        return abs(np.array([s.logprobs[-1] for s in remote_engine.score(prompts, completions, make_signal(k=1))]) - wanted)
 
     assert gaps().max() < 1.1e-3
     monkeypatch.setattr(remote, "STOP_ERROR", np.inf)
@@ -91,13 +99,13 @@ def test_a_padded_head_is_in_the_rest(serve) -> None:
     fake, size = serve(ref), len(side(ref).beta.values)
     prompts, completions = sequences(ref)
     engine = ServerEngine(at(ref, fake))
-    for prompt, ids, scored in zip(prompts, completions, engine.score(prompts, completions, Signal(k=30)), strict=True):
+    for prompt, ids, scored in zip(prompts, completions, engine.score(prompts, completions, make_signal(k=30)), strict=True):
         full = full_logprobs(fake.model, prompt + ids, size + 7)[len(prompt) - 1 : -1].exp().numpy()
-        owner = np.repeat(np.arange(len(ids)), scored.counts)
-        named = np.bincount(owner, [full[t, i] for t, i in zip(owner, scored.top_ids)], len(ids))
-        assert scored.top_ids.max() < size
-        assert np.exp(scored.rest) == pytest.approx(1 - named, abs=1e-5)
-        assert (np.exp(scored.rest) >= full[:, size:].sum(1) - 1e-6).all()
+        owner = np.repeat(np.arange(len(ids)), scored.columns["top_counts"])
+        named = np.bincount(owner, [full[t, i] for t, i in zip(owner, scored.columns["top_ids"])], len(ids))
+        assert scored.columns["top_ids"].max() < size
+        assert np.exp(scored.columns["rest"]) == pytest.approx(1 - named, abs=1e-5)
+        assert (np.exp(scored.columns["rest"]) >= full[:, size:].sum(1) - 1e-6).all()
     sampled = engine.generate(prompts * 9, list(range(9 * len(prompts))), Sampling(4))
     assert max(max(completion.ids) for completion in sampled) < size
     del fake.requests[-1]["logit_bias"]  # (it is what keeps them out)
@@ -122,7 +130,7 @@ def test_a_completion_depends_on_its_seed_alone(serve, sampling: Sampling) -> No
     assert [c.ids for c in together] == [c.ids for c in backward]
     assert [c.ids for c in engine.generate(prompts, list(range(9, 18)), sampling)] != [c.ids for c in together]
     if sampling == Sampling(8):
-        scored = TransformersEngine(student_ref()).score(prompts, [c.ids for c in together], Signal("sampled"))
+        scored = TransformersEngine(student_ref()).score(prompts, [c.ids for c in together], make_signal("sampled"))
         for completion, score in zip(together, scored, strict=True):
             assert completion.logprobs == pytest.approx(score.logprobs, abs=1e-4)
 
@@ -148,10 +156,10 @@ def test_what_fails_for_a_moment_is_tried_again(serve, monkeypatch, fault) -> No
     monkeypatch.setattr(server, "SECONDS", 0.5)
     fake = serve(student_ref())
     prompts, completions = sequences(student_ref())
-    wanted = ServerEngine(at(student_ref(), fake)).score(prompts, completions, Signal(k=4))
+    wanted = ServerEngine(at(student_ref(), fake)).score(prompts, completions, make_signal(k=4))
     calm = len(fake.requests)
     fake.faults.extend([None, fault, None, fault])
-    got = ServerEngine(at(student_ref(), fake)).score(prompts, completions, Signal(k=4))
+    got = ServerEngine(at(student_ref(), fake)).score(prompts, completions, make_signal(k=4))
     assert [s.logprobs.tolist() for s in got] == [s.logprobs.tolist() for s in wanted]
     assert len(fake.requests) == 2 * calm + 2
 
@@ -178,15 +186,15 @@ def test_a_server_that_hangs_is_not_waited_for_all_day(serve, monkeypatch) -> No
 def test_a_dead_server_is_named_and_may_come_back(serve) -> None:
     fake = serve(student_ref())
     engine = ServerEngine(at(student_ref(), fake))
-    engine.score([[9]], [[8]], Signal())
+    engine.score([[9]], [[8]], make_signal())
     fake.stop()
     with pytest.raises(Unavailable, match=rf"{fake.url}: no answer"):
-        engine.score([[9]], [[8]], Signal())
+        engine.score([[9]], [[8]], make_signal())
     serve(student_ref(), port=int(fake.url.rpartition(":")[2]))
-    engine.score([[9]], [[8]], Signal())
+    engine.score([[9]], [[8]], make_signal())
     never = ServerEngine(replace(student_ref(), engine="server", urls=("http://127.0.0.1:9",)))
     with pytest.raises(Unavailable, match=r"http://127.0.0.1:9: no answer"):
-        never.score([[9]], [[8]], Signal())
+        never.score([[9]], [[8]], make_signal())
 
 
 def test_the_pauses_double(serve, monkeypatch) -> None:
@@ -236,7 +244,7 @@ def test_a_server_that_does_not_say_what_it_read(serve, monkeypatch) -> None:
     choice = fake.choice
     monkeypatch.setattr(fake, "choice", lambda i, prompt, body: choice(i, prompt, {**body, "return_token_ids": False}))
     with pytest.raises(BadInput, match=rf"{fake.url}: .* it needs vLLM 0.30 or later"):
-        ServerEngine(at(student_ref(), fake)).score([[9, 8]], [[7]], Signal(k=2))
+        ServerEngine(at(student_ref(), fake)).score([[9, 8]], [[7]], make_signal(k=2))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +280,7 @@ def test_a_refusal_is_not_tried_again(serve, status: int) -> None:
 def test_more_ids_than_the_server_gives(serve) -> None:
     fake = serve(student_ref(), max_logprobs=20)
     with pytest.raises(BadInput, match=r"prompt logprobs of 64.*max allowed: 20.*what the server is started with"):
-        ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], Signal(k=64))
+        ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], make_signal(k=64))
 
 
 def test_requests_in_flight_are_bounded(serve, monkeypatch) -> None:
@@ -302,7 +310,7 @@ def test_another_model_is_refused_before_the_first_request(serve) -> None:
     fake = serve(student_ref(), name="somebody/else")
     fake.path = "/models/else"
     with pytest.raises(BadInput, match=rf"{fake.url}: serves somebody/else, not {student_ref().path}"):
-        ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], Signal())
+        ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], make_signal())
     assert not fake.requests
 
 
@@ -315,14 +323,14 @@ def test_names_that_are_the_same_model(serve, spelling: str) -> None:
     if spelling == "the last part of it":
         fake.path = f"/elsewhere/{ref.path.rpartition('/')[2]}"
     engine = ServerEngine(at(ref, fake))
-    engine.score([[9]], [[8]], Signal())
+    engine.score([[9]], [[8]], make_signal())
     assert engine.names == {fake.url: fake.name}
 
 
 def test_another_vocabulary_under_the_same_name_is_refused(serve) -> None:
     fakes = [serve(student_ref()), serve(teacher_ref(), name=student_ref().path)]
     with pytest.raises(BadInput, match=rf"{fakes[1].url}: serves .* with another vocabulary than {student_ref().path}"):
-        ServerEngine(at(student_ref(), *fakes)).score([[9]], [[8]], Signal())
+        ServerEngine(at(student_ref(), *fakes)).score([[9]], [[8]], make_signal())
     assert not fakes[0].requests
     assert not fakes[1].requests
 

@@ -17,10 +17,12 @@ from toys import student_ref, teacher_ref, twin_ref
 from configs.errors import BadInput, Unavailable
 from tasks.engines import vllm as parent
 from tasks.engines import vllm_child
-from tasks.engines.base import Sampling, Signal
-from tasks.engines.choose import engine, engine_name, release
+from tasks.engines.base import Sampling
+from tasks.engines.choose import engine_name, get_engine, release
 from tasks.engines.vllm import VllmEngine
-from tasks.models import ModelRef, side
+from tasks.models.reference import ModelRef
+from tasks.models.text import side
+from tasks.signals import make_signal
 
 FAKES = Path(__file__).parent / "fakes"
 
@@ -86,9 +88,9 @@ def test_scores(start, monkeypatch, ref, k: int, top_p: float) -> None:
     prompts = [rng.integers(6, 280, rng.integers(1, 9)).tolist() for _ in range(8)]
     completions = [[*rng.integers(6, 280, rng.integers(1, 9)).tolist(), stops[i % len(stops)]] for i in range(8)]
     for prompt, ids, scored in zip(
-        prompts, completions, grader.score(prompts, completions, Signal("topk", k, top_p)), strict=True
+        prompts, completions, grader.score(prompts, completions, make_signal("topk", k, top_p)), strict=True
     ):
-        ends = np.cumsum(scored.counts)
+        ends = np.cumsum(scored.columns["top_counts"])
         for t, (before, actual) in enumerate(zip([prompt[-1], *ids], ids)):
             row = table[before]
             wanted = np.logaddexp.reduce(row[stops]) if actual in stops else row[actual]
@@ -96,8 +98,8 @@ def test_scores(start, monkeypatch, ref, k: int, top_p: float) -> None:
             best = [i for i in np.argsort(-row)[:k].tolist() if i < size]
             mass = np.cumsum(np.exp(row[best]))
             best = best[: int((mass < top_p).sum()) + 1]
-            assert scored.top_ids[ends[t] - scored.counts[t] : ends[t]].tolist() == best
-            assert np.exp(scored.rest[t]) == pytest.approx(1 - np.exp(row[best]).sum(), abs=2e-6)
+            assert scored.columns["top_ids"][ends[t] - scored.columns["top_counts"][t] : ends[t]].tolist() == best
+            assert np.exp(scored.columns["rest"][t]) == pytest.approx(1 - np.exp(row[best]).sum(), abs=2e-6)
 
 
 def test_rows_in_parts() -> None:
@@ -155,9 +157,9 @@ def test_a_child_that_does_not_start(start) -> None:
     broken = start(student_ref())
     fault(broken, "start")
     with pytest.raises(Unavailable, match=r"(?s)ended with status 1; its last words:.*RuntimeError: no room for the model"):
-        broken.score([[9]], [[8]], Signal(k=2))
+        broken.score([[9]], [[8]], make_signal(k=2))
     fault(broken, "")
-    assert len(broken.score([[9]], [[8]], Signal(k=2))) == 1
+    assert len(broken.score([[9]], [[8]], make_signal(k=2))) == 1
 
 
 def test_a_child_that_is_interrupted_while_it_loads_is_ended(start, tmp_path, monkeypatch) -> None:
@@ -175,7 +177,7 @@ def test_a_child_that_is_interrupted_while_it_loads_is_ended(start, tmp_path, mo
     signal.setitimer(signal.ITIMER_REAL, 1.0)
     try:
         with pytest.raises(TimeoutError, match="late"):
-            slow.score([[9]], [[8]], Signal(k=2))
+            slow.score([[9]], [[8]], make_signal(k=2))
     finally:
         signal.signal(signal.SIGALRM, before)
     assert [process.poll() for process in started] == [-signal.SIGKILL]
@@ -191,27 +193,27 @@ def test_a_child_that_is_interrupted_while_it_loads_is_ended(start, tmp_path, mo
 def test_a_child_that_dies_in_a_shard(start, kind: str, words: str) -> None:
     """Its last words are told, nothing of it is left, and the next request starts another one."""
     broken = start(student_ref())
-    wanted = broken.score([[9]], [[8]], Signal(k=2))
+    wanted = broken.score([[9]], [[8]], make_signal(k=2))
     process, folder = broken.child.process, Path(broken.child.folder.name)
     fault(broken, kind)
     with pytest.raises(Unavailable, match=words) as caught:
-        broken.score([[9]], [[8]], Signal(k=2))
+        broken.score([[9]], [[8]], make_signal(k=2))
     assert broken.ref.path in str(caught.value)
     assert process.poll() is not None
     assert not folder.exists()
     fault(broken, "")
-    again = broken.score([[9]], [[8]], Signal(k=2))
+    again = broken.score([[9]], [[8]], make_signal(k=2))
     assert again[0].logprobs.tolist() == wanted[0].logprobs.tolist()
     assert broken.child.process.pid != process.pid
 
 
 def test_a_child_killed_between_two_shards(start) -> None:
     broken = start(student_ref())
-    broken.score([[9]], [[8]], Signal(k=2))
+    broken.score([[9]], [[8]], make_signal(k=2))
     broken.child.process.kill()
     broken.child.process.wait()
     with pytest.raises(Unavailable, match=r"was killed \(SIGKILL\)"):
-        broken.score([[9]], [[8]], Signal(k=2))
+        broken.score([[9]], [[8]], make_signal(k=2))
 
 
 def test_garbage_is_no_reply(tmp_path) -> None:
@@ -219,7 +221,7 @@ def test_garbage_is_no_reply(tmp_path) -> None:
     python = interpreter(tmp_path, "print('Hello! How can I help?', flush=True); sys.stdin.read()")
     broken = VllmEngine(replace(student_ref(), engine="vllm", vllm_python=python))
     with pytest.raises(Unavailable, match=r"answered 'Hello! How can I help\?', which is no reply"):
-        broken.score([[9]], [[8]], Signal())
+        broken.score([[9]], [[8]], make_signal())
     assert broken.child is None
 
 
@@ -227,9 +229,9 @@ def test_a_refused_request_leaves_the_child_alive(start) -> None:
     """What vLLM cannot do is the recipe's fault, not the child's."""
     grader = start(student_ref())
     with pytest.raises(BadInput, match=r"vLLM refuses a request: the prompt of 71 tokens is longer than the context of 60"):
-        grader.score([[9] * 70], [[8]], Signal(k=2))
+        grader.score([[9] * 70], [[8]], make_signal(k=2))
     process = grader.child.process
-    grader.score([[9]], [[8]], Signal(k=2))
+    grader.score([[9]], [[8]], make_signal(k=2))
     assert grader.child.process is process
 
 
@@ -247,15 +249,15 @@ def test_one_child_at_a_time_and_none_after_release(start, python) -> None:
     """The shards of a stage share a child; another model, or training, ends it."""
     ref = start(student_ref()).ref
     assert engine_name(ref) == "vllm-0.0.1"
-    first = engine(ref)
-    first.score([[9]], [[8]], Signal(k=2))
+    first = get_engine(ref)
+    first.score([[9]], [[8]], make_signal(k=2))
     process = first.child.process
-    assert engine(ref, 1, 2) is first
-    first.score([[9]], [[8]], Signal(k=2))
+    assert get_engine(ref, 1, 2) is first
+    first.score([[9]], [[8]], make_signal(k=2))
     assert first.child.process is process
-    other = engine(replace(twin_ref(), engine="vllm", vllm_python=python))
+    other = get_engine(replace(twin_ref(), engine="vllm", vllm_python=python))
     assert process.poll() is not None
-    other.score([[9]], [[8]], Signal(k=2))
+    other.score([[9]], [[8]], make_signal(k=2))
     process, folder = other.child.process, other.child.folder.name
     release()
     assert process.poll() is not None
@@ -266,11 +268,13 @@ def test_a_child_ends_with_its_parent(start, tmp_path) -> None:
     """Also when the parent is killed while the child works."""
     ref = start(student_ref()).ref
     code = (
-        "import os, signal, sys, threading; from tasks.models import ModelRef; from tasks.engines.base import Signal; "
+        "import os, signal, sys, threading; from tasks.models.reference import ModelRef; "
+        "from tasks.signals import make_signal; "
         "from tasks.engines.vllm import VllmEngine; "
-        "e = VllmEngine(ModelRef(*sys.argv[1:3], device='cpu', vllm_python=sys.argv[3])); e.score([[9]], [[8]], Signal(k=2)); "
+        "e = VllmEngine(ModelRef(*sys.argv[1:3], device='cpu', vllm_python=sys.argv[3])); "
+        "e.score([[9]], [[8]], make_signal(k=2)); "
         "print(e.child.process.pid, flush=True); open(sys.argv[1] + '/fault', 'w').write('slow'); "
-        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start(); e.score([[9]], [[8]], Signal(k=2))"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start(); e.score([[9]], [[8]], make_signal(k=2))"
     )
     made = subprocess.run([sys.executable, "-c", code, ref.path, "", ref.vllm_python], capture_output=True, text=True)
     assert made.returncode == -signal.SIGKILL, made.stderr

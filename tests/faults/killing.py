@@ -1,51 +1,44 @@
 """Runs `potstill` as real processes that can be killed, and looks at what they leave."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
+from forks import CHECKOUT, Forks
 
 from storage.store import Run
 
-CHECKOUT = Path(__file__).parents[2]
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
+
+
+def arguments(root: Path, *changes: str) -> list[str]:
+    """The run of tiny.toml under a root, and what is set in it."""
+    return ["run", str(TINY), *(word for setting in (f"root={root}", *changes) for word in ("--set", setting))]
 
 
 class Potstill:
     """The command in forks of one process that has imported everything: a second each, in place of fifteen."""
 
-    def __init__(self, server: str, place: Path):
-        self.place = place
-        self.forks = subprocess.Popen(
-            [sys.executable, CHECKOUT / "tests" / "flows" / "forks.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=CHECKOUT,
-            env={**os.environ, "PREFECT_API_URL": server, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
+    def __init__(self, forks: Forks, place: Path):
+        self.forks, self.place, self.pid = forks, place, 0
 
     def start(self, *arguments: object) -> int:
         """Start the command; its process id."""
         for name in ("out", "err"):
             (self.place / name).write_text("")
-        line = [[str(arg) for arg in arguments], str(self.place), str(self.place / "out"), str(self.place / "err")]
-        print(json.dumps(line), file=self.forks.stdin, flush=True)
-        return int(self.forks.stdout.readline())
+        self.pid = self.forks.start(arguments, self.place, self.place / "out", self.place / "err")
+        return self.pid
 
     def wait(self) -> int:
         """The exit status of what was started last; negative where a signal ended it."""
-        return int(self.forks.stdout.readline())
+        return self.forks.wait(self.pid)
 
     def run(self, *arguments: object) -> int:
         self.start(*arguments)
@@ -58,20 +51,6 @@ class Potstill:
     @property
     def out(self) -> str:
         return (self.place / "out").read_text()
-
-    def close(self) -> None:
-        self.forks.stdin.close()
-        self.forks.stdout.close()
-        self.forks.wait(30)
-
-
-@contextmanager
-def started(server: str, place: Path) -> Iterator[Potstill]:
-    potstill = Potstill(server, place)
-    try:
-        yield potstill
-    finally:
-        potstill.close()
 
 
 # -- what lies under a root -----------------------------------------------------------------------------------------------

@@ -8,22 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from killing import TINY, Potstill, committed, damages, digests, halves, started, steps, unbroken
-
-
-def arguments(root: Path) -> list[str]:
-    return ["run", str(TINY), "--set", f"root={root}"]
-
-
-@pytest.fixture(scope="module")
-def potstill(server, tmp_path_factory) -> Iterator[Potstill]:
-    with started(server, tmp_path_factory.mktemp("commands")) as potstill:
-        yield potstill
-
-
-@pytest.fixture(scope="module")
-def reference(potstill, tmp_path_factory):
-    return unbroken(potstill, tmp_path_factory.mktemp("unbroken") / "runs", arguments)
+from killing import Potstill, arguments, committed, damages, digests, halves, steps
 
 
 def when(path: Path) -> None:
@@ -52,6 +37,7 @@ def ended_as_unbroken(potstill: Potstill, root: Path, reference) -> None:
     assert damages(root) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_that_was_asked_for(potstill, reference, tmp_path, number, status):
     """In a teacher's recipe and in the run itself: a message, nothing half-made, the lock free."""
@@ -72,16 +58,16 @@ def test_a_stop_that_was_asked_for(potstill, reference, tmp_path, number, status
     ended_as_unbroken(potstill, root, reference)
 
 
-def test_two_processes_on_one_run(potstill, server, tmp_path):
+def test_two_processes_on_one_run(potstill, forks, tmp_path):
     root = tmp_path / "runs"
     pid = potstill.start(*arguments(root))
     when(root / "tiny" / "_tmp" / "lock")
     time.sleep(0.2)
     os.kill(pid, signal.SIGSTOP)
     before = committed(root)
-    with started(server, tmp_path) as second:
-        assert second.run(*arguments(root)) == 2
-        message = one_message(second.err)
+    second = Potstill(forks, tmp_path)
+    assert second.run(*arguments(root)) == 2
+    message = one_message(second.err)
     assert str(root / "tiny") in message
     assert f"process {pid} on" in message
     assert committed(root) == before
@@ -108,6 +94,7 @@ def remount(disk: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(potstill, reference, disk):
     """A real one, that grows a little after each failure: every stage meets its end."""
     root, size, messages = disk / "runs", 300, []
@@ -129,6 +116,7 @@ def test_a_full_disk(potstill, reference, disk):
     assert steps(root) == reference.steps
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_finished_run(potstill, reference, tmp_path):
     """One of every kind of file, and manifests: made again, the same; nothing else is."""
     root = tmp_path / "runs"

@@ -1,17 +1,15 @@
 """One small run to look at, and commands as a shell runs them."""
 
-import json
 import os
-import subprocess
-import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
-from helpers import CHECKOUT, TINY, Ended
+from forks import retried
+from helpers import TINY, Ended
 
 from flows.distill import distill
 
@@ -19,22 +17,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not here is not looked for
 
 
 @pytest.fixture(scope="session")
-def potstill(tmp_path_factory) -> Iterator[Callable[..., Ended]]:
+def potstill(forks, tmp_path_factory) -> Callable[..., Ended]:
     """Runs the command in a fork of a process that has imported everything already: 0.1 s in place of 7."""
-    python = [sys.executable, Path(__file__).parent / "forks.py"]
-    forks = subprocess.Popen(python, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT)
 
-    def run(*arguments: Any, folder: Path | None = None) -> Ended:
+    def run(*arguments: Any, folder: Path | None = None, patient: bool = True) -> Ended:
         place = tmp_path_factory.mktemp("command")
-        request = [[str(arg) for arg in arguments], str(folder or place), f"{place}/out", f"{place}/err"]
-        print(json.dumps(request), file=forks.stdin, flush=True)
-        _, status = forks.stdout.readline(), int(forks.stdout.readline())
+        status = forks.wait(forks.start(arguments, folder or place, place / "out", place / "err", patient))
         return Ended(status, (place / "out").read_text(), (place / "err").read_text())
 
-    yield run
-    forks.stdin.close()
-    forks.stdout.close()
-    assert forks.wait(10) == 0
+    return run
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Stages that fail in this process are tried again at once; how long they wait is held in tests/unit/test_retries.py."""
+    for stage in retried():
+        monkeypatch.setattr(stage, "retry_delay_seconds", 0)
 
 
 @pytest.fixture(scope="session")

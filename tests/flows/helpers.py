@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import Scratch
-from tasks.scratch import new_model, new_tokenizer
+from configs.models import Scratch
+from tasks.scratch import init_model, train_tokenizer
 
 CHECKOUT = Path(__file__).parents[2]
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
@@ -30,9 +30,9 @@ def files(folder: Path) -> dict[str, int]:
 def made(folder: Path, size: int, *texts: str) -> Path:
     """A model folder, made in this process in a tenth of a second."""
     shape = Scratch(vocab_size=size, layers=1, width=16, heads=2, feed_forward=16, context=64)
-    tokenizer = new_tokenizer(shape, list(texts))
+    tokenizer = train_tokenizer(shape, list(texts))
     tokenizer.save_pretrained(folder)
-    new_model(shape, tokenizer, 0).save_pretrained(folder)
+    init_model(shape, tokenizer, 0).save_pretrained(folder)
     return folder
 
 

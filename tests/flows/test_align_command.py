@@ -6,10 +6,10 @@ from itertools import accumulate, pairwise
 import polars as pl
 import pytest
 
-from configs.schema import Scratch
-from tasks.models import tokenizer_of
-from tasks.scratch import new_tokenizer
-from tasks.texts import VISIBLE
+from configs.models import Scratch
+from tasks.models.text import tokenizer_of
+from tasks.scratch import train_tokenizer
+from tasks.views.texts import VISIBLE
 
 TEXT = "reward  drawer\nstressed desserts, " * 8
 
@@ -60,7 +60,7 @@ def pair(tmp_path_factory) -> list[str]:
     """Two folders with a tokenizer alone, that merge other letters."""
     folder = tmp_path_factory.mktemp("pair")
     for role, size, words in (("student", 290, "ab ab cd cd stressed reward"), ("teacher", 320, "bc bc desserts drawer naïve")):
-        new_tokenizer(Scratch(vocab_size=size), [words]).save_pretrained(folder / role)
+        train_tokenizer(Scratch(vocab_size=size), [words]).save_pretrained(folder / role)
     return [str(folder / "student"), str(folder / "teacher")]
 
 

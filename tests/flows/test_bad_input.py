@@ -16,8 +16,8 @@ from helpers import POTSTILL, TINY, Ended, files, made, refused
 from transformers import AutoTokenizer
 
 from configs.errors import BadInput
-from configs.load import load
-from flows.distill import check
+from configs.load import load_recipe
+from flows.refuse import check_recipe
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_model_without_a_chat_template(potstill, recipe, root, student, tmp_pa
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     refused(potstill("run", recipe(teacher={"model": str(folder)})), str(folder), "no chat template", "rendering = 'plain'")
     assert not root.exists()
-    check(load(recipe(teacher={"model": str(folder), "rendering": "plain"})))  # the advice is right
+    check_recipe(load_recipe(recipe(teacher={"model": str(folder), "rendering": "plain"})))  # the advice is right
 
 
 def test_gkd_with_two_tokenizers(potstill, recipe, root, student, teacher):
@@ -147,7 +147,7 @@ def test_more_ids_than_the_vocabulary_has(potstill, recipe, root, teacher):
     ended = potstill("run", recipe(score={"k": size + 1}))
     refused(ended, f"score.k = {size + 1}", f"{size} ids", str(teacher), "at most")
     assert not root.exists()
-    check(load(recipe(score={"k": size})))
+    check_recipe(load_recipe(recipe(score={"k": size})))
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_root_where_no_folder_can_be_made(potstill, recipe, root):
 @pytest.mark.parametrize("what", ["access", "statvfs"])
 def test_a_read_only_root(recipe, root, monkeypatch, what):
     """In this process, where the answer of the system can be replaced: no test may need a read-only disk."""
-    config = load(recipe())
+    config = load_recipe(recipe())
     if what == "access":
         monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     else:
@@ -236,7 +236,7 @@ def test_a_read_only_root(recipe, root, monkeypatch, what):
         flags = os.statvfs_result([*real[:8], real.f_flag | os.ST_RDONLY, *real[9:]])
         monkeypatch.setattr(os, "statvfs", lambda path: flags)
     with pytest.raises(BadInput, match="cannot be written") as caught:
-        check(config)
+        check_recipe(config)
     assert str(root) in str(caught.value)
     assert not root.exists()
 
@@ -308,5 +308,5 @@ def test_inspect_a_round_killed_before_its_alignment(potstill, tiny, tmp_path):
 def test_a_runner_without_its_packages(recipe, root, monkeypatch):
     monkeypatch.setattr("flows.compute.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"compute\.runner = 'ray' needs more packages: pip install -e '\.\[ray\]'"):
-        check(load(recipe(compute={"runner": "ray"})))
+        check_recipe(load_recipe(recipe(compute={"runner": "ray"})))
     assert not root.exists()

@@ -13,8 +13,9 @@ import pytest
 from helpers import CHECKOUT, POTSTILL, TINY, files
 
 from flows import cli
+from flows.terminal import print_table
 from storage.read import scan
-from tasks.inspect import one_round
+from tasks.views.inspect import show_round
 
 ANSI = "\x1b"
 
@@ -59,11 +60,16 @@ def test_every_command_of_the_design_that_exists_says_what_it_does(potstill):
     assert all(re.search(rf"{name}\s+\S+", text) for name in names)
 
 
-def test_run_of_what_is_done(tiny, environment):
-    """The real command, not on a terminal: plain text, no bars, nothing made, the table and where things lie."""
+def test_run_of_what_is_done(tiny, environment, tmp_path):
+    """The real command, not on a terminal: plain text, no bars, nothing made, the table and where things lie.
+
+    It starts a Prefect server of its own, as on a machine that has none.
+    """
     before = files(tiny.parent)
     arguments = [POTSTILL, "run", str(TINY), "--set", f"root={tiny.parent}"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    alone = {**environment, "PREFECT_HOME": str(tmp_path)}
+    del alone["PREFECT_API_URL"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=alone, check=False)
     assert done.returncode == 0, done.stderr
     assert files(tiny.parent) == before
     assert " rows, " not in done.stderr
@@ -71,7 +77,7 @@ def test_run_of_what_is_done(tiny, environment):
     rows = cells(done.stdout, "Rounds")
     assert [row[0] for row in rows] == ["teacher", "student, round 0", "student, round 1", "student, round 2"]
     last = done.stdout.splitlines()[-1]
-    assert last == f"Everything lies in {tiny}; the last student in {tiny / 'round=0002' / 'student'}"
+    assert last == f"The run is in {tiny}, its last student in {tiny / 'round=0002' / 'student'}"
 
 
 def test_a_run_on_a_terminal_and_its_log(tiny, models, environment, tmp_path):
@@ -171,7 +177,7 @@ def test_inspect_a_round(potstill, tiny):
 
 def test_inspect_what_both_vocabularies_know(tiny):
     """Shares of tokens and of mass whose id has a match, and of ids that are not canonical, by loops over the tables."""
-    shown = one_round(str(tiny), 1)
+    shown = show_round(str(tiny), 1)
     vocab = scan(str(tiny), "vocab").collect().to_dicts()
     known = {(row["side"], row["token_id"]) for row in vocab if row["match_id"] >= 0}
     tables = {name: scan(str(tiny), name).filter(pl.col("round") == 1).collect().to_dicts() for name in ("rollouts", "scores")}
@@ -214,7 +220,7 @@ def test_inspect_a_rollout(potstill, tiny, source):
 
 def test_texts_are_shown_as_they_are(capsys):
     """Square brackets in a completion are no markup."""
-    cli._print("Texts", [{"text": "[/INST] [red]x[/red] [b]"}])
+    print_table("Texts", [{"text": "[/INST] [red]x[/red] [b]"}])
     assert "[/INST] [red]x[/red] [b]" in capsys.readouterr().out
 
 

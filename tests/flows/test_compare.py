@@ -10,8 +10,8 @@ from helpers import files, refused
 from flows.compare import compare
 from storage.read import scan
 from storage.store import Run
-from tasks.compare import compared
-from tasks.estimates import paired
+from tasks.views.compare import compare_runs
+from tasks.views.estimates import estimate_difference
 
 OBJECTIVES = ("bytes", "gold:merge=sum", "alm")
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_compared(potstill, made, tmp_path, arguments, parts):
 def test_an_interval_of_one_seed_is_the_prompts():
     """Against the normal approximation of a mean's interval."""
     apart = np.random.default_rng(1).normal(0.1, 0.5, 400)
-    found = paired([apart])
+    found = estimate_difference([apart])
     half = 1.96 * apart.std(ddof=1) / 20
     assert found.value == pytest.approx(apart.mean())
     assert (found.low, found.high) == pytest.approx((apart.mean() - half, apart.mean() + half), abs=0.15 * half)
@@ -153,10 +153,10 @@ def test_seeds_that_differ_widen_the_interval():
     """Two levels: the variance of seeds over their number, beside that of prompts; equal answers differ by nothing."""
     rng = np.random.default_rng(2)
     shifts = [-0.3, -0.1, 0.1, 0.3]
-    found = paired([rng.normal(shift, 0.1, 500) for shift in shifts])
+    found = estimate_difference([rng.normal(shift, 0.1, 500) for shift in shifts])
     between = 1.96 * np.std(shifts) / 2  # of a bootstrap: the variance of the four themselves
     assert found.high - found.low == pytest.approx(2 * between, rel=0.1)
-    nothing = paired([np.zeros(5), np.zeros(5)])
+    nothing = estimate_difference([np.zeros(5), np.zeros(5)])
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
 
 
@@ -174,7 +174,7 @@ def test_a_prompt_is_compared_with_itself(made, tmp_path):
                 right[label] = rng.random(len(frame)) < (0.3 if label == "bytes" else 0.7)
                 frame = frame.with_columns(correct=pl.Series(right[label])).sample(fraction=1, shuffle=True, seed=1)
             frame.write_parquet(copy / table / "student.parquet")
-    first, second = compared({"bytes": [str(tmp_path / "bytes")], "alm": [str(tmp_path / "alm")]}, 1)
+    first, second = compare_runs({"bytes": [str(tmp_path / "bytes")], "alm": [str(tmp_path / "alm")]}, 1)
     assert (first["accuracy"], second["accuracy"]) == tuple(f"{right[label].mean():.3f}" for label in ("bytes", "alm"))
     apart = right["alm"].astype(float) - right["bytes"]
     value, low, high = map(float, re.findall(r"[+-]\d\.\d+", second["difference"]))

@@ -9,11 +9,11 @@ import pytest
 from helpers import CHECKOUT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from configs.load import load
-from tasks.checks import examine
-from tasks.models import ModelRef, reference
-from tasks.prompts import split_prompts
-from tasks.scorers import scorer
+from configs.load import load_recipe
+from tasks.models.reference import ModelRef, make_reference
+from tasks.preflight import examine
+from tasks.rows.scorers import make_scorer
+from tasks.rows.sources import split_prompts
 
 sys.path.insert(0, str(CHECKOUT / "tests"))
 import fetch
@@ -23,7 +23,7 @@ RECIPES = sorted((CHECKOUT / "configs").glob("*.toml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load(path):
-    recipe = load(path)
+    recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert path.read_text().startswith("# ")
 
@@ -45,13 +45,13 @@ def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
     """Untrained weights know nothing; everything that depends on tokenizers, templates, room and engines holds."""
     fetch.main(["tokenizers"])
     changes = ["rollout.max_new_tokens=24", "prompts.train=64", "prompts.eval=16", "rollout.prompts=8", f"root={tmp_path}"]
-    recipe = load(CHECKOUT / "configs" / f"{name}.toml", changes)
+    recipe = load_recipe(CHECKOUT / "configs" / f"{name}.toml", changes)
 
     def ref(config: Any, tokenizer: str) -> ModelRef:
-        return reference(config, str(stand_in(tokenizer, tmp_path / tokenizer)))
+        return make_reference(config, str(stand_in(tokenizer, tmp_path / tokenizer)))
 
     known = "deepseek_v3" if student == "smollm2" else student  # SmolLM2 has its tokenizer with its weights: `make models`
-    gates = {g.name: g for g in examine(recipe, ref(recipe.student, known), ref(recipe.teacher, "qwen3"), 8)}
+    gates = {g.name: g for g in examine(recipe, 8, student=ref(recipe.student, known), teacher=ref(recipe.teacher, "qwen3"))}
     assert {name for name, gate in gates.items() if gate.ok is False} <= {"student: chance", "teacher: chance"}
     assert gates["student: template"].ok
     assert gates["teacher: template"].ok
@@ -60,10 +60,10 @@ def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
 
 def test_countdown_grades_a_model_that_reasons_first():
     """Its template asks for the answer in a form that the task's own scorer finds in a text."""
-    recipe = load(CHECKOUT / "configs" / "countdown.toml", ["prompts.train=2", "prompts.eval=2"])
+    recipe = load_recipe(CHECKOUT / "configs" / "countdown.toml", ["prompts.train=2", "prompts.eval=2"])
     row = split_prompts(recipe.prompts, 0)["eval"].to_pylist()[0]
     assert "<answer>" in row["messages"][-1]["content"]
-    grade = scorer(recipe.evaluate.scorer)
+    grade = make_scorer(recipe.evaluate.scorer)
     assert grade(f"First I try a product, then 1 + 2. <answer>{row['reference']}</answer>", row) == 1
     assert grade("First I try a product, then 1 + 2. <answer>1 + 2</answer>", row) < 1
 
@@ -81,4 +81,4 @@ def test_countdown_grades_a_model_that_reasons_first():
     ],
 )
 def test_the_math_scorer(reference, text, right):
-    assert scorer("math")(text, {"reference": reference, "metadata": None}) == float(right)
+    assert make_scorer("math")(text, {"reference": reference, "metadata": None}) == float(right)

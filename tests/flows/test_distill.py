@@ -15,13 +15,13 @@ from helpers import TINY, files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import BadInput
-from configs.load import dumps, load
+from configs.load import dump_recipe, load_recipe
 from flows.distill import distill
 from storage.lineage import digest_file, digest_folder
 from storage.read import scan
 from storage.schemas import COMPLETIONS, SCHEMAS
 from storage.store import Run
-from tasks.student import Student
+from tasks.training.student import Student
 
 
 def manifests(run: Path) -> dict[str, dict]:
@@ -100,7 +100,7 @@ def test_the_folder_is_as_designed(tiny):
 
 
 def test_the_frozen_recipe(tiny):
-    assert (tiny / "run.toml").read_text() == dumps(load(TINY, [f"root={tiny.parent}"]))
+    assert (tiny / "run.toml").read_text() == dump_recipe(load_recipe(TINY, [f"root={tiny.parent}"]))
     assert tomllib.loads((tiny / "run.toml").read_text())["rollout"]["on_policy"] == 0.75
 
 

@@ -9,13 +9,14 @@ import pytest
 from helpers import CHECKOUT
 
 from configs.errors import BadInput, Unavailable
-from configs.load import load
-from configs.schema import Scratch
-from flows.distill import check, distill
+from configs.load import load_recipe
+from configs.models import Scratch
+from flows.distill import distill
+from flows.refuse import check_recipe
 from storage.read import scan
 from tasks.engines import choose, server
 from tasks.engines.choose import release
-from tasks.scratch import new_model, new_tokenizer
+from tasks.scratch import init_model, train_tokenizer
 
 sys.path.append(str(CHECKOUT / "tests" / "engines"))
 
@@ -55,6 +56,7 @@ def test_a_served_teacher_ends_in_the_same_tables(recipe, models, fake, tmp_path
     assert len(fake.requests) > 4
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_run_goes_on_after_its_server_failed(recipe, models, fake, tmp_path):
     """In the middle of a round's scores: what is committed stays, and the end is that of a run without failures."""
     calm = distill(str(recipe(name="calm", teacher=served(models, fake.url))), rounds=1)
@@ -88,13 +90,13 @@ def test_a_complete_run_needs_no_server(recipe, models, fake):
 def test_servers_of_another_model_are_refused_before_anything_is_written(recipe, models, tmp_path):
     """Another vocabulary under the right name."""
     shape = Scratch(vocab_size=300, layers=1, width=16, heads=2, feed_forward=16, context=64)
-    tokenizer = new_tokenizer(shape, ["quick brown foxes jump " * 5])
+    tokenizer = train_tokenizer(shape, ["quick brown foxes jump " * 5])
     tokenizer.save_pretrained(tmp_path / "other")
-    new_model(shape, tokenizer, 0).save_pretrained(tmp_path / "other")
+    init_model(shape, tokenizer, 0).save_pretrained(tmp_path / "other")
     other = FakeServer(str(tmp_path / "other"), name=str(models["teacher"]))
     try:
         with pytest.raises(BadInput, match=f"{other.url}: serves .* with another vocabulary"):
-            check(load(recipe(teacher=served(models, other.url))))
+            check_recipe(load_recipe(recipe(teacher=served(models, other.url))))
         assert not (tmp_path / "runs").exists()
         assert not other.requests
     finally:
@@ -108,7 +110,7 @@ def test_a_dead_child_ends_the_command_with_its_last_words(potstill, recipe, mod
     python.write_text(f"#!{sys.executable}\nimport sys\n{words}\n")
     python.chmod(0o755)
     student = {"model": str(models["student"]), "engine": "vllm", "vllm_python": str(python)}
-    ended = potstill("run", recipe(student=student), "--rounds", "1")
+    ended = potstill("run", recipe(student=student), "--rounds", "1", patient=False)
     release()
     assert ended.status == 1, ended.err
     assert "ended with status 1; its last words:\n  CUDA out of memory" in ended.err
@@ -116,6 +118,7 @@ def test_a_dead_child_ends_the_command_with_its_last_words(potstill, recipe, mod
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_run_goes_on_after_its_child_was_killed(recipe, models, tmp_path, monkeypatch):
     """With every try, in the middle of a round's scores: what is committed stays, and the end is that of a calm run."""
     python = tmp_path / "python"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.trace import ELSEWHERE, lineage
+from tasks.views.trace import ELSEWHERE, trace_lineage
 
 
 def rows(run: Path, number: int | None = None) -> list[dict]:
-    return next(iter(lineage(str(run), number).values()))
+    return next(iter(trace_lineage(str(run), number).values()))
 
 
 @pytest.mark.parametrize("number", [1, 2, None])

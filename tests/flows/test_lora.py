@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from configs.errors import BadInput
-from configs.load import load
-from flows.distill import check, distill
+from configs.load import load_recipe
+from flows.distill import distill
+from flows.refuse import check_recipe
 from storage.read import scan
 from storage.store import Run
-from tasks.models import reference
-from tasks.train import Trainer
+from tasks.models.reference import make_reference
+from tasks.training.trainer import Trainer
 
 LORA = {"rank": 4, "alpha": 12.0, "targets": ["q_proj", "down_proj"]}
 
@@ -64,14 +65,14 @@ def test_going_on_is_exact(recipe, changes, models, tmp_path):
     """A second round from what the first left is the same as steps without a stop between them."""
     distill(str(recipe(**changes)))
     run = Run(str(tmp_path / "runs"), "tiny")
-    made = load(tmp_path / "tiny.toml")
-    base = reference(made.student, str(models["student"]))
-    teacher = reference(made.teacher, str(models["teacher"]))
+    made = load_recipe(tmp_path / "tiny.toml")
+    base = make_reference(made.student, str(models["student"]))
+    teacher = make_reference(made.teacher, str(models["teacher"]))
     shards = [
         [tuple(run.find(f"round=000{n}/{table}/part-0000{part}") for table in ("rollouts", "aligned")) for part in (0, 1)]
         for n in (1, 2)
     ]
-    trainer = Trainer(made, 1, base, teacher, None)
+    trainer = Trainer(made, 1, student=base, teacher=teacher, state=None)
     saved, trainer._save = trainer._save, lambda folder: None
     first = trainer.run(shards[0], tmp_path)
     trainer.number, trainer._save = 2, saved
@@ -85,8 +86,8 @@ def test_going_on_is_exact(recipe, changes, models, tmp_path):
 
 
 def test_all_linear_layers_by_default(models, recipe, tmp_path):
-    made = load(recipe(student={"model": str(models["student"]), "lora": {}}))
-    module = Trainer(made, 1, reference(made.student, str(models["student"])), None, None).module
+    made = load_recipe(recipe(student={"model": str(models["student"]), "lora": {}}))
+    module = Trainer(made, 1, student=make_reference(made.student, str(models["student"])), teacher=None, state=None).module
     trained = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
@@ -94,11 +95,11 @@ def test_all_linear_layers_by_default(models, recipe, tmp_path):
 def test_what_is_refused(recipe, models, monkeypatch):
     bad = {"model": str(models["student"]), "lora": {"targets": ["query"]}}
     with pytest.raises(BadInput, match=r"student\.lora\.targets = \['query'\]: the model has no such layers.*down_proj, "):
-        check(load(recipe(student=bad)))
+        check_recipe(load_recipe(recipe(student=bad)))
     with pytest.raises(BadInput, match=r"a teacher is not trained; give student\.lora"):
-        load(recipe(teacher={"model": str(models["teacher"]), "lora": LORA}))
+        load_recipe(recipe(teacher={"model": str(models["teacher"]), "lora": LORA}))
     with pytest.raises(BadInput, match=r"set train\.sharding = 'none'"):
-        load(recipe(student={**bad, "lora": LORA}, train__processes=2, train__sharding="full"))
+        load_recipe(recipe(student={**bad, "lora": LORA}, train__processes=2, train__sharding="full"))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(BadInput, match=r"needs one more package: pip install -e '\.\[lora\]'"):
-        check(load(recipe(student={**bad, "lora": LORA})))
+        check_recipe(load_recipe(recipe(student={**bad, "lora": LORA})))

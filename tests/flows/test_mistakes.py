@@ -16,8 +16,8 @@ import tomli_w
 from helpers import TINY, Ended, files, made, refused
 
 from configs.errors import BadInput
-from configs.load import load
-from flows.distill import check
+from configs.load import load_recipe
+from flows.refuse import check_recipe
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def potstill_in_nothing(potstill, tmp_path) -> Callable[..., Ended]:
 def test_the_recipe_is_right_otherwise(place, tmp_path, monkeypatch):
     """Or the table below would prove nothing."""
     monkeypatch.chdir(tmp_path)
-    check(load(place / "good.toml"))
+    check_recipe(load_recipe(place / "good.toml"))
 
 
 SERVER = "teacher.engine=server"
@@ -262,27 +262,27 @@ def test_a_damaged_run_toml(potstill_in_nothing, tiny, tmp_path, text):
 def test_a_cluster_that_is_not_there(place, monkeypatch, address, why):
     monkeypatch.setattr("flows.compute.find_spec", lambda name: name)
     with pytest.raises(BadInput, match=rf"compute\.address = '{address}': nothing answers there .*{why}.*host:port"):
-        check(load(place / "good.toml", [RAY, f"compute.address={address}"]))
+        check_recipe(load_recipe(place / "good.toml", [RAY, f"compute.address={address}"]))
 
 
 def test_s3_without_its_package(place, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(BadInput, match=r"root: s3://bucket/runs cannot be used: .*pip install -e '\.\[s3\]'"):
-        check(load(place / "good.toml", ["root=s3://bucket/runs"]))
+        check_recipe(load_recipe(place / "good.toml", ["root=s3://bucket/runs"]))
 
 
 def test_attention_without_its_package(place, monkeypatch):
-    monkeypatch.setattr("tasks.models.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("tasks.models.reference.is_flash_attn_2_available", lambda: False)
     with pytest.raises(BadInput, match=r"teacher\.attention = 'flash_attention_2' needs the flash-attn package .*'sdpa'"):
-        check(load(place / "good.toml", ["teacher.attention=flash_attention_2"]))
-    monkeypatch.setattr("tasks.models.is_flash_attn_2_available", lambda: True)
+        check_recipe(load_recipe(place / "good.toml", ["teacher.attention=flash_attention_2"]))
+    monkeypatch.setattr("tasks.models.reference.is_flash_attn_2_available", lambda: True)
     with pytest.raises(BadInput, match=r"student\.attention .* trains in bfloat16 alone \(found float32\); set student\.dtype"):
-        check(load(place / "good.toml", ["student.attention=flash_attention_2"]))
+        check_recipe(load_recipe(place / "good.toml", ["student.attention=flash_attention_2"]))
 
 
 def test_devices_are_counted(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(BadInput, match=r"teacher\.device = 'cuda:2': this machine has 2 such devices, counted from 0"):
-        check(load(place / "good.toml", ["teacher.device=cuda:2"]))
-    check(load(place / "good.toml", ["teacher.device=cuda:1"]))
+        check_recipe(load_recipe(place / "good.toml", ["teacher.device=cuda:2"]))
+    check_recipe(load_recipe(place / "good.toml", ["teacher.device=cuda:1"]))

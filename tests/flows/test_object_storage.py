@@ -14,14 +14,16 @@ import polars as pl
 import pytest
 
 from configs.errors import BadInput
-from configs.load import load
-from configs.schema import Model
-from flows.distill import check, distill
+from configs.load import load_recipe
+from configs.models import Model
+from flows.distill import distill
+from flows.refuse import check_recipe
 from storage.lineage import digest_folder
 from storage.read import scan
 from storage.store import Run
-from tasks import inspect as show
-from tasks.models import load_weights, reference
+from tasks.models.reference import make_reference
+from tasks.models.weights import load_weights
+from tasks.views import inspect as show
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_a_run_in_a_bucket(bucket, recipe, tmp_path, monkeypatch):
     made = Run(root, "tiny").find("round=0002/student")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another-machine"))
     (tmp_path / "another-machine").mkdir()
-    ref = reference(Model(model="x"), made.path, made.digest)
+    ref = make_reference(Model(model="x"), made.path, made.digest)
     assert load_weights(ref).num_parameters() > 0
     assert digest_folder(ref.local) == made.digest
     assert (tmp_path / "another-machine") in Path(ref.local).parents
@@ -92,8 +94,8 @@ def test_a_run_in_a_bucket(bucket, recipe, tmp_path, monkeypatch):
     assert pl.scan_parquet(f"{root}/tiny/round=*/evals/*.parquet").collect().equals(here)
     assert set(scan(f"{root}/*", "evals").collect()["run"]) == {"tiny"}
     show.check_run(f"{root}/tiny")
-    assert show.tables(f"{root}/tiny")[0]["rows"] == 16
-    assert len(show.one_round(f"{root}/tiny", 2)["Units"]) > 1
+    assert show.list_tables(f"{root}/tiny")[0]["rows"] == 16
+    assert len(show.show_round(f"{root}/tiny", 2)["Units"]) > 1
 
     before = objects(root)
     assert distill(config, overrides=(f"root={root}",))["rounds"] == 2
@@ -109,17 +111,17 @@ def test_a_bucket_that_is_not_there(bucket, recipe):
     with pytest.raises(
         BadInput, match=r"^s3://no-such-bucket/runs: cannot be written \(.*bucket does not exist.*check its name"
     ):
-        check(load(str(recipe()), ["root=s3://no-such-bucket/runs"]))
+        check_recipe(load_recipe(str(recipe()), ["root=s3://no-such-bucket/runs"]))
 
 
 def test_no_server(bucket, recipe, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     fsspec.filesystem("s3", use_listings_cache=False).clear_instance_cache()
     with pytest.raises(BadInput, match=r"^s3://bucket/runs: cannot be written \(.*127\.0\.0\.1:1.*the endpoint$"):
-        check(load(str(recipe()), ["root=s3://bucket/runs"]))
+        check_recipe(load_recipe(str(recipe()), ["root=s3://bucket/runs"]))
 
 
 def test_a_check_leaves_nothing(bucket, recipe):
     fsspec.filesystem("s3", use_listings_cache=False).clear_instance_cache()
-    check(load(str(recipe()), [f"root={bucket}/checked"]))
+    check_recipe(load_recipe(str(recipe()), [f"root={bucket}/checked"]))
     assert not objects(f"{bucket}/checked")

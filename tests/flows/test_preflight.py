@@ -17,19 +17,22 @@ import tomli_w
 from helpers import files
 
 from configs.errors import Stopped
-from configs.load import load
+from configs.load import load_recipe
 from configs.schema import Gates, Recipe
 from flows.distill import distill
 from flows.preflight import preflight
 from storage.artifacts import Artifact
 from storage.read import scan
 from storage.store import Run
-from tasks.checks import Sample, examine, memory_needs
+from tasks.check import read_gates
 from tasks.engines.base import TokenScores
 from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
-from tasks.gates import Gate, hold, lead, repetition, round_gates, stored
-from tasks.models import ModelRef, reference
+from tasks.gates.cost import memory_needs
+from tasks.gates.gate import Gate, require
+from tasks.gates.round import lead_gate, repetition, round_gates
+from tasks.models.reference import ModelRef, make_reference
+from tasks.preflight import Sample, examine
 
 SHAPE = {"layers": 1, "width": 48, "heads": 2, "feed_forward": 64, "context": 64}
 
@@ -92,14 +95,14 @@ def pair(taught, tmp_path) -> Callable[..., Path]:
 
 def found(path: Path, student: Path | None = None, teacher: Path | None = None) -> dict[str, Gate]:
     """The gates of a recipe by name, with other models where they are given."""
-    recipe = load(path)
+    recipe = load_recipe(path)
     release()  # a patched engine is not the one that was loaded
 
     def ref(role: str, other: Path | None) -> ModelRef:
         config = getattr(recipe, role)
-        return reference(config, str(other or config.model))
+        return make_reference(config, str(other or config.model))
 
-    return {gate.name: gate for gate in examine(recipe, ref("student", student), ref("teacher", teacher), 16)}
+    return {gate.name: gate for gate in examine(recipe, 16, student=ref("student", student), teacher=ref("teacher", teacher))}
 
 
 def breached(gates: dict[str, Gate]) -> set[str]:
@@ -131,8 +134,8 @@ def test_memory_is_held_against_each_device_that_has_to_hold_it(pair):
     """A served teacher needs none here; adapters need the frozen weights and little more; processes on a CPU add up."""
 
     def needs(**changes) -> dict[str, float]:
-        recipe = load(pair(**changes))
-        sample = Sample(recipe, pa.table({}), *(reference(c, str(c.model)) for c in (recipe.student, recipe.teacher)))
+        recipe = load_recipe(pair(**changes))
+        sample = Sample(recipe, pa.table({}), *(make_reference(c, str(c.model)) for c in (recipe.student, recipe.teacher)))
         return {str(device): need for device, need in memory_needs(sample, {"student": 10, "teacher": 1000}).items()}
 
     models = {role: tomllib.loads(pair().read_text())[role] for role in ("student", "teacher")}
@@ -174,7 +177,7 @@ def test_a_tokenizer_of_the_same_size_that_belongs_to_other_weights(pair, taught
     gates = found(pair(), teacher=changed(taught["good"], tmp_path / "swapped", swap))
     assert "teacher: chance" in breached(gates)
     assert gates["teacher: spelled"].ok  # its bytes are as right as they were
-    assert "does not belong to the weights" in gates["teacher: chance"].advice
+    assert "does not belong to the weights" in gates["teacher: chance"].kind.advice
 
 
 def test_scores_that_are_shifted_by_one_position(pair, taught, monkeypatch):
@@ -235,7 +238,10 @@ def test_a_loss_against_itself(pair, monkeypatch):
     score = TransformersEngine.score
 
     def wrong(self: TransformersEngine, *arguments: Any) -> list[TokenScores]:
-        return [s if s.top_ids is None else replace(s, top_ids=(s.top_ids + 5) % 290) for s in score(self, *arguments)]
+        return [
+            replace(s, columns={**s.columns, "top_ids": (s.columns["top_ids"] + 5) % 290}) if s.columns else s
+            for s in score(self, *arguments)
+        ]
 
     monkeypatch.setattr(TransformersEngine, "score", wrong)
     assert "own teacher" in breached(found(pair()))
@@ -273,7 +279,7 @@ def test_a_breached_gate_stops_the_run_and_a_wider_one_lets_it_go_on(potstill, p
     assert ended.status == 1, ended.err
     message = ended.err[ended.err.index("potstill: ") :]
     assert "round 1: stopped by a gate" in message
-    assert "truncated: 1 (32 of 32 samples), at most 0 is allowed; raise rollout.max_new_tokens" in message
+    assert "truncated: 100.0% (32 of 32 samples), at most 0.0% is allowed; raise rollout.max_new_tokens" in message
     assert "Traceback" not in ended.err
     run = tmp_path / "runs" / "pair"
     before = files(run)
@@ -349,19 +355,19 @@ def test_the_figures_of_a_round_by_hand(tmp_path):
 def test_what_is_no_number_holds_no_limit():
     assert Gate("loss", math.nan, 1.0).ok is False
     assert Gate("loss", np.float64(2), 1.0).ok is False  # numpy's False is another object
-    assert Gate("loss", math.nan, 1.0, least=True).ok is False
+    assert Gate("matched", math.nan, 1.0).ok is False
     with pytest.raises(Stopped, match="length: nan"):
-        hold([Gate("length", math.nan, 1.0)], "here")
+        require([Gate("length", math.nan, 1.0)], "here")
 
 
 def test_gates_come_back_from_their_table(tiny):
     for number in (1, 2):
         table = scan(str(tiny), "gates").filter(pl.col("round") == number).collect()
-        gates = stored(table.to_arrow(), Gates())
+        gates = read_gates(table.to_arrow(), Gates())
         assert [gate.value for gate in gates] == table["value"].to_list()
         (truncated,) = table.filter(pl.col("gate") == "truncated")["value"]
         for limit in (truncated, truncated - 0.01):
-            judged = {gate.name: gate.ok for gate in stored(table.to_arrow(), Gates(truncated=limit))}
+            judged = {gate.name: gate.ok for gate in read_gates(table.to_arrow(), Gates(truncated=limit))}
             assert judged["truncated"] == (limit >= truncated)
             assert judged["tokens"] is None
             assert None not in (judged["supervised"], judged["engine, mean"], judged["engine, largest"])
@@ -394,10 +400,12 @@ def test_the_lead_is_held_against_by_its_upper_end():
 
     teacher, student = evals(np.full(50, 0.5)), evals(np.full(50, 0.55))
     apart = means(teacher) - means(student)
-    gate = lead(teacher, student, limits)
+    gate = lead_gate(limits, teacher=teacher, student=student)
     assert gate.value == pytest.approx(apart.mean() + 1.96 * apart.std(ddof=1) / math.sqrt(50))
     assert gate.ok
-    assert lead(evals(np.full(50, 0.1)), evals(np.full(50, 0.9)), limits).ok is False
-    nothing = lead(evals(np.zeros(5)), evals(np.zeros(5)), limits)
+    assert lead_gate(limits, teacher=evals(np.full(50, 0.1)), student=evals(np.full(50, 0.9))).ok is False
+    nothing = lead_gate(limits, teacher=evals(np.zeros(5)), student=evals(np.zeros(5)))
     assert (nothing.ok, nothing.record()["limit"]) == (None, "at least 0")
-    assert all(a <= b for a, b in pairwise([0.0, lead(evals(np.ones(5)), evals(np.zeros(5)), limits).value]))
+    assert all(
+        a <= b for a, b in pairwise([0.0, lead_gate(limits, teacher=evals(np.ones(5)), student=evals(np.zeros(5))).value])
+    )

@@ -17,23 +17,23 @@ from helpers import CHECKOUT
 from safetensors.torch import load_file
 
 from configs.errors import BadInput
-from configs.load import load
+from configs.load import load_recipe
 from flows.distill import distill
 from storage.artifacts import Artifact
 from storage.read import scan
-from tasks.models import reference
-from tasks.processes import check_processes, launch
-from tasks.train import JOB, Job
+from tasks.models.reference import make_reference
+from tasks.training.processes import check_processes, launch
+from tasks.training.trainer import JOB, Job
 
 
 @pytest.fixture(scope="module")
 def job(models, tmp_path_factory) -> Job:
     """A round without a row, in two processes."""
-    recipe = load(
+    recipe = load_recipe(
         CHECKOUT / "tests/recipes/tiny.toml", ["train.processes=2", f"student={{model='{models['student']}', device='cpu'}}"]
     )
-    student = reference(recipe.student, str(models["student"]))
-    return Job(recipe, 1, student, None, [], None)
+    student = make_reference(recipe.student, str(models["student"]))
+    return Job(recipe=recipe, number=1, student=student, teacher=None, shards=(), state=None)
 
 
 @contextmanager
@@ -57,6 +57,7 @@ def listening() -> Iterator[set[str]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_as_in_one_process(recipe, tmp_path, caplog):
     """Two rounds in one process, and one round in each of DDP and FSDP: losses, norms, counts, weights, optimizer.
 
@@ -92,7 +93,7 @@ def test_as_in_one_process(recipe, tmp_path, caplog):
 
 def test_a_failing_process_is_quoted(job, tmp_path):
     missing = Artifact(str(tmp_path / "missing.parquet"), "digest", 8)
-    broken = Job(job.recipe, 1, job.student, None, [(missing, missing)], None)
+    broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((missing, missing),), state=None)
     with pytest.raises(RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*FileNotFoundError.*missing\.parquet"):
         launch(JOB.dump_json(broken).decode(), tmp_path, 2)
 
@@ -101,10 +102,10 @@ def test_what_libraries_do_at_exit_keeps_nobody(tmp_path):
     """gloo's destructor can wait for the GIL that it holds: seen once in many runs, with all files written."""
     tmp_path.joinpath("job.json").write_text("")
     code = """
-import atexit, pathlib, sys, time, tasks.processes, tasks.train as train
+import atexit, pathlib, sys, time, tasks.training.processes, tasks.training.trainer as train
 atexit.register(time.sleep, 600)
 train.train, train.JOB = lambda *_: print("trained"), type("Job", (), {"validate_json": print})
-tasks.processes.main(pathlib.Path(sys.argv[1]))"""
+tasks.training.processes.main(pathlib.Path(sys.argv[1]))"""
     command, alone = [sys.executable, "-c", code, str(tmp_path)], os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
     with subprocess.Popen(command, cwd=CHECKOUT, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
@@ -127,12 +128,13 @@ def test_the_number_of_processes_is_held(job, tmp_path):
 
 def test_more_processes_than_gpus_are_refused(job, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    on_gpus = load(CHECKOUT / "tests/recipes/tiny.toml", ["train.processes=2", "student.device=cuda"])
+    on_gpus = load_recipe(CHECKOUT / "tests/recipes/tiny.toml", ["train.processes=2", "student.device=cuda"])
     with pytest.raises(BadInput, match=r"train\.processes = 2 needs as many GPUs, this machine has 1; set it to at most that"):
         check_processes(on_gpus)
     check_processes(job.recipe)  # which trains on the CPU
 
 
+@pytest.mark.slow
 def test_a_killed_flow_leaves_no_process(tmp_path):
     os.mkfifo(tmp_path / "job.json")  # the processes wait for a writer
     code = "import sys, tasks.processes as p; p.Path.write_text = print; p.launch('', p.Path(sys.argv[1]), 2)"

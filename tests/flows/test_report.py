@@ -12,7 +12,7 @@ import vl_convert
 from helpers import refused
 
 from storage.read import scan
-from tasks.report import FULL, units
+from tasks.views.report import FULL, split_units
 
 
 class Page(HTMLParser):
@@ -134,7 +134,7 @@ def test_units_are_the_text_and_shaded_by_the_models_difference():
         "student_logprobs": [-1.0, -9.0, -0.5],
         "teacher_logprobs": [-2.0, -1.0, -0.5],
     }
-    found = units("aé</b>", aligned)  # the é's second byte is in the second unit
+    found = split_units("aé</b>", aligned)  # the é's second byte is in the second unit
     assert [unit["piece"] for unit in found] == ["a\\xc3", "\\xa9</", "■", "b>"]
     assert [unit["shade"] for unit in found] == [1 / FULL, -1, 0, None]
     assert [unit["kind"] for unit in found] == ["one to one", "many to many", "stop", "not aligned"]

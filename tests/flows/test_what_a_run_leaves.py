@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, PREFECT_SERVER_API_HOST
 
-from configs.load import load
+from configs.load import load_recipe
 from flows.distill import distill
 from storage.store import Run
 
@@ -45,7 +45,7 @@ def test_no_secret_of_the_environment(recipe, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv(name, value)
     path = recipe(rounds=1)
     distill(str(path), rounds=1)
-    run = Path(Run(load(path).root, load(path).name).path)
+    run = Path(Run(load_recipe(path).root, load_recipe(path).name).path)
     texts = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert len(texts) > 20
     for value in SECRETS.values():

@@ -26,6 +26,7 @@ from toys import (
     spelled,
     student_ref,
     teacher_ref,
+    topk_scores,
     unicode_texts,
     valid_prefix,
 )
@@ -33,13 +34,13 @@ from toys import vocabulary as toy_vocabulary
 
 from configs.objectives import Alm, Bpm, Bytes, Gold, Objective, Opd, Sft, Strict, Uld
 from tasks import objectives
-from tasks.align import aligned_table
-from tasks.engines.base import Signal, TokenScores
+from tasks.align import align_rollouts
+from tasks.engines.base import TokenScores
 from tasks.engines.transformers import TransformersEngine
-from tasks.models import side
-from tasks.ragged import offsets_of
-from tasks.score import teacher_ids
+from tasks.models.text import side, teacher_ids
+from tasks.signals import make_signal
 from tasks.tokens.align import Kind, align, unit_starts
+from tasks.tokens.ragged import offsets_of
 from tasks.tokens.token_bytes import Encoder, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -170,7 +171,7 @@ def toy_scores(rng: np.random.Generator, toy: Vocabulary, ids: list[int], k: int
     table, k = random_logprobs(rng, len(ids), toy.size), min(k, toy.size - 1)
     best = np.argsort(-table, axis=1)[:, :k]
     top = np.take_along_axis(table, best, 1)
-    return TokenScores(
+    return topk_scores(
         table[np.arange(len(ids)), ids].astype(np.float32),
         best.ravel().astype(np.int32),
         top.ravel().astype(np.float16),
@@ -191,7 +192,9 @@ def aligned_toys(
     sampled = [-rng.gamma(2.0, size=len(ids)) for ids in s_rows]
     rollouts = rollouts_table([[0]] * len(s_rows), s_rows, own, logprobs=sampled)  # type: ignore[arg-type]
     scores = scores_of([toy_scores(rng, teacher, ids) for ids in t_rows if ids is not None], t_rows)
-    table = aligned_table(rollouts, scores, own, other, objectives.build(objective, student, teacher))  # type: ignore[arg-type]
+    table = align_rollouts(
+        rollouts, scores, objectives.build(objective, student=student, teacher=teacher), student=own, teacher=other
+    )  # type: ignore[arg-type]
     return table.to_pylist()
 
 
@@ -277,7 +280,9 @@ def test_bytes_that_are_supervised(seed: int) -> None:
     assert by_bytes["supervised_bytes"] == len(t_ids) - 1
     own = ToySide(student)
     rollouts = rollouts_table([[0]], [s_ids], own)  # type: ignore[arg-type]
-    table = aligned_table(rollouts, None, own, own, objectives.build(Sft(name="sft"), student, student))  # type: ignore[arg-type]
+    table = align_rollouts(
+        rollouts, None, objectives.build(Sft(name="sft"), student=student, teacher=student), student=own, teacher=own
+    )  # type: ignore[arg-type]
     assert table["supervised_bytes"].to_pylist() == [len(data)]
 
 
@@ -323,12 +328,12 @@ def test_unit_logprobs_are_the_chain_rule_on_shifted_logits() -> None:
     rollouts = rollouts_table(PROMPTS, completions, own)
     prompts = [[1, 4, 33, 2, 5, 7], [1, 4, 2, 5], [1, 5]]
     graded = teacher_ids(rollouts.to_pylist(), other, as_sampled=False)
-    scores = scores_of(teacher.score(prompts, graded, Signal(k=16)), graded)  # type: ignore[arg-type]
-    behaviour = student.score(PROMPTS, completions, Signal(k=4))
+    scores = scores_of(teacher.score(prompts, graded, make_signal(k=16)), graded)  # type: ignore[arg-type]
+    behaviour = student.score(PROMPTS, completions, make_signal(k=4))
     column = pa.array([s.logprobs for s in behaviour], rollouts.schema.field("logprobs").type)
     rollouts = rollouts.set_column(rollouts.schema.get_field_index("logprobs"), "logprobs", column)
-    objective = objectives.build(Gold(name="gold"), own.vocabulary, other.vocabulary)
-    table = aligned_table(rollouts, scores, own, other, objective).to_pylist()
+    objective = objectives.build(Gold(name="gold"), student=own.vocabulary, teacher=other.vocabulary)
+    table = align_rollouts(rollouts, scores, objective, student=own, teacher=other).to_pylist()
     for model, contexts, sequences, text_side, name in (
         (student.model, PROMPTS, completions, own, "student"),
         (teacher.model, prompts, graded, other, "teacher"),

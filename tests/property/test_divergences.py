@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import kl_div
 from toys import SEEDS, random_logprobs
 
-from tasks.objectives.divergences import bucketed, jsd, log_rest
+from tasks.objectives.divergences import bucketed_jsd, jsd, log_rest
 
 BETAS = st.sampled_from([0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
 INNER = st.floats(0.01, 0.99)
@@ -95,7 +95,7 @@ def test_the_rest_bucket(seed: int, beta: float, data: st.DataObject) -> None:
     for size in range(1, len(order) + 1):
         inside, outside = order[:size], order[size:]
         t_rest = t[outside].logsumexp(0) if outside else torch.tensor(-torch.inf, dtype=t.dtype)
-        value = float(bucketed(t[inside], t_rest, s[inside], beta))
+        value = float(bucketed_jsd(t[inside], t_rest, s[inside], beta))
         # Independently: the divergence of the two distributions over the support and one more event.
         if outside:
             merged_t = torch.cat([t[inside], t[outside].logsumexp(0, keepdim=True)])
@@ -115,14 +115,14 @@ def test_drop_and_renormalise_by_name(seed: int, beta: float) -> None:
     inside, t_rest = [0, 2, 3], t[[1, 4, 5, 6]].logsumexp(0)
     t_in, s_in = t[inside], s[inside]
     renormalised = by_definition(t_in - t_in.logsumexp(0), s_in - s_in.logsumexp(0), beta)
-    assert torch.allclose(bucketed(t_in, t_rest, s_in, beta, "renormalise"), renormalised, atol=1e-10)
+    assert torch.allclose(bucketed_jsd(t_in, t_rest, s_in, beta, "renormalise"), renormalised, atol=1e-10)
     t_mass, s_mass = t_in.exp(), s_in.exp()
     if beta in (0, 1):
         dropped = (t_mass * (t_in - s_in)).sum() if beta == 0 else (s_mass * (s_in - t_in)).sum()
     else:
         m = (beta * t_mass + (1 - beta) * s_mass).log()
         dropped = (beta * t_mass * (t_in - m) + (1 - beta) * s_mass * (s_in - m)).sum()
-    assert torch.allclose(bucketed(t_in, t_rest, s_in, beta, "drop"), dropped, atol=1e-10)
+    assert torch.allclose(bucketed_jsd(t_in, t_rest, s_in, beta, "drop"), dropped, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -133,8 +133,8 @@ def test_padding_of_the_support_counts_nothing(seed: int, beta: float, rest: str
     t_rest = torch.tensor(math.log(0.2), dtype=t.dtype)
     t_in, s_in = t[:4] + math.log(0.8) - t[:4].logsumexp(0), (s[:4] - 0.1).clone().requires_grad_()
     padding = torch.full((3,), -torch.inf, dtype=t.dtype)
-    plain = bucketed(t_in, t_rest, s_in, beta, rest)
-    padded = bucketed(torch.cat([t_in, padding]), t_rest, torch.cat([s_in, padding]), beta, rest)
+    plain = bucketed_jsd(t_in, t_rest, s_in, beta, rest)
+    padded = bucketed_jsd(torch.cat([t_in, padding]), t_rest, torch.cat([s_in, padding]), beta, rest)
     assert torch.allclose(plain, padded, atol=1e-12)
     (wanted,), (got,) = (torch.autograd.grad(value, s_in) for value in (plain, padded))
     assert torch.allclose(wanted, got, atol=1e-12)
@@ -147,7 +147,9 @@ def test_moving_mass_out_of_the_support_raises_the_divergence(seed: int) -> None
     t, s = two(seed)
     assume(float(kl(s, t)) < 8)
     for beta in (0.0, 0.3, 0.5, 0.9, 1.0):
-        values = [float(bucketed(t, torch.tensor(-torch.inf), s + math.log(1 - share), beta)) for share in (0, 0.02, 0.1, 0.3)]
+        values = [
+            float(bucketed_jsd(t, torch.tensor(-torch.inf), s + math.log(1 - share), beta)) for share in (0, 0.02, 0.1, 0.3)
+        ]
         assert values == sorted(values)
         assert values[1] > values[0] + 1e-4
 
@@ -160,7 +162,7 @@ def test_gradients_are_finite_differences(seed: int, beta: float) -> None:
     logits = s.clone().requires_grad_()
     t_rest = t[4:].logsumexp(0)
     assert torch.autograd.gradcheck(lambda x: jsd(t, x.log_softmax(-1), beta), (logits,), atol=1e-6)
-    assert torch.autograd.gradcheck(lambda x: bucketed(t[:4], t_rest, x.log_softmax(-1)[:4], beta), (logits,), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda x: bucketed_jsd(t[:4], t_rest, x.log_softmax(-1)[:4], beta), (logits,), atol=1e-6)
     (gradient,) = torch.autograd.grad(jsd(t, logits.log_softmax(-1), 0.0), logits)
     assert torch.allclose(gradient, s.exp() - t.exp(), atol=1e-10)
 
@@ -190,7 +192,7 @@ def test_a_support_without_events(rest: str) -> None:
     padding = torch.full((2,), -torch.inf, dtype=torch.float64)
     s = torch.tensor([0.4, 0.6], dtype=torch.float64).log().requires_grad_()
     kept = s.masked_fill(torch.tensor([True, True]), -torch.inf)
-    value = bucketed(padding, torch.tensor(0.0, dtype=torch.float64), kept, 0.5, rest)
+    value = bucketed_jsd(padding, torch.tensor(0.0, dtype=torch.float64), kept, 0.5, rest)
     (gradient,) = torch.autograd.grad(value, s)
     assert float(value.detach()) == pytest.approx(0, abs=1e-9)
     assert torch.isfinite(gradient).all()

@@ -9,17 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import SEEDS, full_logprobs, student_ref, teacher_ref, twin_ref
+from toys import SEEDS, full_logprobs, student_ref, teacher_ref, topk_scores, twin_ref
 from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config
 
-from configs.schema import Gates, Scratch
-from tasks.engines.base import Completion, Sampling, Signal, TokenScores
-from tasks.engines.events import likeliest
+from configs.models import Scratch
+from configs.schema import Gates
+from tasks.engines.base import Completion, Sampling, TokenScores
 from tasks.engines.sampling import SeededSampler, gumbel
 from tasks.engines.transformers import TransformersEngine, length_batches
-from tasks.gates import engine_gates
-from tasks.models import ModelRef, side
-from tasks.scratch import new_tokenizer
+from tasks.gates.round import engine_gates
+from tasks.models.reference import ModelRef
+from tasks.models.text import side
+from tasks.scratch import train_tokenizer
+from tasks.signals import make_signal
+from tasks.signals.base import keep_likeliest
 
 REFS = [student_ref, teacher_ref, twin_ref]
 NAMES = ["plain", "several-stops", "padded-head"]
@@ -235,7 +238,7 @@ HYBRIDS = {
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_samples_of_one_prompt_where_layers_keep_a_state(tmp_path, family: str) -> None:
     """Models of attention and recurrent layers: what a sample is drawn from is that of the sample alone."""
-    tokenizer = new_tokenizer(Scratch(vocab_size=300), ["hello world spelled backward olleh dlrow"] * 5)
+    tokenizer = train_tokenizer(Scratch(vocab_size=300), ["hello world spelled backward olleh dlrow"] * 5)
     shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(HYBRIDS[family](**shape, num_key_value_heads=2, eos_token_id=2, bos_token_id=1))
@@ -287,7 +290,7 @@ def naive_scores(model, prompt: list[int], ids: list[int], stops: list[int], siz
         counts.append(kept)
         outside = [row[j] for j in range(size) if j not in set(best[:kept])]
         rest.append(np.logaddexp.reduce(outside) if outside else -np.inf)
-    return TokenScores(*(np.array(column) for column in (logprobs, top_ids, top, counts, rest)))
+    return topk_scores(*(np.array(column) for column in (logprobs, top_ids, top, counts, rest)))
 
 
 @pytest.mark.parametrize("ref", REFS, ids=NAMES)
@@ -303,26 +306,28 @@ def test_scores_are_a_naive_log_softmax(ref, k: int, top_p: float) -> None:
         [*ids, int(rng.choice(text_side.stop_ids))] if r % 2 else ids for r, ids in enumerate(random_ids(rng, 7, 1, 9))
     ]
     grader = engine(ref(), batch_tokens=40)
-    scored = grader.score(prompts, completions, Signal(k=k, top_p=top_p))
+    scored = grader.score(prompts, completions, make_signal(k=k, top_p=top_p))
     for prompt, ids, got in zip(prompts, completions, scored, strict=True):
         wanted = naive_scores(grader.model, prompt, ids, text_side.stop_ids, grader.size, k, top_p)
-        assert got.counts.tolist() == wanted.counts.tolist()
-        assert got.top_ids.tolist() == wanted.top_ids.tolist()
+        assert got.columns["top_counts"].tolist() == wanted.columns["top_counts"].tolist()
+        assert got.columns["top_ids"].tolist() == wanted.columns["top_ids"].tolist()
         assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
-        assert got.top_logprobs.astype(float) == pytest.approx(wanted.top_logprobs, abs=1e-4, rel=2**-11 * 1.01)
+        assert got.columns["top_logprobs"].astype(float) == pytest.approx(
+            wanted.columns["top_logprobs"], abs=1e-4, rel=2**-11 * 1.01
+        )
         if k == 1000:
-            assert set(got.counts) == {grader.size}
-            assert np.isneginf(got.rest).all()
+            assert set(got.columns["top_counts"]) == {grader.size}
+            assert np.isneginf(got.columns["rest"]).all()
         else:
-            assert got.rest == pytest.approx(wanted.rest, abs=1e-3)
-        assert (got.top_logprobs.dtype, got.rest.dtype) == (np.float16, np.float32)
+            assert got.columns["rest"] == pytest.approx(wanted.columns["rest"], abs=1e-3)
+        assert (got.columns["top_logprobs"].dtype, got.columns["rest"].dtype) == (np.float16, np.float32)
 
 
 def test_a_small_rest_does_not_drown() -> None:
     """The rest is summed itself: mass of 1e-9 outside the top ids is seen although 1 - (1 - 1e-9) is 0 in float32."""
     logits = torch.full((1, 300), -25.0)
     logits[0, 3] = 0.0
-    _, _, counts, rest = likeliest(logits.log_softmax(-1), Signal(k=1))
+    _, _, counts, rest = keep_likeliest(logits.log_softmax(-1), k=1, top_p=1.0)
     assert counts.tolist() == [1]
     assert float(rest[0]) == pytest.approx(math.log(299) - 25, abs=1e-3)
 
@@ -335,26 +340,26 @@ def test_scores_do_not_depend_on_the_batch(seed: int, budget: int) -> None:
     prompts, completions = random_ids(rng, 5, 1, 20), random_ids(rng, 5, 1, 20)
     grader = engine(teacher_ref())
     grader.batch_tokens = budget
-    together = grader.score(prompts, completions, Signal(k=4))
+    together = grader.score(prompts, completions, make_signal(k=4))
     for prompt, ids, got in zip(prompts, completions, together, strict=True):
-        (alone,) = grader.score([prompt], [ids], Signal(k=4))
+        (alone,) = grader.score([prompt], [ids], make_signal(k=4))
         assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
-        assert got.rest == pytest.approx(alone.rest, abs=1e-3)
-        assert got.top_ids.tolist() == alone.top_ids.tolist()
+        assert got.columns["rest"] == pytest.approx(alone.columns["rest"], abs=1e-3)
+        assert got.columns["top_ids"].tolist() == alone.columns["top_ids"].tolist()
 
 
 def test_a_constant_on_all_logits_changes_no_score() -> None:
     """Adding the same vector to all rows of the head adds a constant at each position (property 4)."""
     prompts, completions = random_ids(np.random.default_rng(5), 4, 2, 9), random_ids(np.random.default_rng(6), 4, 2, 9)
     grader = TransformersEngine(teacher_ref())
-    before = grader.score(prompts, completions, Signal(k=6))
+    before = grader.score(prompts, completions, make_signal(k=6))
     head = grader.model.get_output_embeddings()
     head.weight = torch.nn.Parameter(
         head.weight + torch.randn(head.weight.shape[1], generator=torch.Generator().manual_seed(0))
     )
-    for old, new in zip(before, grader.score(prompts, completions, Signal(k=6)), strict=True):
+    for old, new in zip(before, grader.score(prompts, completions, make_signal(k=6)), strict=True):
         assert new.logprobs == pytest.approx(old.logprobs, abs=1e-3)
-        assert new.top_ids.tolist() == old.top_ids.tolist()
+        assert new.columns["top_ids"].tolist() == old.columns["top_ids"].tolist()
 
 
 @settings(max_examples=60, deadline=None)

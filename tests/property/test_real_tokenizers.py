@@ -22,9 +22,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from configs.objectives import Alm
 from storage.schemas import SCORES
 from tasks import objectives
-from tasks.align import aligned_table
-from tasks.models import Side, tokenizer_of
-from tasks.score import teacher_ids
+from tasks.align import align_rollouts
+from tasks.models.text import Side, teacher_ids, tokenizer_of
 from tasks.tokens.align import Kind
 from tasks.tokens.token_bytes import split_completion
 from tasks.tokens.vocabulary import match
@@ -346,8 +345,8 @@ def check_block(rng: np.random.Generator, own: Known, other: Known, texts: list[
     graded = teacher_ids(rows, other.side, as_sampled=False)
     check_teacher(rows, graded, own, other)
 
-    objective = objectives.build(Alm(name="alm"), own.side.vocabulary, other.side.vocabulary)
-    table = aligned_table(rollouts, scores_table(rng, graded), own.side, other.side, objective)
+    objective = objectives.build(Alm(name="alm"), student=own.side.vocabulary, teacher=other.side.vocabulary)
+    table = align_rollouts(rollouts, scores_table(rng, graded), objective, student=own.side, teacher=other.side)
     for row, sample, text, z in zip(table.to_pylist(), sampled, completions, graded, strict=True):
         check_row(row, sample, text, z, own, other)
     mine = refusals(own, "student", texts, own.side.encoder.encode(texts))

@@ -8,20 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bytes_law import law_at
+from laws import law_at
 from toys import SEEDS, TEXTS, full_logprobs, random_split, rollouts_table, student_ref, teacher_ref
 
 from configs.objectives import Alm, Bpm, Bytes, Gold, Objective, Opd, Strict, Uld
 from configs.schema import Score
 from storage.schemas import ALIGNED
 from tasks import objectives
-from tasks.align import aligned_table
+from tasks.align import align_rollouts
 from tasks.engines import transformers as transformers_engine
-from tasks.engines.base import Signal, TokenScores
+from tasks.engines.base import TokenScores
 from tasks.engines.transformers import TransformersEngine
-from tasks.models import finish_of, finished, side
-from tasks.score import scores_table
-from tasks.signals import Head
+from tasks.models.text import side
+from tasks.models.weights import apply_logit_scale, logit_scale_of
+from tasks.score import score_rows
+from tasks.signals import make_signal
+from tasks.signals.head import Head
 from tasks.tokens.byte_laws import CLASSES, REST
 
 PROMPT = [{"role": "user", "content": "say it"}]
@@ -36,7 +38,7 @@ def engine() -> TransformersEngine:
 
 def teacher_head() -> Head:
     layer = engine().model.get_output_embeddings()
-    return Head(layer.weight[: engine().size].detach(), None, finish_of(engine().model))
+    return Head(layer.weight[: engine().size].detach(), None, logit_scale_of(engine().model))
 
 
 def rollouts(seed: int = 0) -> pa.Table:
@@ -52,20 +54,31 @@ def rollouts(seed: int = 0) -> pa.Table:
 
 def scores(rows: pa.Table, config: Score) -> pa.Table:
     records = [{**row, "prompt_id": "p"} for row in rows.to_pylist()]
-    return scores_table(records, {"p": PROMPT}, engine(), side(teacher_ref()), config, as_sampled=False)
+    return score_rows(
+        records,
+        {"p": PROMPT},
+        engine(),
+        side(teacher_ref()),
+        make_signal(config.signal, config.k, config.top_p),
+        as_sampled=False,
+    )
 
 
 def projected(rows: pa.Table, objective: Objective, config: Score) -> pa.Table:
     own, other = side(student_ref()), side(teacher_ref())
-    module = objectives.build(objective, own.vocabulary, other.vocabulary)
+    module = objectives.build(objective, student=own.vocabulary, teacher=other.vocabulary)
     head = teacher_head() if config.signal == "hidden" else None
-    return aligned_table(rows, scores(rows, config), own, other, module, config, head)
+    return align_rollouts(
+        rows, scores(rows, config), module, make_signal(config.signal, config.k, config.top_p), head, student=own, teacher=other
+    )
 
 
 def dense(scored: TokenScores, classes: int) -> np.ndarray:
     """[tokens, classes] of masses that a sparse signal names."""
     laws = np.zeros((len(scored.logprobs), classes))
-    laws[np.repeat(np.arange(len(laws)), scored.counts), scored.top_ids] = np.exp(scored.top_logprobs.astype(float))
+    laws[np.repeat(np.arange(len(laws)), scored.columns["law_counts"]), scored.columns["law_classes"]] = np.exp(
+        scored.columns["law_logprobs"].astype(float)
+    )
     return laws
 
 
@@ -78,23 +91,23 @@ def test_the_bytes_signal_is_the_law_of_the_definition(seed: int, chunk: int) ->
     completions = [random_split(rng, text_side.vocabulary, text.encode()) + text_side.stop_ids[-1:] for text in SHORT]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers_engine, "SCORE_CHUNK", chunk)  # laws reach back over the edges of chunks
-        scored = engine().score([prompt] * len(completions), completions, Signal("bytes", EVERYTHING))
+        scored = engine().score([prompt] * len(completions), completions, make_signal("bytes", EVERYTHING))
     for ids, got in zip(completions, scored, strict=True):
         table = full_logprobs(engine().model, prompt + ids, engine().size)[len(prompt) - 1 : -1].exp().numpy()
         wanted = np.array([law_at(text_side.vocabulary, table, ids, j, 0) for j in range(len(ids))])
         assert dense(got, CLASSES)[:, :REST] == pytest.approx(wanted[:, :REST], rel=1e-2, abs=1e-6)
-        assert np.exp(got.rest) == pytest.approx(wanted[:, REST], rel=1e-2, abs=1e-6)
-        assert (got.top_ids < REST).all()
+        assert np.exp(got.columns["rest"]) == pytest.approx(wanted[:, REST], rel=1e-2, abs=1e-6)
+        assert (got.columns["law_classes"] < REST).all()
 
 
 def test_an_adaptive_law_keeps_the_likeliest_bytes() -> None:
     """As few as reach the mass, never more than k, and what they leave is in the rest."""
     (ids,) = side(teacher_ref()).encoder.encode([TEXTS[0]])
     prompt = side(teacher_ref()).render(PROMPT)
-    (full,) = engine().score([prompt], [ids], Signal("bytes", EVERYTHING))
-    (cut,) = engine().score([prompt], [ids], Signal("bytes", 5, 0.7))
+    (full,) = engine().score([prompt], [ids], make_signal("bytes", EVERYTHING))
+    (cut,) = engine().score([prompt], [ids], make_signal("bytes", 5, 0.7))
     laws, kept = dense(full, CLASSES), dense(cut, CLASSES)
-    for law, few, count, rest in zip(laws, kept, cut.counts, cut.rest, strict=True):
+    for law, few, count, rest in zip(laws, kept, cut.columns["law_counts"], cut.columns["rest"], strict=True):
         best = np.sort(law)[::-1]
         wanted = min(5, int((best.cumsum() < 0.7).sum()) + 1)
         assert count == wanted
@@ -111,15 +124,15 @@ def test_hidden_states_and_the_head_are_the_whole_distribution(scale, scaling, c
         for name, value in extra.items():
             patch.setattr(config, name, value, raising=False)
         (ids,) = side(teacher_ref()).encoder.encode([TEXTS[0]])
-        (scored,) = engine().score([[1, 2]], [ids], Signal("hidden"))
-        got = teacher_head().logprobs(torch.from_numpy(scored.hidden)).numpy()
+        (scored,) = engine().score([[1, 2]], [ids], make_signal("hidden"))
+        got = teacher_head().logprobs(torch.from_numpy(scored.columns["hidden"])).numpy()
     with torch.no_grad():
         logits = engine().model(input_ids=torch.tensor([[1, 2, *ids]])).logits[0, 1:-1, : engine().size].double()
     logits = logits * (scale or 1) / (scaling or 1)
     logits = torch.tanh(logits / cap) * cap if cap else logits
-    assert scored.hidden.dtype == np.float16
+    assert scored.columns["hidden"].dtype == np.float16
     assert got == pytest.approx(logits.log_softmax(-1).numpy(), abs=0.02)
-    assert finished(torch.tensor([2.0]), (1.0, 0.0)).tolist() == [2.0]
+    assert apply_logit_scale(torch.tensor([2.0]), (1.0, 0.0)).tolist() == [2.0]
 
 
 @pytest.mark.parametrize("objective", [Gold(name="gold"), Uld(name="uld"), Strict(name="strict"), Bpm(name="bpm")], ids=str)

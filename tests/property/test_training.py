@@ -1,7 +1,5 @@
-"""Training (MATHS.md §8; properties 1, 4, 13, 15 and 16): what the loss of a step may depend on, and what it may not."""
+"""Training (MATHS.md §8; properties 1, 4, 13 and 15): what the loss of a step may depend on, and what it may not."""
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,117 +8,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import (
-    SEEDS,
-    TEXTS,
-    Rows,
-    ToySide,
-    full_logprobs,
-    losses,
-    pairing,
-    path_logprobs,
-    random_rows,
-    random_split,
-    random_vocabulary,
-    rollouts_table,
-    scores_of,
-    student_ref,
-    teacher_ref,
-    training_table,
-    twin_ref,
+from naive import named
+from toys import SEEDS, TEXTS, Rows, full_logprobs, pairing, student_ref, teacher_ref, training_table, twin_ref
+from training import (
+    CPU,
+    OBJECTIVES,
+    completions_of,
+    loss_and_gradient,
+    plain_rows,
+    student_module,
+    teacher_engine,
+    trainable_rows,
 )
 
-from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict, Uld
-from configs.schema import GymPrompts, Model, Recipe, Rollout, Train
-from storage.artifacts import Artifact, read_table, write_parquet
-from tasks import objectives
-from tasks.align import aligned_table
-from tasks.batches import ALIGNED_COLUMNS, ROLLOUT_COLUMNS, MicroBatch, collate, corrupted, optimizer_batches
-from tasks.engines.base import Signal, TokenScores
-from tasks.engines.transformers import TransformersEngine
-from tasks.models import ModelRef, load_weights, side
-from tasks.score import teacher_ids
-from tasks.student import Student
-from tasks.train import Trainer
+from configs.models import Model
+from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict
+from configs.schema import GymPrompts, Recipe, Rollout, Train
+from tasks.models.text import side
+from tasks.models.weights import load_weights
+from tasks.objectives.sft import corrupt_tokens
+from tasks.training.batches import collate
+from tasks.training.trainer import Trainer
 
-CPU = torch.device("cpu")
-OBJECTIVES: list[Objective] = [
-    Gold(name="gold", beta=1.0),
-    Gold(name="gold", beta=0.5, merge="observed"),
-    Gold(name="gold", beta=0.0, merge="sum"),
-    Uld(name="uld"),
-    Bytes(name="bytes", beta=1.0),
-    Strict(name="strict"),
-    Alm(name="alm", temperature=20.0),
-    Bpm(name="bpm", beta=0.5),
-    Opd(name="opd"),
-    Sft(name="sft"),
-]
-PLAIN = [*TEXTS, "hi", "the cat, the dog", ""]
 CUT = ["a naïve 👩", "мир 世界", "ok"]
-
-
-def named(objective: Objective) -> str:
-    return "-".join(str(v) for v in objective.model_dump(exclude_defaults=True).values())
-
-
-@cache
-def teacher_engine(ref: ModelRef) -> TransformersEngine:
-    return TransformersEngine(ref)
-
-
-def trainable_rows(objective: Objective, teacher: ModelRef, completions: list[list[int]], k: int = 24) -> pa.Table:
-    """These completions of the toy student, graded by the teacher and aligned, as training reads them.
-
-    The policy that sampled them was nearly the student.
-    """
-    own, other = side(student_ref()), side(teacher)
-    rng = np.random.default_rng(0)
-    prompts = [[1, *rng.integers(6, 280, rng.integers(1, 9)).tolist()] for _ in completions]
-    policy = [
-        full_logprobs(load_weights(student_ref()), prompt + ids, own.vocabulary.size)[len(prompt) - 1 : -1].numpy()
-        for prompt, ids in zip(prompts, completions, strict=True)
-    ]
-    sampled = [path_logprobs(p, ids) + rng.normal(size=len(ids)) * 0.3 for p, ids in zip(policy, completions, strict=True)]
-    rollouts, scores = rollouts_table(prompts, completions, own, logprobs=sampled), None
-    if objective.name != "sft":
-        graded = teacher_ids(rollouts.to_pylist(), other, own.vocabulary.same_as(other.vocabulary))
-        able = [ids for ids in graded if ids]
-        asked = [[1, 40, 50, 60][: 1 + r % 4] for r in range(len(able))]
-        results = teacher_engine(teacher).score(asked, able, Signal(k=k, top_p=2.0))
-        scores = scores_of(results, [ids or None for ids in graded])
-    module = objectives.build(objective, own.vocabulary, other.vocabulary)
-    table = aligned_table(rollouts, scores, own, other, module).select(ALIGNED_COLUMNS)
-    for name in ROLLOUT_COLUMNS:
-        table = table.append_column(name, rollouts[name])
-    return table.filter(pa.compute.and_(pa.compute.equal(table["status"], "ok"), pa.compute.greater(table["units"], 0)))
-
-
-def completions_of(texts: list[str], canonical: bool = False) -> list[list[int]]:
-    """Ids with a stop behind them, split at random unless `canonical`."""
-    own, rng = side(student_ref()), np.random.default_rng(1)
-    if canonical:
-        return [ids + own.stop_ids for ids in own.encoder.encode(texts) if ids is not None]
-    return [random_split(rng, own.vocabulary, text.encode()) + own.stop_ids for text in texts]
-
-
-@cache
-def plain_rows(objective: Objective) -> pa.Table:
-    return trainable_rows(objective, teacher_ref(), completions_of(PLAIN))
-
-
-def student_module(objective: Objective, teacher: ModelRef | None = None, chunk_positions: int = 10**6) -> Student:
-    own, other = side(student_ref()), side(teacher or teacher_ref())
-    module = objectives.build(objective, own.vocabulary, other.vocabulary)
-    return Student(load_weights(student_ref(), torch.float32).train(), module, len(own.beta.values), chunk_positions)
-
-
-def loss_and_gradient(module: Student, batch: MicroBatch, ids: torch.Tensor | None = None) -> tuple[float, torch.Tensor]:
-    """Sum of the batch's terms, and the gradient of all weights in one row."""
-    module.zero_grad()
-    loss = module(batch.ids if ids is None else ids, batch)
-    loss.backward()
-    return float(loss.detach()), torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
 def same(first: tuple[float, torch.Tensor], second: tuple[float, torch.Tensor]) -> bool:
@@ -232,7 +142,7 @@ def trainer(objective: Objective, **options: Any) -> Trainer:
         objective=objective,
         train=Train(**{"batch_size": 16, "micro_batch_size": 16, "schedule": "constant", **options}),
     )
-    return Trainer(recipe, 1, student_ref(), teacher_ref(), None)
+    return Trainer(recipe, 1, student=student_ref(), teacher=teacher_ref(), state=None)
 
 
 def step(objective: Objective, table: pa.Table, **options: Any) -> tuple[dict[str, Any], torch.Tensor]:
@@ -297,16 +207,16 @@ def test_the_loss_is_a_mean_over_units() -> None:
 def test_corruption(seed: int, rows_share: float, tokens_share: float) -> None:
     """Only completion tokens of the input are replaced, by completion tokens of the batch; labels stay; seeded."""
     table = plain_rows(Sft(name="sft"))
-    before, shown = collate(table, 0, CPU), corrupted(table, rows_share, tokens_share, seed)
+    before, shown = collate(table, 0, CPU), corrupt_tokens(table, rows_share, tokens_share, seed)
     batch = collate(shown, 0, CPU)
-    assert shown.equals(corrupted(table, rows_share, tokens_share, seed))
+    assert shown.equals(corrupt_tokens(table, rows_share, tokens_share, seed))
     completion = torch.zeros_like(batch.ids, dtype=torch.bool)
     completion[batch.row, batch.time] = True
     assert torch.equal(batch.ids[~completion], before.ids[~completion])
     assert set(batch.ids[completion].tolist()) <= set(before.actual.tolist())
     assert torch.equal(batch.actual, before.actual)
-    assert torch.equal(collate(corrupted(table, 0.0, 1.0, seed), 0, CPU).ids, before.ids)
-    assert not torch.equal(collate(corrupted(table, 1.0, 1.0, seed), 0, CPU).ids, before.ids)
+    assert torch.equal(collate(corrupt_tokens(table, 0.0, 1.0, seed), 0, CPU).ids, before.ids)
+    assert not torch.equal(collate(corrupt_tokens(table, 1.0, 1.0, seed), 0, CPU).ids, before.ids)
 
 
 # -- properties 1 and 4, through real models ---------------------------------------------------------------------------------
@@ -402,112 +312,3 @@ def test_the_teachers_stop_reaches_the_student(objective: Objective, teacher) ->
     assert before == pytest.approx(0.2, abs=0.01)
     assert high > low + 1e-5
     assert high > before + 1e-5
-
-
-# -- property 16 and the batches -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=named)
-def test_parquet_keeps_every_loss(objective: Objective, tmp_path: Path) -> None:
-    """Aligned tables come back from Parquet as they went: nothing is lost but what their types say."""
-    table = plain_rows(objective)
-    write_parquet(table, tmp_path / "aligned.parquet")
-    back = read_table(Artifact(str(tmp_path / "aligned.parquet"), "digest", len(table)))
-    assert back.equals(table)
-    module = student_module(objective)
-    first, second = (loss_and_gradient(module, collate(t, 0, CPU)) for t in (table, back))
-    assert first[0] == second[0]
-    assert torch.equal(first[1], second[1])
-
-
-HALF = 2.0**-11  # the largest relative error of half precision
-
-
-def stored(rows: Rows, tmp_path: Path, objective: Objective) -> torch.Tensor:
-    """Losses of the rows by way of Parquet files of rollouts and scores, in the types of the public schemas."""
-    results = []
-    for ids, t in zip(rows.teacher_ids, rows.t, strict=True):
-        best = np.argsort(-t, axis=1, kind="stable")
-        actual = [np.logaddexp.reduce(p[rows.teacher.stop_ids]) if i in rows.teacher.stop_ids else p[i] for p, i in zip(t, ids)]
-        results.append(
-            TokenScores(
-                np.array(actual, np.float32),
-                best.ravel().astype(np.int32),
-                np.take_along_axis(t, best, 1).ravel().astype(np.float16),
-                np.full(len(ids), t.shape[1], np.int16),
-                np.full(len(ids), -np.inf, np.float32),
-            )
-        )
-    own, other = ToySide(rows.student), ToySide(rows.teacher)
-    tables = {
-        "rollouts": rollouts_table([[0]] * len(rows.stops), rows.student_ids, own, logprobs=rows.behaviour),  # type: ignore[arg-type]
-        "scores": scores_of(results, rows.teacher_ids),
-    }
-    for name, table in tables.items():
-        write_parquet(table, tmp_path / name)
-        tables[name] = read_table(Artifact(str(tmp_path / name), "digest"))
-    module = objectives.build(objective, rows.student, rows.teacher)
-    aligned = aligned_table(tables["rollouts"], tables["scores"], own, other, module)  # type: ignore[arg-type]
-    for name in ROLLOUT_COLUMNS:
-        aligned = aligned.append_column(name, tables["rollouts"][name])
-    ((span, terms),) = collate(aligned, 0, CPU).chunks(10**9)
-    return module(torch.from_numpy(np.concatenate(rows.s))[span], terms)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_half_precision_of_stored_scores(beta: float, tmp_path: Path) -> None:
-    """gkd from stored scores is within the error that half-precision log-probs allow: log t is off by at most 2⁻¹¹ of
-    itself, which moves a term by at most Σ (s + t) · δ · (1 + |log t/s|), and as much again to renormalise (property 16)."""
-    for seed in range(8):
-        rng = np.random.default_rng(seed)
-        toy = random_vocabulary(rng, stops=2, controls=0)
-        rows = random_rows(rng, toy, toy, same_ids=True)
-        objective = Gkd(name="gkd", beta=beta)
-        exact, got = losses(objectives.build(objective, toy, toy), rows), stored(rows, tmp_path, objective)
-        s, t = np.concatenate(rows.s), np.concatenate(rows.t)
-        allowed = 2 * ((np.exp(s) + np.exp(t)) * HALF * abs(t) * (1 + abs(t - s))).sum(1)
-        assert (abs(exact - got).numpy() <= allowed + 1e-5).all()
-        assert (exact != got).any()  # there is an error
-
-
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.name != "sft"], ids=named)
-def test_stored_scores_of_two_vocabularies(objective: Objective, tmp_path: Path) -> None:
-    """The other objectives lose no more by storage than a few times the largest error of a log-prob."""
-    for seed in range(8):
-        rng = np.random.default_rng(seed)
-        rows = random_rows(rng, random_vocabulary(rng, stops=2), random_vocabulary(rng, stops=3))
-        exact, got = losses(objectives.build(objective, rows.student, rows.teacher), rows), stored(rows, tmp_path, objective)
-        delta = HALF * max(abs(t).max() for t in rows.t)
-        tokens = max(end - start for t in rows.teacher_ids for start, end in [(0, len(t))])
-        assert abs(exact - got).max() <= 4 * delta * tokens
-        assert abs(exact - got).max() < 0.05 * exact.abs().max()
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=SEEDS, size=st.integers(1, 9), counts=st.lists(st.integers(0, 7), min_size=1, max_size=4))
-def test_optimizer_batches(seed: int, size: int, counts: list[int]) -> None:
-    """Every row that can be trained on comes once, whatever the shards; all batches but the last are full; seeded."""
-    rng = np.random.default_rng(seed)
-    table = plain_rows(Sft(name="sft"))
-    statuses = table.schema.get_field_index("status")
-    with_folder = Path(student_ref().path).parent / "batches"
-    with_folder.mkdir(exist_ok=True)
-    shards, wanted = [], []
-    for shard, count in enumerate(counts):
-        rows = table.take(rng.integers(0, len(table), count)) if count else table.slice(0, 0)
-        good = rng.random(count) < 0.7
-        rows = rows.set_column(statuses, "status", pa.array(np.where(good, "ok", "no_unit").astype(object), pa.string()))
-        labels = [[shard, number] for number in range(count)]
-        rows = rows.set_column(
-            rows.schema.get_field_index("prompt_token_ids"), "prompt_token_ids", pa.array(labels, pa.list_(pa.int32()))
-        )
-        wanted += [label for label, keep in zip(labels, good, strict=True) if keep]
-        paths = [str(with_folder / f"{kind}-{shard}.parquet") for kind in ("rollouts", "aligned")]
-        for path, columns in zip(paths, (ROLLOUT_COLUMNS, ALIGNED_COLUMNS), strict=True):
-            write_parquet(rows.select(columns), Path(path))
-        shards.append(tuple(Artifact(path, "digest", count) for path in paths))
-    batches = [batch["prompt_token_ids"].to_pylist() for batch in optimizer_batches(shards, size, seed)]
-    assert sorted(label for batch in batches for label in batch) == wanted
-    assert all(len(batch) == size for batch in batches[:-1])
-    assert all(0 < len(batch) <= size for batch in batches)
-    assert batches == [batch["prompt_token_ids"].to_pylist() for batch in optimizer_batches(shards, size, seed)]

@@ -8,8 +8,8 @@ from toys import vocabulary as toy_vocabulary
 from transformers import PreTrainedTokenizerFast
 
 from tasks.tokens.token_bytes import Encoder, token_bytes
-from tasks.tokens.vocabulary import Vocabulary, match
-from tasks.vocab import describe, vocab_table
+from tasks.tokens.vocabulary import Vocabulary, describe_overlap, match
+from tasks.vocab import make_vocab_table
 
 # Any bytes an id (also none, also the same twice), any of the ids stops.
 SHARED = st.sampled_from([b"a", b"aa", b"ab", b"abc", b"\xff"])
@@ -154,13 +154,13 @@ def test_vocab_table_and_its_description(seed: int) -> None:
     """The vocab table's rows are the ids in order; the Jaccard similarity is that of the two sets of byte strings."""
     rng = np.random.default_rng(seed)
     student, teacher = random_vocabulary(rng), random_vocabulary(rng)
-    table = vocab_table(student, teacher).to_pylist()
+    table = make_vocab_table(student, teacher).to_pylist()
     assert [row["token_id"] for row in table] == list(range(student.size))
     assert [row["bytes"] for row in table] == student.beta.values
     mine, theirs = (set(toy.beta.values) - {None} for toy in (student, teacher))
     for row in table:
         assert (row["match_id"] >= 0) == (row["role"] == "stop" or row["bytes"] in theirs)
-    text = describe(student, teacher)
+    text = describe_overlap(student=student, teacher=teacher)
     assert f"{len(mine & theirs)} tokens shared" in text
     assert f"Jaccard {len(mine & theirs) / len(mine | theirs):.3f}" in text
 

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from configs.schema import Scratch
+from configs.models import Scratch
 from storage.schemas import ALIGNED, ROLLOUTS, SCORES
-from tasks.batches import collate
-from tasks.models import ModelRef, Side
+from tasks.engines.base import TokenScores
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side
 from tasks.objectives.base import ObjectiveModule, Pairing, Terms
-from tasks.ragged import offsets_of
-from tasks.scratch import new_model, new_tokenizer
+from tasks.scratch import init_model, train_tokenizer
 from tasks.tokens.align import Units, align
+from tasks.tokens.ragged import offsets_of
 from tasks.tokens.token_bytes import TokenBytes
 from tasks.tokens.vocabulary import Vocabulary
+from tasks.training.batches import collate
 
 SEEDS = st.integers(0, 2**32 - 1)
 LETTERS = b"abc"
@@ -175,7 +177,7 @@ def unit_sums(units: Units, row: int, logprobs: np.ndarray | None) -> np.ndarray
 
 
 def training_table(objective: ObjectiveModule, paired: Pairing, rows: Rows) -> pa.Table:
-    """What `tasks.batches` reads of the rows: aligned columns beside the rollouts' ids."""
+    """What `tasks.training.batches` reads of the rows: aligned columns beside the rollouts' ids."""
     columns = {
         **objective.project(paired).columns(),
         "prompt_token_ids": pa.array([[0]] * paired.rows, ROLLOUTS.field("prompt_token_ids").type),
@@ -248,7 +250,7 @@ def with_student(rows: Rows, logprobs: list[np.ndarray]) -> Rows:
 @cache
 def byte_level(vocab_size: int = 330, other: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE, as for a new student."""
-    return new_tokenizer(Scratch(vocab_size=vocab_size), OTHER_TEXTS if other else TEXTS)
+    return train_tokenizer(Scratch(vocab_size=vocab_size), OTHER_TEXTS if other else TEXTS)
 
 
 MERGES = [
@@ -316,7 +318,7 @@ def saved(name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 def sharp_model(shape: Scratch, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Fresh weights, scaled so that its distributions are far from uniform."""
-    model = new_model(shape, tokenizer, seed)
+    model = init_model(shape, tokenizer, seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -326,14 +328,14 @@ def sharp_model(shape: Scratch, tokenizer: PreTrainedTokenizerFast, seed: int) -
 
 @cache
 def student_ref() -> ModelRef:
-    tokenizer = new_tokenizer(STUDENT_SHAPE, TEXTS)
+    tokenizer = train_tokenizer(STUDENT_SHAPE, TEXTS)
     return saved("student", sharp_model(STUDENT_SHAPE, tokenizer, 1), tokenizer, [tokenizer.eos_token_id])
 
 
 @cache
 def teacher_ref() -> ModelRef:
     """Another tokenizer, and several ids that end a completion."""
-    tokenizer = new_tokenizer(TEACHER_SHAPE, OTHER_TEXTS)
+    tokenizer = train_tokenizer(TEACHER_SHAPE, OTHER_TEXTS)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<user>", "<system>"])]
     return saved("teacher", sharp_model(TEACHER_SHAPE, tokenizer, 2), tokenizer, stops)
 
@@ -341,7 +343,7 @@ def teacher_ref() -> ModelRef:
 @cache
 def twin_ref() -> ModelRef:
     """A teacher with the student's tokenizer, and a head padded with seven rows that are no ids."""
-    tokenizer = new_tokenizer(STUDENT_SHAPE, TEXTS)
+    tokenizer = train_tokenizer(STUDENT_SHAPE, TEXTS)
     model = sharp_model(STUDENT_SHAPE, tokenizer, 3)
     model.resize_token_embeddings(len(tokenizer) + 7, mean_resizing=False)
     with torch.no_grad():
@@ -418,11 +420,13 @@ def scores_of(results: list, completions: list[list[int] | None]) -> pa.Table:
                 "rollout_id": f"r{number}",
                 "token_ids": ids,
                 "logprobs": s.logprobs,
-                "top_ids": s.top_ids,
-                "top_logprobs": s.top_logprobs,
-                "top_counts": s.counts,
-                "rest": s.rest,
+                **s.columns,
                 "status": "ok",
             }
         )
     return pa.Table.from_pylist(records, SCORES)
+
+
+def topk_scores(logprobs: np.ndarray, ids: np.ndarray, top: np.ndarray, counts: np.ndarray, rest: np.ndarray) -> TokenScores:
+    """What an engine gives for the signal `topk`: `counts[j]` of the flat `ids` and their log-probs `top` for token j."""
+    return TokenScores(logprobs, {"top_ids": ids, "top_logprobs": top, "top_counts": counts, "rest": rest})

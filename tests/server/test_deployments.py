@@ -93,6 +93,7 @@ def test_manual_deployment_runs_to_the_rounds_asked_for(prefect: Prefect, tmp_pa
     assert set(correct["model"]) == {"student", "teacher"}
 
 
+@pytest.mark.slow
 def test_scheduled_deployment_advances_a_run_by_one_round_each_time(prefect: Prefect, tmp_path: Path) -> None:
     """The nightly deployment as it stands, on a schedule of seconds: two firings, two rounds, and no third."""
     house = yaml.safe_load((HOUSE / "prefect.yaml").read_text())

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import BadInput
-from configs.schema import Model, Scratch
-from tasks.models import Side, load_weights, reference, tokenizer_of
-from tasks.scratch import SPECIAL, new_model, new_tokenizer
+from configs.models import Model, Scratch
+from tasks.models.reference import make_reference
+from tasks.models.text import Side, tokenizer_of
+from tasks.models.weights import load_weights
+from tasks.scratch import SPECIAL, init_model, train_tokenizer
 
 SHAPE = Scratch(vocab_size=300, layers=2, width=64, heads=2, feed_forward=96, context=64)
 QUANTISED = gguf.GGMLQuantizationType.Q8_0
@@ -33,8 +35,8 @@ def rotated(weight: np.ndarray) -> np.ndarray:
 def folder(tmp_path_factory) -> Path:
     """`model.gguf`, with its matrices in Q8_0, and the folder `plain` with the same model before that."""
     folder = tmp_path_factory.mktemp("gguf")
-    tokenizer = new_tokenizer(SHAPE, ["some words and other words"] * 3)
-    model = new_model(SHAPE, tokenizer, seed=0)
+    tokenizer = train_tokenizer(SHAPE, ["some words and other words"] * 3)
+    model = init_model(SHAPE, tokenizer, seed=0)
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
     writer.add_block_count(SHAPE.layers)
     writer.add_embedding_length(SHAPE.width)
@@ -88,7 +90,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def test_the_model_is_the_dequantised_one(folder):
     file = str(folder / "model.gguf")
-    ref = reference(Model(model=file), file)
+    ref = make_reference(Model(model=file), file)
     ids = torch.tensor([[1, 40, 50, 60, 70]])
     with torch.no_grad():
         got = load_weights(ref)(ids).logits
@@ -101,7 +103,7 @@ def test_the_tokenizer_is_the_same(folder):
     file = str(folder / "model.gguf")
     messages = [{"role": "user", "content": "some words, and Ünïcode 👩"}]
     plain = AutoTokenizer.from_pretrained(folder / "plain")
-    got = Side(reference(Model(model=file), file))
+    got = Side(make_reference(Model(model=file), file))
     wanted = plain(plain.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), add_special_tokens=False)
     assert got.render(messages) == wanted["input_ids"]
     assert got.stop_ids == [plain.eos_token_id]
@@ -110,9 +112,9 @@ def test_the_tokenizer_is_the_same(folder):
 
 def test_a_file_is_converted_once(folder, cache):
     file = str(folder / "model.gguf")
-    first = reference(Model(model=file), file)
+    first = make_reference(Model(model=file), file)
     times = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-    assert reference(Model(model=file), file) == first
+    assert make_reference(Model(model=file), file) == first
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == times
     assert {path.suffix for path in Path(first.path).iterdir()} <= {".json", ".jinja", ".safetensors"}
 
@@ -121,8 +123,8 @@ def test_what_is_refused(folder, tmp_path, cache, monkeypatch):
     for name in ("missing.gguf", "broken.gguf"):
         (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
         with pytest.raises(BadInput, match=rf"{name}: no such "):
-            reference(Model(model=name), str(tmp_path / name))
-    monkeypatch.setattr("tasks.gguf.find_spec", lambda name: None)
+            make_reference(Model(model=name), str(tmp_path / name))
+    monkeypatch.setattr("tasks.models.gguf.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"needs one more package: pip install -e '\.\[gguf\]'"):
-        reference(Model(model="x"), str(folder / "model.gguf"))
+        make_reference(Model(model="x"), str(folder / "model.gguf"))
     assert not list(cache.rglob("*.safetensors"))

@@ -6,21 +6,22 @@ from pathlib import Path
 import pytest
 
 from configs.errors import BadInput
-from configs.schema import Scratch
+from configs.models import Scratch
 from tasks.engines.base import Sampling
-from tasks.engines.choose import engine, release
+from tasks.engines.choose import get_engine, release
 from tasks.engines.transformers import TransformersEngine
-from tasks.models import ModelRef, Side
-from tasks.scratch import new_model, new_tokenizer
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side
+from tasks.scratch import init_model, train_tokenizer
 
 SMALL = Scratch(vocab_size=270, layers=1, width=16, heads=2, feed_forward=16, context=32)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tokenizer = new_tokenizer(SMALL, ["some words and other words"])
+    tokenizer = train_tokenizer(SMALL, ["some words and other words"])
     tokenizer.save_pretrained(tmp_path)
-    new_model(SMALL, tokenizer, seed=0).save_pretrained(tmp_path)
+    init_model(SMALL, tokenizer, seed=0).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -65,8 +66,8 @@ def test_a_chat_needs_a_template(folder):
 
 def test_one_model_at_a_time_stays_loaded_and_is_given_back(folder):
     """Batch sizes do not load a model again, and training starts with the memory of the last stage's model."""
-    held = engine(ref(folder), batch_size=4)
-    assert engine(ref(folder), batch_tokens=100) is held
+    held = get_engine(ref(folder), batch_size=4)
+    assert get_engine(ref(folder), batch_tokens=100) is held
     assert (held.batch_size, held.batch_tokens) == (256, 100)
     gone = weakref.ref(held.model)
     del held

@@ -9,7 +9,7 @@ import pytest
 from configs.errors import BadInput
 from configs.schema import FilePrompts, GymPrompts
 from storage.schemas import PROMPTS
-from tasks.prompts import check_prompts, split_prompts
+from tasks.rows.sources import check_prompts, split_prompts
 
 OPTIONS = {"min_word_len": 3, "max_word_len": 6}
 

@@ -9,8 +9,8 @@ from prefect import flow, task
 from configs.errors import BadInput, CannotWrite, Unavailable
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
-from tasks.retries import RETRIES, may_help
 from tasks.rollout import roll_out
+from tasks.running.retries import RETRIES, may_help
 from tasks.score import score_shard
 
 HELPS = [Unavailable("gone"), ConnectionResetError(), TimeoutError(), httpx.ReadTimeout("slow"), OSError(errno.ENETUNREACH, "")]
@@ -30,6 +30,7 @@ def test_not_tried_again(error):
 def test_stages_with_engines_have_them():
     for stage in (roll_out, score_shard, complete_shard, evaluate_model):
         assert stage.retries == 2
+        assert stage.retry_delay_seconds == [5, 30]
         assert stage.retry_condition_fn is RETRIES["retry_condition_fn"]
 
 

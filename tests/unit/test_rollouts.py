@@ -8,14 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from configs.schema import Rollout, Scratch
+from configs.models import Scratch
+from configs.schema import Rollout
 from storage.schemas import PROMPTS, ROLLOUTS
-from tasks.completions import completions_table
+from tasks.completions import make_completions
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.choose import engine
-from tasks.models import ModelRef, Side, side
-from tasks.rollout import Row, plan, rollouts_table, shards
-from tasks.scratch import new_model, new_tokenizer
+from tasks.engines.choose import get_engine
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side, side
+from tasks.rollout import make_rollouts
+from tasks.rows.plan import Row, count_shards, plan_rows
+from tasks.scratch import init_model, train_tokenizer
 from tasks.tokens.token_bytes import split_completion
 
 PROMPT_IDS = [f"p{i}" for i in range(37)]
@@ -26,15 +29,15 @@ def config(**changes) -> Rollout:
 
 
 def round_rows(rollout: Rollout, number: int, seed: int = 0, prompt_ids: list[str] = PROMPT_IDS) -> list[Row]:
-    return [row for part in range(shards(rollout)) for row in plan(rollout, seed, number, part, prompt_ids)]
+    return [row for part in range(count_shards(rollout)) for row in plan_rows(rollout, seed, number, part, prompt_ids)]
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 def test_shards():
-    assert [shards(config(shard_rows=rows)) for rows in (1, 7, 59, 60, 61)] == [60, 9, 2, 1, 1]
-    sizes = [len(plan(config(), 0, 1, part, PROMPT_IDS)) for part in range(9)]
+    assert [count_shards(config(shard_rows=rows)) for rows in (1, 7, 59, 60, 61)] == [60, 9, 2, 1, 1]
+    sizes = [len(plan_rows(config(), 0, 1, part, PROMPT_IDS)) for part in range(9)]
     assert sizes == [7] * 8 + [4]
 
 
@@ -118,9 +121,9 @@ REFERENCES = ["cba", "olleh dlrow", "ü 👩‍🚀", "", None, "a very long ref
 
 def model(folder: Path, texts: list[str], size: int) -> ModelRef:
     shape = Scratch(vocab_size=size, layers=1, width=16, heads=2, feed_forward=16, context=64)
-    tokenizer = new_tokenizer(shape, texts)
+    tokenizer = train_tokenizer(shape, texts)
     tokenizer.save_pretrained(folder)
-    new_model(shape, tokenizer, 0).save_pretrained(folder)
+    init_model(shape, tokenizer, 0).save_pretrained(folder)
     return ModelRef(str(folder), folder.name)
 
 
@@ -154,7 +157,7 @@ def ids_of(text_side: Side, text: str) -> list[int]:
 
 def test_references_get_the_students_ids_and_its_stop(student, prompts):
     rollout = Rollout(max_new_tokens=24)
-    table = rollouts_table(rows_from("reference"), prompts, rollout, 1, student, [])
+    table = make_rollouts(rows_from("reference"), prompts, rollout, 1, student, [])
     assert table.schema.equals(ROLLOUTS)
     text_side = side(student)
     stop = text_side.tokenizer.convert_tokens_to_ids("<end>")
@@ -167,7 +170,7 @@ def test_references_get_the_students_ids_and_its_stop(student, prompts):
 
 
 def test_a_long_reference_is_cut_like_a_sample(student, prompts):
-    table = rollouts_table(rows_from("reference"), prompts, Rollout(max_new_tokens=8), 1, student, [])
+    table = make_rollouts(rows_from("reference"), prompts, Rollout(max_new_tokens=8), 1, student, [])
     row, text_side = table.to_pylist()[5], side(student)
     assert row["token_ids"] == ids_of(text_side, REFERENCES[5])[:8]
     assert row["finish_reason"] == "length"
@@ -177,7 +180,7 @@ def test_a_long_reference_is_cut_like_a_sample(student, prompts):
 
 def test_a_reference_that_just_fits_is_cut_before_its_stop(student, prompts):
     limit = len(ids_of(side(student), "olleh dlrow"))
-    row = rollouts_table(rows_from("reference")[1:2], prompts, Rollout(max_new_tokens=limit), 1, student, []).to_pylist()[0]
+    row = make_rollouts(rows_from("reference")[1:2], prompts, Rollout(max_new_tokens=limit), 1, student, []).to_pylist()[0]
     assert row["finish_reason"] == "length"
     assert len(row["token_ids"]) == limit
     assert row["text"] == "olleh dlrow"
@@ -185,7 +188,7 @@ def test_a_reference_that_just_fits_is_cut_before_its_stop(student, prompts):
 
 def test_own_samples(student, prompts):
     """Ids as sampled with their log-probs, a stop last or the limit reached, and the text that they spell."""
-    table = rollouts_table(rows_from("student"), prompts, Rollout(max_new_tokens=6), 3, student, [])
+    table = make_rollouts(rows_from("student"), prompts, Rollout(max_new_tokens=6), 3, student, [])
     text_side = side(student)
     stop = text_side.tokenizer.convert_tokens_to_ids("<end>")
     for i, row in enumerate(table.to_pylist()):
@@ -203,9 +206,9 @@ def test_own_samples(student, prompts):
 
 def test_samples_do_not_depend_on_the_batch(student, prompts):
     rows = rows_from("student")
-    together = rollouts_table(rows, prompts, Rollout(max_new_tokens=6), 1, student, [])["token_ids"].to_pylist()
-    in_pairs = rollouts_table(rows, prompts, Rollout(max_new_tokens=6, batch_size=2), 1, student, [])
-    alone = [rollouts_table([row], prompts, Rollout(max_new_tokens=6), 1, student, []) for row in rows]
+    together = make_rollouts(rows, prompts, Rollout(max_new_tokens=6), 1, student, [])["token_ids"].to_pylist()
+    in_pairs = make_rollouts(rows, prompts, Rollout(max_new_tokens=6, batch_size=2), 1, student, [])
+    alone = [make_rollouts([row], prompts, Rollout(max_new_tokens=6), 1, student, []) for row in rows]
     assert in_pairs["token_ids"].to_pylist() == together
     assert [table["token_ids"].to_pylist()[0] for table in alone] == together
 
@@ -214,10 +217,10 @@ def test_samples_do_not_depend_on_the_batch(student, prompts):
 def from_teacher(student, teacher, prompts) -> list[tuple[dict, Completion]]:
     """Many short rollouts by the teacher, each with what the teacher sampled for its prompt and seed."""
     rows = [Row(0, 0, "teacher", seed, f"0001-{seed:06d}-000") for seed in range(200)]
-    written = completions_table(rows, prompts, Rollout(max_new_tokens=3, batch_size=64), teacher).to_pylist()
-    table = rollouts_table(rows, prompts, Rollout(max_new_tokens=3), 1, student, written)
+    written = make_completions(rows, prompts, Rollout(max_new_tokens=3, batch_size=64), teacher).to_pylist()
+    table = make_rollouts(rows, prompts, Rollout(max_new_tokens=3), 1, student, written)
     prompt = side(teacher).render(prompts["messages"].to_pylist()[0])
-    sampled = engine(teacher).generate([prompt] * 200, list(range(200)), Sampling(3))
+    sampled = get_engine(teacher).generate([prompt] * 200, list(range(200)), Sampling(3))
     return list(zip(table.to_pylist(), sampled, strict=True))
 
 

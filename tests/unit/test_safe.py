@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from configs.errors import BadInput
-from configs.load import load
-from configs.schema import Model, Scratch
-from tasks.models import Side, check_weights, load_weights, reference
-from tasks.scratch import new_model, new_tokenizer
+from configs.load import load_recipe
+from configs.models import Model, Scratch
+from tasks.models.reference import make_reference
+from tasks.models.text import Side
+from tasks.models.weights import check_weights, load_weights
+from tasks.scratch import init_model, train_tokenizer
 
 CHECKOUT = Path(__file__).parents[2]
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
@@ -22,15 +24,15 @@ PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "ma
 @pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "/etc", "", "a\\nb", "-x", "_tmp", ".x", "a" * 101, "a\x00", "~"])
 def test_names_cannot_leave_the_root(name):
     with pytest.raises(BadInput, match="name"):
-        load(TINY, [f"name={name!r}"])
+        load_recipe(TINY, [f"name={name!r}"])
 
 
 @pytest.mark.parametrize("root", ["s3://AKIA:s3cr3t@bucket/runs", "https://user:s3cr3t@host/runs", "ftp://s3cr3t@host/x"])
 def test_secrets_in_a_uri_are_refused_and_not_repeated(root):
     with pytest.raises(BadInput, match="root: a user or key in the URI") as caught:
-        load(TINY, [f"root={root!r}"])
+        load_recipe(TINY, [f"root={root!r}"])
     assert "s3cr3t" not in str(caught.value)
-    assert load(TINY, ["root=s3://bucket/runs"]).root == "s3://bucket/runs"
+    assert load_recipe(TINY, ["root=s3://bucket/runs"]).root == "s3://bucket/runs"
 
 
 @pytest.mark.parametrize(
@@ -38,13 +40,13 @@ def test_secrets_in_a_uri_are_refused_and_not_repeated(root):
 )
 def test_secrets_in_a_servers_address_are_refused_and_not_repeated(url):
     with pytest.raises(BadInput, match=r"teacher\.urls\.0: a user or key .* set VLLM_API_KEY") as caught:
-        load(TINY, ["teacher.engine=server", f"teacher.urls=[{url!r}]"])
+        load_recipe(TINY, ["teacher.engine=server", f"teacher.urls=[{url!r}]"])
     assert "s3cr3t" not in str(caught.value)
 
 
 def test_a_secret_in_the_query_of_a_root_is_refused_and_not_repeated():
     with pytest.raises(BadInput, match="root: a user or key in the URI") as caught:
-        load(TINY, ["root=s3://bucket/runs?key=s3cr3t"])
+        load_recipe(TINY, ["root=s3://bucket/runs?key=s3cr3t"])
     assert "s3cr3t" not in str(caught.value)
 
 
@@ -71,9 +73,9 @@ def test_no_pickle_is_written_or_read(path):
 @pytest.fixture
 def model(tmp_path) -> Path:
     shape = Scratch(vocab_size=300, layers=1, width=16, heads=2, feed_forward=16, context=64)
-    tokenizer = new_tokenizer(shape, ["some words"])
+    tokenizer = train_tokenizer(shape, ["some words"])
     tokenizer.save_pretrained(tmp_path / "model")
-    new_model(shape, tokenizer, 0).save_pretrained(tmp_path / "model")
+    init_model(shape, tokenizer, 0).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -90,7 +92,7 @@ class Trap:
 def test_pickled_weights_are_not_opened(model, tmp_path):
     (model / "model.safetensors").unlink()
     torch.save({"x": Trap(tmp_path / "sprung")}, model / "pytorch_model.bin")
-    ref = reference(Model(model=str(model)), str(model))
+    ref = make_reference(Model(model=str(model)), str(model))
     with pytest.raises(BadInput, match=r"no \*\.safetensors in it"):
         check_weights(ref)
     with pytest.raises(BadInput, match="safetensors"):
@@ -115,7 +117,7 @@ def foreign(model, tmp_path, monkeypatch) -> Path:
 
 
 def test_foreign_code_is_not_run(foreign, tmp_path):
-    ref = reference(Model(model=str(foreign)), str(foreign))
+    ref = make_reference(Model(model=str(foreign)), str(foreign))
     for load_it in (check_weights, load_weights):  # before anything is written, and whatever was checked
         with pytest.raises(BadInput, match=f"{foreign}: the model needs code of its own; set trust_remote_code = true"):
             load_it(ref)
@@ -125,5 +127,5 @@ def test_foreign_code_is_not_run(foreign, tmp_path):
 
 def test_foreign_code_is_run_where_the_recipe_says_so(foreign, tmp_path):
     """The premise of the test above."""
-    assert Side(reference(Model(model=str(foreign), trust_remote_code=True), str(foreign))).rows
+    assert Side(make_reference(Model(model=str(foreign), trust_remote_code=True), str(foreign))).rows
     assert (tmp_path / "sprung").exists()

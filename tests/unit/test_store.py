@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from configs.errors import BadInput
-from configs.load import load
+from configs.load import load_recipe
 from storage import store
 from storage.artifacts import Artifact, local_folder, read_table
 from storage.lineage import digest_file, digest_folder, digest_json
@@ -300,7 +300,7 @@ def test_rounds_done(root):
 
 
 def test_a_recipe_is_frozen_once(root):
-    recipe = load(TINY, [f"root={root}"])
+    recipe = load_recipe(TINY, [f"root={root}"])
     run = Run(root, recipe.name)
     run.check_recipe(recipe)
     assert not Path(root).exists()  # a check writes nothing
@@ -313,9 +313,9 @@ def test_a_recipe_is_frozen_once(root):
 
 
 def test_a_run_of_another_recipe_is_refused(root):
-    recipe = load(TINY, [f"root={root}"])
+    recipe = load_recipe(TINY, [f"root={root}"])
     Run(root, recipe.name).freeze(recipe)
-    other = load(TINY, [f"root={root}", "train.learning_rate=0.5", "objective.name=gold"])
+    other = load_recipe(TINY, [f"root={root}", "train.learning_rate=0.5", "objective.name=gold"])
     with pytest.raises(BadInput) as caught:
         Run(root, recipe.name).check_recipe(other)
     text = str(caught.value)
@@ -325,7 +325,7 @@ def test_a_run_of_another_recipe_is_refused(root):
 
 
 def test_a_folder_that_is_no_run_is_refused(root):
-    recipe = load(TINY, [f"root={root}"])
+    recipe = load_recipe(TINY, [f"root={root}"])
     folder = Path(root) / recipe.name
     folder.mkdir(parents=True)
     Run(root, recipe.name).check_recipe(recipe)  # an empty one may be used
@@ -337,7 +337,7 @@ def test_a_folder_that_is_no_run_is_refused(root):
 
 def test_a_run_killed_before_its_first_file_goes_on(root):
     """What a kill left under `_tmp` does not make the folder a foreign one."""
-    recipe = load(TINY, [f"root={root}"])
+    recipe = load_recipe(TINY, [f"root={root}"])
     left = Path(root) / recipe.name / "_tmp" / "tmpabc"
     left.mkdir(parents=True)
     (left / "text").write_text("half")
@@ -345,7 +345,7 @@ def test_a_run_killed_before_its_first_file_goes_on(root):
 
 
 def test_a_frozen_recipe_broken_by_hand_is_named(root):
-    recipe = load(TINY, [f"root={root}"])
+    recipe = load_recipe(TINY, [f"root={root}"])
     run = Run(root, recipe.name)
     run.freeze(recipe)
     (Path(run.path) / "run.toml").write_text("name = = 3")
@@ -356,7 +356,7 @@ def test_a_frozen_recipe_broken_by_hand_is_named(root):
 @pytest.mark.parametrize("what", ["access", "statvfs"])
 def test_a_read_only_root_is_refused(root, monkeypatch, what):
     """By permission, or because the disk is mounted read-only (where a superuser's permissions say yes)."""
-    recipe = load(TINY, [f"root={root}"])
+    recipe = load_recipe(TINY, [f"root={root}"])
     if what == "access":
         monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     else:
@@ -374,7 +374,7 @@ def test_a_file_in_place_of_the_root_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     for root in (file, file / "below"):
-        recipe = load(TINY, [f"root={root}"])
+        recipe = load_recipe(TINY, [f"root={root}"])
         with pytest.raises(BadInput, match="cannot be written") as caught:
             Run(str(root), recipe.name).check_recipe(recipe)
         assert "read-only" not in str(caught.value)  # it is a file, and the message says so
@@ -433,13 +433,13 @@ def test_two_processes_fetch_the_same_folder(remote_root, tmp_path, monkeypatch)
 
 
 def test_a_recipe_on_a_remote_filesystem(remote_root):
-    recipe = load(TINY, [f"root={remote_root}"])
+    recipe = load_recipe(TINY, [f"root={remote_root}"])
     run = Run(remote_root, recipe.name)
     run.check_recipe(recipe)
     run.freeze(recipe)
     assert run.frozen_recipe() == recipe
     with pytest.raises(BadInput, match="belongs to another recipe"):
-        run.check_recipe(load(TINY, [f"root={remote_root}", "seed=1"]))
+        run.check_recipe(load_recipe(TINY, [f"root={remote_root}", "seed=1"]))
 
 
 def test_a_local_folder_is_used_where_it_lies(tmp_path):

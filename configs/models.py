@@ -1,0 +1,90 @@
+"""`[student]` and `[teacher]` of a recipe: where a model comes from, and how it is used."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.fields import Bool, Float, Int, Layers, Table, Url
+
+
+class Scratch(Table):
+    """A new Llama-shaped model with its own byte-level BPE tokenizer, to be trained by an `sft` recipe."""
+
+    vocab_size: Int = Field(384, ge=264, le=200_000, description="tokens, the 256 bytes and 6 special ones included")
+    tokenizer_text: Literal["all", "references"] = Field(
+        "all", description="what the tokenizer is trained on: prompts and references, or references alone"
+    )
+    layers: Int = Field(3, ge=1, le=200)
+    width: Int = Field(96, ge=8, le=65_536, description="hidden size")
+    heads: Int = Field(4, ge=1, le=512, description="attention heads; divides the width")
+    feed_forward: Int = Field(256, ge=8, le=262_144, description="inner size of the MLP")
+    context: Int = Field(256, ge=8, le=1_048_576, description="longest sequence, in tokens")
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> "Scratch":
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"heads = {self.heads} must divide width = {self.width} into even parts")
+        return self
+
+
+class Lora(Table):
+    """Low-rank adapters (needs the `lora` extra): they alone are trained, and merged into each round's checkpoint."""
+
+    rank: Int = Field(16, ge=1, le=4096)
+    alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="the adapters' output is scaled by alpha / rank")
+    targets: Layers = Field(
+        "all-linear",
+        description="names of the layers that get one, such as q_proj; all-linear: every linear layer but the head",
+    )
+
+
+class Model(Table):
+    """Where a model comes from (exactly one of `model`, `recipe`, `scratch`) and how it is used."""
+
+    model: str | None = Field(None, min_length=1, description="hub id, local folder (safetensors) or .gguf file")
+    recipe: str | None = Field(
+        None, min_length=1, description="a recipe, beside this file, whose last checkpoint it is; run first"
+    )
+    scratch: Scratch | None = None
+    rendering: Literal["chat", "plain"] = Field(
+        "chat", description="how messages become a prompt: the tokenizer's chat template, or contents joined by newlines"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$",
+        description="cpu, cuda, cuda:1, mps, xpu; auto: a GPU if any",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
+    trust_remote_code: Bool = False
+    engine: Literal["transformers", "vllm", "server"] = Field(
+        "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
+    )
+    urls: tuple[Url, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
+    vllm_python: str = Field(
+        ".venv-vllm/bin/python", min_length=1, description="engine = 'vllm': a Python that has vLLM; `make vllm` makes this one"
+    )
+    vllm_memory: Float = Field(0.9, gt=0, le=1, description="engine = 'vllm': share of a GPU's memory that it takes")
+
+    lora: Lora | None = Field(None, description="for a student: train adapters and not all weights")
+
+    @model_validator(mode="after")
+    def _engine_fields(self) -> "Model":
+        if self.engine == "server" and not self.urls:
+            raise ValueError("engine = 'server' needs urls, such as urls = ['http://127.0.0.1:8000']")
+        owners = {"urls": "server", "vllm_python": "vllm", "vllm_memory": "vllm"}
+        for key, owner in owners.items():
+            if self.engine != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is for engine = '{owner}', and engine is '{self.engine}'; set engine or leave {key} out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        given = [key for key in ("model", "recipe", "scratch") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of model, recipe, scratch; found {', '.join(given) or 'none'}")
+        return self

@@ -1,0 +1,71 @@
+"""What cannot work is refused before anything is written, with one message that says what would be right."""
+
+from typing import Literal
+
+from configs.errors import BadInput
+from configs.load import inherit_overrides, load_recipe
+from configs.schema import Recipe
+from configs.signals import SIGNALS
+from flows.compute import check_compute
+from storage.store import Run
+from tasks.engines.choose import check_engine
+from tasks.models.reference import ModelRef, check_machine, make_reference
+from tasks.models.text import side
+from tasks.models.weights import check_weights
+from tasks.rows.scorers import check_scorer
+from tasks.rows.sources import check_prompts
+from tasks.training.adapters import check_lora
+from tasks.training.processes import check_processes
+
+ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+
+
+def check_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
+    """Refuse a run's folder, machinery, prompts or models that cannot work, as far as they exist already.
+
+    `above` are the recipes that ask for this one's model.
+    """
+    Run(recipe.root, recipe.name).check_recipe(recipe)
+    configs = {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
+    for role, config in configs.items() if recipe.compute.runner == "local" else ():
+        if config.engine != "server":
+            check_machine(role, config)
+    check_processes(recipe)
+    check_compute(recipe.compute)
+    check_scorer(recipe.evaluate)
+    scratch = recipe.student.scratch
+    check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
+    found: dict[str, ModelRef] = {}
+    for role, config in configs.items():
+        if config.recipe is not None:
+            if config.recipe in above:
+                raise BadInput(f"{role}.recipe: {config.recipe} asks for itself; name a recipe that makes its own model")
+            check_recipe(load_recipe(config.recipe, inherit_overrides(recipe, config.recipe)), (*above, config.recipe))
+        if config.model is not None:
+            found[role] = ref = make_reference(config, config.model)
+            if config.engine != "server":
+                check_weights(ref)
+            if config.lora is not None:
+                check_lora(ref, config.lora)
+    check_pair(recipe, student=found.get("student"), teacher=found.get("teacher"))
+
+
+def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
+    """Refuse models that exist but do not fit the recipe or each other; None where a model is still to be made."""
+    for ref in (student, teacher):
+        if ref is not None:
+            side(ref).encoder.check(ref.path)
+            check_engine(ref)
+    counts_ids = SIGNALS[recipe.score.signal].counts_ids
+    if teacher is not None and counts_ids and recipe.score.k > side(teacher).vocabulary.size:
+        raise BadInput(
+            f"score.k = {recipe.score.k} is more than the {side(teacher).vocabulary.size} ids "
+            f"of the teacher's vocabulary ({teacher.path}); set score.k to at most that"
+        )
+    if student is None or teacher is None or not recipe.objective.one_tokenizer:
+        return
+    if not side(student).vocabulary.same_as(side(teacher).vocabulary):
+        raise BadInput(
+            f"objective.name = '{recipe.objective.name}' needs one tokenizer on both sides; "
+            f"those of {student.path} and {teacher.path} differ; choose objective.name = 'bytes' or 'gold'"
+        )

@@ -1,0 +1,61 @@
+"""The command at a terminal: tables on standard output, our log on standard error, and how a command ends."""
+
+import logging
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+out = Console(width=None if sys.stdout.isatty() else 140)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: from a scheduler, a container's stop, a machine's shutdown."""
+
+
+def catch_sigterm() -> None:
+    """Let SIGTERM end a command as Ctrl-C does."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def end(message: str, status: int) -> NoReturn:
+    """End the command with one message."""
+    print(f"potstill: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def log_plainly() -> None:
+    """Our lines on standard error; of Prefect's only what it cannot go on with."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("potstill")
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def print_line(text: str) -> None:
+    """A line as it is, however long: a path in it can be copied."""
+    out.print(text, soft_wrap=True, highlight=False)
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows that have the same columns, as a table."""
+    if not rows:
+        out.print(f"{title}: none")
+        return
+    table = Table(title=title, title_justify="left", highlight=False)
+    for column in rows[0]:
+        numeric = all(isinstance(row[column], int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))  # text, not markup
+    out.print(table)

@@ -1,0 +1,64 @@
+"""The check stage: a round is held against its limits before it is trained on, and the teacher's lead before any training."""
+
+from dataclasses import asdict
+
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.schema import Gates, Recipe
+from storage.artifacts import Artifact, read_table
+from storage.schemas import GATES
+from storage.store import Run, part, round_slot
+from tasks.engines.base import Sampling
+from tasks.engines.choose import release
+from tasks.gates.gate import Gate, limit_figure, require
+from tasks.gates.round import engine_gates, lead_gate, round_gates
+from tasks.models.text import side
+from tasks.rows.round import Round, Shard
+from tasks.running.progress import logger
+
+CODE = 1
+
+
+@task(name="gates", task_run_name="gates-{round.number}", cache_policy=NO_CACHE)
+def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
+    """`round=…/gates/part-00000`: what a round's rollouts look like before they are trained on. Raises Stopped."""
+    recipe, limits = round.recipe, round.recipe.gates
+    rollouts = [shard.rollouts for shard in shards if shard.rollouts]
+    aligned = [shard.aligned for shard in shards if shard.aligned]
+    first = round.run.find(round_slot(1, "gates", part(0))) if round.number > 1 else None
+    inputs = {
+        "stage": "gates",
+        "code": CODE,
+        "policy": round.student.identity,
+        "rollouts": [artifact.digest for artifact in rollouts],
+        "aligned": [artifact.digest for artifact in aligned],
+        "sampling": recipe.rollout.model_dump(include={"temperature", "top_p", "top_k"}),
+        "first": first.digest if first else None,
+    }
+
+    def make() -> pa.Table:
+        before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
+        gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"))
+        release()  # the model below takes its place
+        sampled = read_table(rollouts[0], ["prompt_token_ids", "token_ids", "logprobs"])
+        gates += engine_gates(round.student, sampled, Sampling.of(recipe.rollout), limits)
+        release()
+        return pa.Table.from_pylist([{**asdict(gate), "gate": gate.name, "round": round.number} for gate in gates], GATES)
+
+    artifact = round.run.build_table(round.slot("gates", shards[0]), inputs, make, logger.info)
+    require(read_gates(read_table(artifact), limits), f"{round.run.path}, round {round.number}")
+    return artifact
+
+
+def check_lead(recipe: Recipe, *, teacher: Artifact, student: Artifact) -> None:
+    """Raise Stopped where the evaluations before any training say that the teacher surely lacks the lead it should have."""
+    gate = lead_gate(recipe.gates, teacher=read_table(teacher), student=read_table(student))
+    require([gate], f"{Run(recipe.root, recipe.name).path}, round 0")
+
+
+def read_gates(table: pa.Table, limits: Gates) -> list[Gate]:
+    """The figures of a `gates` table under these limits, which may have changed since it was made."""
+    rows = table.select(["gate", "value", "detail"]).to_pylist()
+    return [limit_figure(row["gate"], row["value"], limits, row["detail"]) for row in rows]

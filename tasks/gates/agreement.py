@@ -1,0 +1,56 @@
+"""The same tokens twice: whether an engine and the trainer mean the same distribution by them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel
+
+from tasks.engines.base import Sampling
+from tasks.engines.sampling import warpers
+from tasks.models.reference import ModelRef, device_of
+from tasks.models.text import side
+from tasks.models.weights import hidden_states, logits_of
+
+POSITIONS = 256  # whose logits exist at once
+EDGE = 0.5  # nats: of two dtypes, one may round a token into what top_p or top_k keeps and the other out of it
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Distance of two lists of log-probs of the same tokens, in nats; None where there are no tokens."""
+
+    mean: float | None
+    largest: float | None
+
+    @classmethod
+    def between(cls, left: np.ndarray, right: np.ndarray) -> "Gap":
+        """NaN counts as infinitely far."""
+        apart = np.nan_to_num(np.abs(left.astype(np.float64) - right), nan=np.inf)
+        return cls(float(apart.mean()), float(apart.max())) if len(apart) else cls(None, None)
+
+
+def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, sampling: Sampling) -> np.ndarray:
+    """float32, flat: each sampled token's log-prob under the distribution that `sampling` draws from, one row at a time.
+
+    The forward pass is the trainer's, in float32 and without padding or a cache: nothing here is the engine's.
+    """
+    model, size = model.to(device_of(ref)), len(side(ref).beta.values)  # type: ignore[arg-type]
+    warp, found = warpers(sampling), []
+    for row in rollouts.select(["prompt_token_ids", "token_ids"]).to_pylist():
+        ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]], device=model.device)
+        hidden = hidden_states(model, ids)[0, len(row["prompt_token_ids"]) - 1 : -1]
+        actual = ids[0, len(row["prompt_token_ids"]) :]
+        for at in torch.arange(len(actual), device=model.device).split(POSITIONS):
+            logits, chosen = logits_of(model, hidden[at], size), actual[at][:, None]
+            own = logits.gather(1, chosen) / (sampling.temperature or 1.0)
+            warped = warp(ids, logits)  # type: ignore[arg-type]
+            own = torch.where(own > smallest(warped) - EDGE, own, warped.gather(1, chosen))
+            found.append(warped.scatter(1, chosen, own).log_softmax(-1).gather(1, chosen)[:, 0].cpu())
+    return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+
+
+def smallest(warped: torch.Tensor) -> torch.Tensor:
+    """The logit `[…, 1]` of the least likely id that sampling keeps."""
+    return warped.masked_fill(warped == -torch.inf, torch.inf).amin(-1, keepdim=True)

@@ -1,0 +1,108 @@
+"""Gates of a round: what its rollouts look like before they are trained on, and the teacher's lead before any training."""
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from configs.schema import Gates
+from storage.artifacts import Artifact, read_table
+from tasks.engines.base import Sampling
+from tasks.gates.agreement import Gap, trainer_logprobs
+from tasks.gates.gate import Gate, limit_figure
+from tasks.models.reference import ModelRef
+from tasks.models.weights import load_float32
+from tasks.tokens.ragged import flat, index_in_row, rows_of
+
+COMPARED = 32  # of a round's samples, how many are run through the trainer's model
+RUN = 4  # tokens: what counts as a repetition
+
+
+def lead_gate(limits: Gates, *, teacher: pa.Table, student: pa.Table) -> Gate:
+    """The teacher's accuracy less the student's on the same prompts, from `evals` tables; sampled where there are samples.
+
+    The figure that is held against the limit is the upper end of its 95% interval: chance stops no run.
+    """
+    t_shares, s_shares = _shares(teacher), _shares(student)
+    apart = t_shares - s_shares
+    spread = 1.96 * float(apart.std(ddof=1)) / len(apart) ** 0.5 if len(apart) > 1 else 1.0
+    detail = f"teacher {t_shares.mean():.3f}, student {s_shares.mean():.3f}; the lead is at most the figure, with 97.5%"
+    if not t_shares.any() and not s_shares.any():
+        return Gate("lead", None, limits.lead, detail="no answer of either is right")
+    return Gate("lead", float(apart.mean()) + spread, limits.lead, detail=detail)
+
+
+def _shares(evals: pa.Table) -> np.ndarray:
+    """Each prompt's share of right answers, in the prompts' order."""
+    frame = pl.from_arrow(evals)
+    assert isinstance(frame, pl.DataFrame)
+    kind = "sampled" if (frame["decoding"] == "sampled").any() else "greedy"
+    some = frame.filter(pl.col("decoding") == kind)
+    return some.group_by("prompt_id").agg(pl.col("correct").mean()).sort("prompt_id")["correct"].to_numpy()
+
+
+def round_gates(
+    rollouts: list[Artifact], aligned: list[Artifact], size: int, limits: Gates, tokens_before: float | None
+) -> list[Gate]:
+    """Coverage of all rows; truncation, repetition and length of the student's own. One shard is read at a time.
+
+    `size` is the student's vocabulary, `tokens_before` the mean length of the first round's samples.
+    """
+    counts = ["supervised_bytes", "unmatched_bytes", "dropped_bytes", "tail_bytes"]
+    supervised = total = dropped = rows = cut = samples = tokens = 0
+    repeated = 0.0
+    for artifact in aligned:
+        table = pl.from_arrow(read_table(artifact, ["status", *counts]))
+        assert isinstance(table, pl.DataFrame)
+        supervised += int(table[counts[0]].sum())
+        total += sum(int(table[name].sum()) for name in counts)
+        dropped += int((table["status"] != "ok").sum())
+        rows += len(table)
+    for artifact in rollouts:
+        table = read_table(artifact, ["source", "finish_reason", "token_ids"])
+        table = table.filter(pc.equal(table["source"], "student"))
+        cut += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+        samples += len(table)
+        ids, offsets = flat(table["token_ids"])
+        tokens += len(ids)
+        repeated += float(repetition(ids, offsets, size).sum())
+    mean = tokens / samples if samples else None
+    drift = max(mean / tokens_before, tokens_before / mean) if mean and tokens_before else None
+    return [
+        limit_figure("supervised", supervised / total if total else None, limits),
+        limit_figure("dropped", dropped / rows if rows else None, limits, f"{dropped} of {rows} rollouts"),
+        limit_figure("truncated", cut / samples if samples else None, limits, f"{cut} of {samples} samples"),
+        limit_figure("repetition", repeated / samples if samples else None, limits),
+        limit_figure("tokens", mean, limits, "mean length of the student's samples"),
+        limit_figure("length", drift, limits, f"{mean or 0:.1f} tokens now, {tokens_before or 0:.1f} in round 1"),
+    ]
+
+
+def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
+    """Of each row's runs of four tokens, the share that stood in it before; 0 for shorter rows. `size` is the vocabulary."""
+    counts = np.maximum(np.diff(offsets) - RUN + 1, 0)
+    begins = np.flatnonzero(np.repeat(np.diff(offsets), np.diff(offsets)) - index_in_row(offsets) >= RUN)
+    key = np.zeros(len(begins), np.uint64)
+    for step in range(RUN):
+        key = key * np.uint64(size) + ids[begins + step].astype(np.uint64)  # wraps around for large vocabularies: a hash
+    row = rows_of(offsets)[begins]
+    order = np.lexsort((key, row))
+    again = (np.diff(key[order]) == 0) & (np.diff(row[order]) == 0)
+    share: np.ndarray = np.bincount(row[order][1:][again], minlength=len(counts)) / np.maximum(counts, 1)
+    return share
+
+
+def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limits: Gates) -> list[Gate]:
+    """How far the log-probs of the engine that sampled are from the trainer's, on the first of a shard's own samples."""
+    samples = rollouts.filter(pc.is_valid(rollouts["logprobs"])).slice(0, COMPARED)
+    gap = Gap(None, None)
+    if len(samples):
+        with torch.inference_mode():
+            trainers = trainer_logprobs(student, load_float32(student).eval(), samples, sampling)
+        gap = Gap.between(trainers, flat(samples["logprobs"])[0])
+    detail = f"log-probs of {len(samples)} samples against the trainer's"
+    return [
+        limit_figure("engine, mean", gap.mean, limits, detail),
+        limit_figure("engine, largest", gap.largest, limits, detail),
+    ]

@@ -1,0 +1,31 @@
+"""A few prompts of a recipe and the models that preflight tries on them."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from configs.schema import Recipe
+from tasks.engines.base import Engine
+from tasks.engines.choose import get_engine
+from tasks.models.reference import ModelRef
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some training prompts of a recipe, and its models."""
+
+    recipe: Recipe
+    prompts: pa.Table
+    student: ModelRef
+    teacher: ModelRef | None
+
+    @property
+    def messages(self) -> list[list[dict[str, str]]]:
+        messages: list[list[dict[str, str]]] = self.prompts["messages"].to_pylist()
+        return messages
+
+    def sides(self) -> dict[str, ModelRef]:
+        return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+
+    def engine(self, ref: ModelRef, batch_tokens: int | None = None) -> Engine:
+        return get_engine(ref, self.recipe.rollout.batch_size, batch_tokens or self.recipe.score.batch_tokens)

@@ -1,0 +1,140 @@
+"""A model as stages pass it on, and the one place that decides on its device, dtype and attention."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from configs.errors import BadInput
+from configs.models import Model
+from storage.artifacts import Artifact, local_folder
+from storage.lineage import digest_folder, digest_json
+from tasks.models.gguf import convert_once
+
+FLASH = "flash_attention_2"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as stages are told of it: where it lies, what it is, how to use it."""
+
+    path: str
+    digest: str
+    rendering: str = "chat"
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    engine: str = "transformers"
+    urls: tuple[str, ...] = ()
+    vllm_python: str = ""
+    vllm_memory: float = 0.9
+
+    @property
+    def local(self) -> str:
+        """Its folder on this machine (or hub id): one on object storage is fetched, once a machine."""
+        return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of it can change a result, for keys: not where it or its engine lies, not the device.
+
+        The engine is named by the stages that use it (`tasks.engines.choose.engine_name`).
+        """
+        return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
+
+
+def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
+    """A ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
+
+    Where a run lies on object storage, its checkpoints are given by URI and `digest`.
+    """
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
+    if "://" in path and digest:
+        return ModelRef(path, digest, **use)
+    path = local_name(path)
+    if Path(path).is_dir():
+        return ModelRef(path, digest_folder(path), **use)
+    return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+
+
+def local_name(name: str) -> str:
+    """A hub id or folder as it is; for a GGUF file the folder it is converted to."""
+    if not name.endswith(".gguf"):
+        return name
+    with explain_load_errors(name):
+        return convert_once(name)
+
+
+def _hub_commit(name: str, trust_remote_code: bool) -> str | None:
+    with explain_load_errors(name):
+        return getattr(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code), "_commit_hash", None)
+
+
+@contextmanager
+def explain_load_errors(name: str) -> Iterator[None]:
+    """Turn transformers' ways of failing to load into one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "custom code" in reason:
+            raise BadInput(
+                f"{name}: the model needs code of its own; set trust_remote_code = true for it if you trust that code, "
+                "or choose another model"
+            ) from None
+        if "gated repo" in str(error):
+            raise BadInput(
+                f"{name}: its owner asks who uses it; request access at https://huggingface.co/{name}, then `hf auth login` "
+                "(or HF_TOKEN) here, or choose another model"
+            ) from None
+        raise BadInput(
+            f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
+            "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
+        ) from None
+
+
+def device_of(ref: ModelRef | Model) -> torch.device:
+    if ref.device != "auto":
+        return torch.device(ref.device)
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def accelerator_names(config: Model, processes: int = 1) -> set[str]:
+    """What the accelerators of this machine that a model's processes use are called, in every process alike."""
+    device = device_of(config)
+    indices = range(device.index or 0, (device.index or 0) + processes)
+    if device.type == "cuda":  # one that is not here is a cluster's worker's
+        return {f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in indices if i < torch.cuda.device_count()}
+    return set() if device.type == "cpu" else {f"{device.type}-{i}-of-{socket.gethostname()}" for i in indices}
+
+
+def check_machine(role: str, config: Model) -> None:
+    """Refuse a device that this machine does not have, or a kind of attention without its package."""
+    kind, _, index = config.device.partition(":")
+    devices = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": torch.backends.mps.is_available()}
+    if kind in devices and int(index or 0) >= (found := int(devices[kind])):
+        raise BadInput(
+            f"{role}.device = '{config.device}': this machine has {found} such devices, counted from 0; "
+            f"set {role}.device to 'auto' or 'cpu'"
+        )
+    if config.attention == FLASH and not is_flash_attn_2_available():
+        raise BadInput(f"{role}.attention = 'flash_attention_2' needs the flash-attn package and a GPU; set it to 'sdpa'")
+    if config.attention == FLASH and role == "student" and (dtype := dtype_of(config)) != torch.bfloat16:
+        raise BadInput(
+            f"student.attention = 'flash_attention_2' trains in bfloat16 alone (found {str(dtype).removeprefix('torch.')}); "
+            "set student.dtype = 'bfloat16', or student.attention = 'sdpa'"
+        )
+
+
+def dtype_of(ref: ModelRef | Model) -> torch.dtype:
+    if ref.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, ref.dtype)
+        return dtype
+    device = device_of(ref)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

@@ -1,0 +1,110 @@
+"""A round in small, on a few prompts and in memory alone: everything that would make a run fail, or not be worth its time."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from configs.schema import Recipe
+from configs.signals import SIGNALS
+from tasks import objectives
+from tasks.align import align_rollouts
+from tasks.engines.base import Sampling
+from tasks.engines.choose import release
+from tasks.engines.transformers import TransformersEngine
+from tasks.evaluate import evaluate_prompts
+from tasks.gates.cost import cost_gates
+from tasks.gates.gate import Gate
+from tasks.gates.round import engine_gates, lead_gate
+from tasks.gates.sample import Sample
+from tasks.gates.signal import chance_gate, noise_gate, objective_gates, teacher_engine_gate
+from tasks.gates.texts import text_gates
+from tasks.models.reference import ModelRef
+from tasks.models.text import side
+from tasks.rollout import make_rollouts
+from tasks.rows.plan import Row
+from tasks.rows.sources import split_prompts
+from tasks.running.seeds import derive_seed
+from tasks.score import score_rows
+from tasks.signals import make_signal
+from tasks.signals.head import head_of
+from tasks.training.student import mean_loss
+
+
+@task(name="preflight", cache_policy=NO_CACHE)
+def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[dict[str, Any]]:
+    """The gates of a recipe on `count` of its prompts as people read them. Nothing of the run is written."""
+    return [gate.record() for gate in examine(recipe, count, student=student, teacher=teacher)]
+
+
+def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[Gate]:
+    """The gates of a recipe on `count` of its prompts. A student that is new (None) has none yet."""
+    prompts = split_prompts(recipe.prompts, recipe.seed)
+    gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
+    if student is None:
+        return gates
+    sample = Sample(recipe, prompts["train"].slice(0, count), student, teacher)
+    gates += text_gates(sample)
+    if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
+        return gates  # the models cannot be run on such prompts
+    started = time.monotonic()
+    rollouts = roll_out_sample(sample)
+    scores = None if teacher is None else score_sample(sample, rollouts, teacher)
+    seconds = time.monotonic() - started
+    gates += [chance_gate(sample, role, ref) for role, ref in sample.sides().items()]
+    release()
+    gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
+    if teacher is not None and scores is not None:
+        gates.append(teacher_engine_gate(sample, teacher))
+        gates.append(noise_gate(sample, rollouts, scores, alone=score_sample(sample, rollouts, teacher, batch_tokens=1)))
+        itself = replace(student, engine="transformers", urls=())  # whichever the signal, this engine gives it
+        _, loss = teach_sample(sample, rollouts, score_sample(sample, rollouts, itself), itself)
+        gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
+        gates += objective_gates(sample, rollouts, *teach_sample(sample, rollouts, scores, teacher), teacher)
+        gates.append(compare_on(sample, prompts["eval"].slice(0, count), teacher))
+    release()
+    return [*gates, *cost_gates(sample, [rollouts] if scores is None else [rollouts, scores], seconds)]
+
+
+def roll_out_sample(sample: Sample) -> pa.Table:
+    """One completion per prompt, as round 1 would sample them."""
+    seeds = [derive_seed(sample.recipe.seed, "preflight", number) for number in range(len(sample.prompts))]
+    rows = [Row(number, 0, "student", seed, f"preflight-{number:05d}") for number, seed in enumerate(seeds)]
+    return make_rollouts(rows, sample.prompts, sample.recipe.rollout, 1, sample.student, [])
+
+
+def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_tokens: int | None = None) -> pa.Table:
+    """A teacher's scores of the rollouts, in the recipe's batches or in others."""
+    rows = rollouts.select(["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]).to_pylist()
+    messages = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.messages, strict=True))
+    as_sampled = side(sample.student).vocabulary.same_as(side(teacher).vocabulary)
+    config = sample.recipe.score
+    signal = make_signal(config.signal, config.k, config.top_p)
+    return score_rows(rows, messages, sample.engine(teacher, batch_tokens), side(teacher), signal, as_sampled)
+
+
+def teach_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> tuple[pa.Table, float]:
+    """The rollouts aligned with a teacher's scores, and the loss per unit that training would begin with, in nats."""
+    recipe, config, s_side, t_side = sample.recipe, sample.recipe.score, side(sample.student), side(teacher)
+    head = None
+    if SIGNALS[config.signal].needs_head:
+        engine = sample.engine(teacher)
+        assert isinstance(engine, TransformersEngine), "the recipe is refused before"
+        head = head_of(engine.model, engine.size)
+    objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
+    signal = make_signal(config.signal, config.k, config.top_p)
+    aligned = align_rollouts(rollouts, scores, objective, signal, head, student=s_side, teacher=t_side)
+    return aligned, mean_loss(recipe, rollouts, aligned, student=sample.student, teacher=teacher)
+
+
+def compare_on(sample: Sample, prompts: pa.Table, teacher: ModelRef) -> Gate:
+    """The teacher's lead in accuracy on these prompts, as round 0 would measure it."""
+    rows = prompts.to_pylist()
+    tables = {
+        role: pa.Table.from_pylist(evaluate_prompts(sample.recipe, 0, role, ref, rows))
+        for role, ref in (("teacher", teacher), ("student", sample.student))
+    }
+    return lead_gate(sample.recipe.gates, teacher=tables["teacher"], student=tables["student"])

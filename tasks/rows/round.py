@@ -1,0 +1,66 @@
+"""What passes between the stages of a round: small references, never a table or a model."""
+
+from dataclasses import dataclass
+
+from configs.schema import Recipe
+from storage.artifacts import Artifact
+from storage.store import Run, part, round_slot
+from tasks.models.reference import ModelRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabularies:
+    """Both sides' committed vocabulary tables."""
+
+    student: Artifact
+    teacher: Artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPrompts:
+    """A run's committed prompts; no prompt is in both."""
+
+    train: Artifact
+    eval: Artifact
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a round: its number, and what has been made of it so far. Each stage adds its own artifact."""
+
+    number: int  # from 0
+    completions: Artifact | None = None  # the teacher's, where some rows are its own
+    rollouts: Artifact | None = None
+    scores: Artifact | None = None  # None also where the objective needs no teacher
+    aligned: Artifact | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round before any of it is made: everything that its stages have in common."""
+
+    recipe: Recipe
+    number: int  # from 1
+    student: ModelRef  # that samples, and is trained
+    teacher: ModelRef | None
+    start: ModelRef  # the student before round 1, which adapters are laid over
+    prompts: Artifact  # prompts/train
+    vocabularies: Vocabularies
+    trainer: Artifact | None = None  # what the last round's trainer left: optimizer, scheduler, adapters
+    head: Artifact | None = None  # the teacher's, where the signal needs it
+
+    @property
+    def run(self) -> Run:
+        return Run(self.recipe.root, self.recipe.name)
+
+    def slot(self, table: str, shard: Shard | None = None) -> str:
+        """Where an artifact of the round, or a shard of it, lies in the run's folder: `round=0001/scores/part-00000`."""
+        return round_slot(self.number, table, *([] if shard is None else [part(shard.number)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training leaves: the new student's folder, and the trainer's state for the next round."""
+
+    student: Artifact
+    trainer: Artifact

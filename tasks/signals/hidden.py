@@ -1,0 +1,46 @@
+"""`hidden`: the last hidden states in half precision. With the teacher's head everything follows from them, unrounded."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from configs.errors import BadInput
+from tasks.signals.base import SCORE_CHUNK, Chunk, Events, Reading, Signal, Sparse, keep_likeliest
+from tasks.tokens.byte_laws import REST, ByteLaws, boundary_laws
+from tasks.tokens.ragged import flat, index_in_row
+
+
+class HiddenSignal(Signal):
+    """`k` and `top_p` decide what is read, not what is stored."""
+
+    def store(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        """float16 `[positions, width]`. Raises BadInput where a state is too large for it."""
+        if float(chunk.hidden.abs().max()) > torch.finfo(torch.float16).max:
+            raise BadInput(f"{chunk.model}: its hidden states do not fit into float16; set score.signal = 'topk'")
+        return {"hidden": chunk.hidden.to(torch.float16)}
+
+    @torch.inference_mode()
+    def read(self, scores: pa.Table, reading: Reading) -> Events:
+        """As `topk`, or where laws are wanted `bytes`, would have stored it."""
+        head = reading.head
+        assert head is not None
+        device = head.weight.device
+        hidden = torch.from_numpy(flat(scores["hidden"])[0].reshape(-1, head.weight.shape[1])[reading.tokens])
+        ids = torch.from_numpy(flat(scores["token_ids"])[0][reading.tokens].astype(np.int64)).to(device)
+        first = torch.from_numpy(index_in_row(reading.offsets) == 0).to(device)
+        module = ByteLaws(reading.vocabulary).to(device) if reading.laws else None
+        chunks: list[Sparse] = []
+        for start in range(0, len(ids), SCORE_CHUNK):
+            lead = min(start, 1)
+            window = slice(start - lead, start + SCORE_CHUNK)
+            logprobs = head.logprobs(hidden[window])
+            if module is not None:
+                laws = boundary_laws(module, logprobs, ids[window], first[window])[lead:]
+                chunks.append(keep_likeliest(laws.log(), self.k, self.top_p, events=REST))
+            else:
+                chunks.append(keep_likeliest(logprobs[lead:], self.k, self.top_p))
+        if not chunks:
+            none = np.zeros(0, np.int64)
+            return Events(none, np.zeros(0), none, np.zeros(0), reading.laws)
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
+        return Events(columns[0], columns[1].astype(np.float64), columns[2], columns[3].astype(np.float64), reading.laws)

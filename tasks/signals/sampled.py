@@ -1,0 +1,7 @@
+"""`sampled`: nothing beside the log-probs of the tokens that are there."""
+
+from tasks.signals.base import Signal
+
+
+class SampledSignal(Signal):
+    pass

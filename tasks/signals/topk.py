@@ -1,0 +1,45 @@
+"""`topk`: the likeliest ids of the teacher, and the mass of the rest."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tasks.signals.base import Chunk, Events, Reading, Signal, Top, keep_likeliest, read_events
+
+COLUMNS = ("top_ids", "top_logprobs", "top_counts")
+SMALLEST_REST = 1e-7  # of probability: what float32 log-probs that sum to 1 can hide
+
+
+class TopkSignal(Signal):
+    events = COLUMNS[:2]
+    counts = COLUMNS[2]
+
+    @property
+    def top(self) -> int:  # type: ignore[override]
+        return self.k
+
+    def store(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        sparse = keep_likeliest(chunk.logprobs[chunk.lead :], self.k, self.top_p)
+        return dict(zip((*COLUMNS, "rest"), sparse, strict=True))
+
+    def store_top(self, top: Top, size: int, rows: int) -> dict[str, np.ndarray]:
+        """Ids until `top_p` is reached; ids that are none are in the rest.
+
+        `rest` is what the given ids leave of 1, at most what as many ids as are left could have.
+        """
+        given = np.exp(top.logprobs.astype(np.float64))
+        p = np.where(top.ids < size, given, 0.0)
+        keep = (np.cumsum(p, 1) - p < self.top_p) & (p > 0)
+        left = (rows - top.ids.shape[1]) * given[:, -1]
+        outside = np.minimum(np.maximum(1 - given.sum(1), SMALLEST_REST), left)
+        with np.errstate(divide="ignore"):
+            rest = np.log(np.where(keep, 0.0, given).sum(1) + outside)
+        return {
+            "top_ids": top.ids[keep].astype(np.int32),
+            "top_logprobs": top.logprobs[keep].astype(np.float16),
+            "top_counts": keep.sum(1).astype(np.int16),
+            "rest": rest.astype(np.float32),
+        }
+
+    def read(self, scores: pa.Table, reading: Reading) -> Events:
+        return read_events(scores, reading.tokens, COLUMNS)

@@ -1,0 +1,140 @@
+"""From committed shards to tensors: rows in a seeded order, one shard in memory at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from storage.artifacts import Artifact, read_table
+from tasks.objectives.base import Terms
+from tasks.tokens.ragged import expand, flat, offsets_of, rows_of
+
+ROLLOUT_COLUMNS = ["prompt_token_ids", "token_ids"]
+ALIGNED_COLUMNS = [
+    "status", "units", "term_starts", "term_ends", "term_inside", "term_behaviour",
+    "target_counts", "target_ids", "target_logprobs", "target_rest", "unmatched_counts", "unmatched_logprobs",
+]  # fmt: skip
+
+
+def optimizer_batches(shards: Sequence[tuple[Artifact, Artifact]], size: int, seed: int) -> Iterator[pa.Table]:
+    """Batches of `size` supervised rows (the last may be smaller) from (rollouts, aligned) shards.
+
+    Shards are gone through in a random order, and rows within each; rows without a supervised unit are left out.
+    """
+    random = np.random.default_rng(seed)
+    left: pa.Table | None = None
+    for index in random.permutation(len(shards)):
+        rollouts, aligned = shards[index]
+        table = rows_to_train(read_table(rollouts, ROLLOUT_COLUMNS), read_table(aligned, ALIGNED_COLUMNS))
+        table = table.take(random.permutation(len(table)))
+        if left is not None:
+            table = pa.concat_tables([left, table])
+        whole = len(table) // size * size
+        for start in range(0, whole, size):
+            yield table.slice(start, size)
+        left = table.slice(whole)
+    if left is not None and len(left):
+        yield left
+
+
+def rows_to_train(rollouts: pa.Table, aligned: pa.Table) -> pa.Table:
+    """What `collate` reads of a shard's rows that have a term of the loss."""
+    table = aligned.select(ALIGNED_COLUMNS)
+    for name in ROLLOUT_COLUMNS:
+        table = table.append_column(name, rollouts[name])
+    return table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["units"], 0)))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass. Positions are the completion tokens of all rows, flat; terms index into them."""
+
+    ids: torch.Tensor  # [rows, time], padded on the right
+    row: torch.Tensor  # [positions]
+    time: torch.Tensor  # [positions]: where in `ids` the token stands; its distribution is one earlier
+    actual: torch.Tensor  # [positions]
+    tokens: int  # without padding
+    starts: np.ndarray  # [terms], in positions
+    ends: np.ndarray
+    inside: np.ndarray
+    counts: np.ndarray
+    target_ids: np.ndarray
+    target_logprobs: np.ndarray
+    rest: np.ndarray
+    behaviour: np.ndarray
+    unmatched_counts: np.ndarray
+    unmatched_logprobs: np.ndarray
+
+    def chunks(self, positions: int) -> Iterator[tuple[slice, Terms]]:
+        """Terms in runs that read at most `positions` positions (a longer term stands alone), with that range."""
+        events, unmatched = offsets_of(self.counts), offsets_of(self.unmatched_counts)
+        first = 0
+        while first < len(self.starts):
+            begin = int(self.starts[first])
+            last = max(first + 1, int(np.searchsorted(self.ends, begin + positions, side="right")))
+            end = int(self.ends[last - 1])
+            span = slice(first, last)
+            yield (
+                slice(begin, end),
+                Terms(
+                    actual=self.actual[begin:end],
+                    start=self._tensor(self.starts[span] - begin),
+                    end=self._tensor(self.ends[span] - begin),
+                    inside=self._tensor(self.inside[span]),
+                    ids=self._padded(self.target_ids, events[first : last + 1], 0),
+                    logprobs=self._padded(self.target_logprobs, events[first : last + 1], -np.inf),
+                    rest=self._tensor(self.rest[span]),
+                    behaviour=self._tensor(self.behaviour[span]),
+                    unmatched=self._padded(self.unmatched_logprobs, unmatched[first : last + 1], -np.inf),
+                ),
+            )
+            first = last
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        kind = torch.float32 if values.dtype.kind == "f" else torch.long
+        return torch.tensor(values, dtype=kind, device=self.ids.device)
+
+    def _padded(self, values: np.ndarray, bounds: np.ndarray, fill: float) -> torch.Tensor:
+        counts = np.diff(bounds)
+        padded = np.full((len(counts), max(int(counts.max(initial=0)), 1)), fill, values.dtype)
+        places, owner = expand(np.zeros(len(counts), np.int64), counts)
+        padded[owner, places] = values[bounds[0] : bounds[-1]]
+        return self._tensor(padded)
+
+
+def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
+    """Rows of an optimizer batch as one forward pass; it reads `input_ids` where they differ from the labels."""
+    prompts, prompt_offsets = flat(table["prompt_token_ids"])
+    tokens, token_offsets = flat(table["token_ids"])
+    prompt_lengths, lengths = np.diff(prompt_offsets), np.diff(token_offsets)
+    ids = np.full((len(table), int((prompt_lengths + lengths).max())), pad_id, np.int64)
+    place, row = expand(np.zeros_like(prompt_lengths), prompt_lengths)
+    ids[row, place] = prompts
+    place, row = expand(prompt_lengths, prompt_lengths + lengths)
+    ids[row, place] = flat(table["input_ids"])[0] if "input_ids" in table.column_names else tokens
+
+    starts, term_offsets = flat(table["term_starts"])
+    shift = token_offsets[rows_of(term_offsets)]
+    none, zeros = np.zeros(0, np.float32), np.zeros(len(starts), np.int64)
+    has_unmatched = table["unmatched_counts"].null_count == 0
+    inside, behaviour = table["term_inside"], table["term_behaviour"]
+    return MicroBatch(
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(row).to(device),
+        torch.from_numpy(place).to(device),
+        torch.tensor(tokens, dtype=torch.long, device=device),
+        len(prompts) + len(tokens),
+        starts + shift,
+        flat(table["term_ends"])[0] + shift,
+        flat(inside)[0] if inside.null_count == 0 else zeros,
+        flat(table["target_counts"])[0].astype(np.int64),
+        flat(table["target_ids"])[0],
+        flat(table["target_logprobs"])[0],
+        flat(table["target_rest"])[0],
+        flat(behaviour)[0] if behaviour.null_count == 0 else np.zeros(len(starts), np.float32),
+        flat(table["unmatched_counts"])[0].astype(np.int64) if has_unmatched else zeros,
+        flat(table["unmatched_logprobs"])[0] if has_unmatched else none,
+    )

@@ -1,0 +1,70 @@
+"""The student and its objective as one module: a forward pass is a loss."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from configs.schema import Recipe
+from tasks import objectives
+from tasks.models.reference import ModelRef, device_of
+from tasks.models.text import side
+from tasks.models.weights import hidden_states, load_float32, logits_of
+from tasks.objectives.base import ObjectiveModule
+from tasks.training.batches import MicroBatch, collate, rows_to_train
+
+
+class Student(nn.Module):
+    """The student and the objective as one module, so that wrappers (DDP, FSDP, autocast) see one forward pass."""
+
+    def __init__(self, model: PreTrainedModel, objective: ObjectiveModule, size: int, chunk_positions: int):
+        super().__init__()
+        self.model, self.objective, self.size, self.chunk_positions = model, objective, size, chunk_positions
+
+    def forward(self, ids: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Sum of the batch's terms, in nats.
+
+        Logits exist for one chunk of positions at a time: a chunk's are computed again in the backward pass.
+        """
+        hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
+        chunks = list(batch.chunks(self.chunk_positions))
+
+        def chunk_loss(at: slice, terms: Any) -> torch.Tensor:
+            loss: torch.Tensor = self.objective(logits_of(self.model, hidden[at], self.size), terms).sum()
+            return loss
+
+        if len(chunks) == 1:
+            return chunk_loss(*chunks[0])
+        losses = [checkpoint(chunk_loss, at, terms, use_reentrant=False) for at, terms in chunks]
+        return torch.stack(losses).sum()
+
+
+def shard_module(module: nn.Module, model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """FSDP: weights, gradients and optimizer state lie in parts, one a process; a layer's weights are whole while it runs."""
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    module.to(accelerator.device)
+    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student: ModelRef, teacher: ModelRef | None) -> float:
+    """Loss per unit of rows, in nats, as training would see them before its first step; NaN where no row has a unit."""
+    table = rows_to_train(rollouts, aligned)
+    s_side, t_side, config = side(student), side(teacher or student), recipe.train
+    objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
+    module = Student(load_float32(student), objective, len(s_side.beta.values), config.chunk_positions).eval()
+    module, loss = module.to(device_of(student)), 0.0
+    with torch.no_grad():
+        for start in range(0, len(table), config.micro_batch_size):
+            batch = collate(table.slice(start, config.micro_batch_size), s_side.pad_id, device_of(student))
+            loss += float(module(batch.ids, batch))
+    return loss / units if (units := pc.sum(table["units"]).as_py()) else float("nan")

@@ -1,0 +1,125 @@
+"""A run in pictures: Vega-Lite charts of what its tables and manifests say, by round."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from storage.read import scan
+from storage.store import Run
+from tasks.views.rounds import sum_bytes
+
+ROUND = alt.X("round:Q", title="round", axis=alt.Axis(tickMinStep=1, format="d"))
+STAGES = ("completions", "rollouts", "scores", "aligned", "gates", "training", "evals")
+BYTES = ("supervised", "unmatched", "dropped", "tail")
+SIZE = {"width": 420, "height": 220}
+
+
+def draw_charts(run: Run, rounds: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """Vega-Lite specifications by title; those for which the run has nothing yet are left out.
+
+    `rounds` is `tasks.views.rounds.summarise_rounds` of the run.
+    """
+    found = {
+        "Accuracy on held-out prompts": _accuracy(rounds),
+        "Divergence from the teacher": _divergence(rounds),
+        "Length of answers": _line(rounds, "tokens", "tokens, sampled answers"),
+        "Answers cut at the limit": _line(rounds, "truncated", "share of sampled answers", ".0%"),
+        "What the loss speaks of": _coverage(sum_bytes(run.address)),
+        "Loss": _loss(run.address),
+        "Where the time went": _time(pl.DataFrame(list(list_seconds(run)), schema=["round", "stage", "seconds"], orient="row")),
+    }
+    return {title: chart.properties(**SIZE).to_dict() for title, chart in found.items() if chart is not None}
+
+
+def list_seconds(run: Run) -> Iterator[tuple[int, str, float]]:
+    """(round, stage, seconds) of each piece of work of this run; what it took over from another run took it none."""
+    for slot, manifest in run.manifests():
+        place = re.match(r"round=(\d+)/(\w+)", slot)
+        if place is None or "taken_from" in manifest:
+            continue
+        stage = "training" if place[2] == "steps" else place[2]  # the student and its trainer's state are the same work
+        if stage in STAGES:
+            yield int(place[1]), stage, manifest["seconds"]
+
+
+def _accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
+    kinds = [kind for kind in ("sampled", "greedy") if rounds[kind].is_not_null().any()]
+    if not kinds:
+        return None
+    long = pl.concat(
+        rounds.select(
+            "model", "round", decoding=pl.lit(kind), accuracy=kind, low=f"{kind}_low", high=f"{kind}_high"
+        ).drop_nulls("accuracy")
+        for kind in kinds
+    )  # fmt: skip
+    colour = _colour("decoding")
+    hint = [alt.Tooltip(name, format=".3f") for name in ("accuracy", "low", "high")]
+    student = alt.Chart(long.filter(model="student")).encode(x=ROUND, color=colour)
+    teacher = alt.Chart(long.filter(model="teacher")).encode(color=colour)
+    height = alt.Y("accuracy:Q", title="share of correct answers", scale=alt.Scale(domain=[0, 1]))
+    return alt.layer(
+        student.mark_area(opacity=0.18).encode(y="low:Q", y2="high:Q"),
+        student.mark_line(point=True).encode(y=height, tooltip=["round", "decoding", *hint]),
+        teacher.mark_rule(strokeDash=[5, 4]).encode(y=height, tooltip=[alt.Tooltip("model"), "decoding", *hint]),
+    )
+
+
+def _divergence(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
+    return _line(rounds.filter(model="student"), "divergence", "nats a byte, own samples", ".2f")
+
+
+def _line(rounds: pl.DataFrame, column: str, title: str, style: str = ".1f") -> alt.TopLevelMixin | None:
+    some = rounds.select("model", "round", pl.col(column).cast(pl.Float64)).drop_nulls()
+    if some.is_empty():
+        return None
+    scale = alt.Scale(zero=True) if (some[column] != 0).any() else alt.Scale(domain=[0, 1])  # all are 0: no axis of their own
+    height = alt.Y(f"{column}:Q", title=title, scale=scale, axis=alt.Axis(format=style))
+    hint = ["model", "round", alt.Tooltip(column, format=style)]
+    lines = [alt.Chart(some.filter(model="student")).mark_line(point=True).encode(x=ROUND, y=height, tooltip=hint)]
+    if len(teacher := some.filter(model="teacher")):
+        lines.append(alt.Chart(teacher).mark_rule(strokeDash=[5, 4]).encode(y=height, tooltip=hint))
+    return alt.layer(*lines)
+
+
+def _coverage(accounts: pl.DataFrame) -> alt.TopLevelMixin | None:
+    if accounts.is_empty():
+        return None
+    long = accounts.unpivot(BYTES, index="round", variable_name="bytes", value_name="share")
+    return _bars(long, "bytes", alt.Y("share:Q", title="share of the completions' bytes", axis=alt.Axis(format="%")), BYTES)
+
+
+def _time(spent: pl.DataFrame) -> alt.TopLevelMixin | None:
+    if spent.is_empty():
+        return None
+    total = spent.group_by("round", "stage").agg(pl.col("seconds").sum())
+    return _bars(total, "stage", alt.Y("seconds:Q", title="seconds of work"), STAGES)
+
+
+def _bars(data: pl.DataFrame, kind: str, height: alt.Y, order: tuple[str, ...]) -> alt.TopLevelMixin:
+    data = data.with_columns(place=pl.col(kind).replace_strict(order, range(len(order))))
+    colour = _colour(kind, order)
+    hint = ["round", kind, alt.Tooltip(height.shorthand, format=".3~r")]
+    along = alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    chart: alt.TopLevelMixin = alt.Chart(data).mark_bar().encode(x=along, y=height, color=colour, order="place:Q", tooltip=hint)
+    return chart
+
+
+def _colour(column: str, order: tuple[str, ...] | None = None) -> alt.Color:
+    return alt.Color(f"{column}:N", title=None, sort=order, legend=alt.Legend(orient="top"))
+
+
+def _loss(run: str) -> alt.TopLevelMixin | None:
+    """Means over at most 400 stretches of steps: a long run has more steps than a screen has points."""
+    try:
+        steps = scan(run, "steps").select("step", "round", "loss").sort("step").collect()
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        return None
+    stretch = -(-len(steps) // 400)
+    means = steps.group_by(pl.col("step") // stretch * stretch, "round").agg(pl.col("loss").mean()).sort("step")
+    height = alt.Y("loss:Q", title="nats a unit", scale=alt.Scale(zero=False))
+    hint = ["step", "round", alt.Tooltip("loss", format=".4f")]
+    chart: alt.TopLevelMixin = alt.Chart(means).mark_line().encode(x=alt.X("step:Q", title="step"), y=height, tooltip=hint)
+    return chart

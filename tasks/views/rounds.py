@@ -1,0 +1,104 @@
+"""What a run has shown so far: one row a model and round."""
+
+from typing import Any
+
+import polars as pl
+
+from storage.read import scan
+from tasks.views.estimates import Estimate, estimate_accuracy
+
+
+def summarise_rounds(run: str) -> pl.DataFrame:
+    """The teacher, the student before training, and the student after each round, with 95% intervals.
+
+    `recovered` is the share of the teacher's lead in sampled accuracy that the student has gained since round 0.
+    `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats a byte; `truncated` is the share of
+    completions cut at the limit; `supervised` is the share of the round's completion bytes that a term of the loss
+    speaks of.
+    """
+    try:
+        evals = scan(run, "evals").collect()
+    except (pl.exceptions.ComputeError, FileNotFoundError):
+        return pl.DataFrame()  # a run that has only begun
+    supervised = dict(sum_bytes(run).select("round", "supervised").iter_rows())
+    estimates: dict[tuple[str, int, str], Estimate] = {}
+    rows = []
+    for (model, number), group in evals.group_by(["model", "round"]):
+        for (decoding,), some in group.group_by(["decoding"]):
+            estimates[str(model), int(str(number)), str(decoding)] = estimate_accuracy(some)
+        sampled = group.filter(pl.col("decoding") == "sampled") if (group["decoding"] == "sampled").any() else group
+        rows.append(
+            {
+                "model": model,
+                "round": number,
+                "divergence": _per_byte(sampled),
+                "tokens": sampled["tokens"].mean(),
+                "truncated": (sampled["finish_reason"] == "length").mean(),
+            }
+        )
+    decoding = "sampled" if any(key[2] == "sampled" for key in estimates) else "greedy"
+    before, teacher = estimates.get(("student", 0, decoding)), estimates.get(("teacher", 0, decoding))
+    for row in rows:
+        key = (row["model"], row["round"])
+        for kind in ("greedy", "sampled"):
+            estimate = estimates.get((*key, kind))
+            row |= {
+                kind: estimate and estimate.value,
+                f"{kind}_low": estimate and estimate.low,
+                f"{kind}_high": estimate and estimate.high,
+            }
+        row["supervised"] = supervised.get(row["round"]) if row["model"] == "student" else None
+        row["recovered"] = None
+        if row["model"] == "student" and row["round"] and before and teacher and teacher.value > before.value:
+            row["recovered"] = (estimates[*key, decoding].value - before.value) / (teacher.value - before.value)
+    rows.sort(key=lambda row: (row["model"] != "teacher", row["round"]))
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _per_byte(evals: pl.DataFrame) -> float | None:
+    scored = evals.filter(pl.col("teacher_logprob").is_not_null())
+    apart = float((scored["logprob"] - scored["teacher_logprob"]).sum())
+    return apart / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
+
+
+def sum_bytes(run: str) -> pl.DataFrame:
+    """A row a round: the shares of its completions' bytes that are supervised, unmatched, dropped, and in the tail."""
+    names = ["supervised", "unmatched", "dropped", "tail"]
+    sums = [pl.col(f"{name}_bytes").cast(pl.Int64).sum().alias(name) for name in names]
+    try:
+        found = scan(run, "aligned").group_by("round").agg(sums).sort("round").collect(engine="streaming")
+    except (pl.exceptions.ComputeError, FileNotFoundError):  # before the first round
+        return pl.DataFrame(schema={"round": pl.Int32, **dict.fromkeys(names, pl.Float64)})
+    return found.with_columns(pl.col(names) / pl.max_horizontal(pl.sum_horizontal(names), 1))
+
+
+def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
+    """The table as people read it: `0.716 [0.66, 0.77]`, percent where a share of a whole is meant."""
+
+    def interval(row: dict[str, Any], kind: str) -> str | None:
+        return None if row[kind] is None else f"{row[kind]:.3f} [{row[kind + '_low']:.2f}, {row[kind + '_high']:.2f}]"
+
+    return [
+        {
+            "model": row["model"] if row["model"] == "teacher" else f"student, round {row['round']}",
+            "sampled": interval(row, "sampled"),
+            "greedy": interval(row, "greedy"),
+            "recovered": _format(row["recovered"], "{:.0%}"),
+            "divergence": _format(row["divergence"], "{:.4f}"),
+            "tokens": _format(row["tokens"], "{:.1f}"),
+            "truncated": _format(row["truncated"], "{:.1%}"),
+            "supervised": _format(row["supervised"], "{:.1%}"),
+        }
+        for row in table.iter_rows(named=True)
+    ]
+
+
+def _format(value: float | None, pattern: str) -> str | None:
+    return None if value is None else pattern.format(value)
+
+
+def to_markdown(table: pl.DataFrame, where: str) -> str:
+    rows = format_rounds(table)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows]
+    return "\n".join([*lines, "", f"Everything lies in `{where}`."])
