@@ -25,6 +25,7 @@ class Sampled:
     offsets: np.ndarray  # [rows + 1]
     stopped: np.ndarray  # bool [rows]: the last of the ids is a stop
     logprobs: np.ndarray  # behaviour, flat; NaN where the student did not sample
+    model_logprobs: np.ndarray  # the same under the student itself, at temperature 1 and over all tokens
     escapes: np.ndarray  # [rows] behaviour of the control token that ended the ids; NaN where none did
 
 
@@ -38,8 +39,7 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
     control = (student.vocabulary.lengths[ids] == 0) & ~(is_stop & last)
     keep = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row] == 0
     empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
-    logprobs = np.full(len(ids), np.nan)
-    logprobs[~rollouts["logprobs"].is_null().to_numpy()[row]] = flat(rollouts["logprobs"])[0]
+    logprobs, model_logprobs = (_read_logprobs(rollouts, name, row) for name in ("logprobs", model_column(rollouts)))
     escapes, escaped = np.full(rows, np.nan), np.flatnonzero(control)[::-1]
     escapes[row[escaped]] = logprobs[escaped]  # backwards: a row's first control token is written last
     return Sampled(
@@ -48,8 +48,21 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
         offsets_of(np.bincount(row[keep], minlength=rows)),
         np.bincount(row, is_stop & last & keep, rows) > 0,
         logprobs[keep],
+        model_logprobs[keep],
         escapes,
     )
+
+
+def model_column(rollouts: pa.Table) -> str:
+    """The column with the student's own log-probs, at temperature 1 and over all tokens."""
+    return "model_logprobs" if "model_logprobs" in rollouts.column_names else "logprobs"
+
+
+def _read_logprobs(rollouts: pa.Table, name: str, row: np.ndarray) -> np.ndarray:
+    """A column of log-probs, flat over all tokens, whose rows are `row`; NaN in rows without any."""
+    logprobs = np.full(len(row), np.nan)
+    logprobs[~rollouts[name].is_null().to_numpy()[row]] = flat(rollouts[name])[0]
+    return logprobs
 
 
 def pair_rows(
