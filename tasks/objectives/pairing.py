@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.models.text import Side
 from tasks.objectives.base import Pairing
@@ -39,7 +40,7 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
     control = (student.vocabulary.lengths[ids] == 0) & ~(is_stop & last)
     keep = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row] == 0
     empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
-    logprobs, model_logprobs = (_read_logprobs(rollouts, name, row) for name in ("logprobs", model_column(rollouts)))
+    logprobs, model_logprobs = (_spread(column, row) for column in (rollouts["logprobs"], model_logprobs_of(rollouts)))
     escapes, escaped = np.full(rows, np.nan), np.flatnonzero(control)[::-1]
     escapes[row[escaped]] = logprobs[escaped]  # backwards: a row's first control token is written last
     return Sampled(
@@ -53,15 +54,16 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
     )
 
 
-def model_column(rollouts: pa.Table) -> str:
-    """The column with the student's own log-probs, at temperature 1 and over all tokens."""
-    return "model_logprobs" if "model_logprobs" in rollouts.column_names else "logprobs"
+def model_logprobs_of(rollouts: pa.Table) -> pa.ChunkedArray:
+    """The student's own log-probs, at temperature 1 and over all tokens: those that were drawn by, where they are these."""
+    drawn = rollouts["logprobs"]
+    return pc.coalesce(rollouts["model_logprobs"], drawn) if "model_logprobs" in rollouts.column_names else drawn
 
 
-def _read_logprobs(rollouts: pa.Table, name: str, row: np.ndarray) -> np.ndarray:
+def _spread(column: pa.ChunkedArray, row: np.ndarray) -> np.ndarray:
     """A column of log-probs, flat over all tokens, whose rows are `row`; NaN in rows without any."""
     logprobs = np.full(len(row), np.nan)
-    logprobs[~rollouts[name].is_null().to_numpy()[row]] = flat(rollouts[name])[0]
+    logprobs[~column.is_null().to_numpy()[row]] = flat(column)[0]
     return logprobs
 
 
