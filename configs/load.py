@@ -17,6 +17,10 @@ MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 
+# Fields that came later: no part of a key while they have their default, so that runs from before go on.
+LATER = {"train.dropout"}
+
+
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Load the recipe at `path` and apply `overrides` (each `a.b=value`, the value in TOML's notation).
 
@@ -60,9 +64,11 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
     """The fields of one table of the recipe that go into keys: those that can change a result beyond its rounding."""
+    table = getattr(recipe, name)
     machinery = {field.removeprefix(f"{name}.") for field in MACHINERY if field.startswith(f"{name}.")}
-    fields: dict[str, Any] = getattr(recipe, name).model_dump(mode="json", exclude=machinery)
-    return fields
+    fields: dict[str, Any] = table.model_dump(mode="json", exclude=machinery)
+    defaults = {key: type(table).model_fields[key].default for key in fields if f"{name}.{key}" in LATER}
+    return {key: value for key, value in fields.items() if key not in defaults or value != defaults[key]}
 
 
 def list_differences(old: Recipe, new: Recipe) -> list[str]:

@@ -47,6 +47,9 @@ ROLLOUTS = pa.schema(
         "prompt_token_ids": _ids,
         "token_ids": _ids,  # as sampled, stop included
         "logprobs": _logprobs,  # of token_ids under the behaviour policy; null where the student did not sample
+        # Only where rollouts are drawn at another temperature than 1, or with top_p or top_k: of token_ids under the student
+        # itself, the stop as one event. Else `logprobs` are those, and a table has no such column.
+        "model_logprobs": _logprobs,
         "text": pa.string(),
         "finish_reason": pa.string(),  # stop, length
         "seed": pa.int64(),
@@ -80,7 +83,7 @@ ALIGNED = pa.schema(
         "teacher_ends": _ids,
         "byte_ends": _ids,
         "kind": pa.list_(pa.int8()),  # tasks/tokens/align.py: Kind
-        "student_logprobs": _logprobs,  # a unit's log-prob under the behaviour policy; null where there was none
+        "student_logprobs": _logprobs,  # a unit's under the student itself, whichever law it was drawn by; null: not sampled
         "teacher_logprobs": _logprobs,
         "status": pa.string(),
         "supervised_bytes": pa.int32(),  # these four sum to the completion's bytes
@@ -131,7 +134,7 @@ EVALS = pa.schema(
         "finish_reason": pa.string(),
         "tokens": pa.int32(),
         "bytes": pa.int32(),
-        "logprob": pa.float64(),  # of the completion under the model that wrote it, in nats
+        "logprob": pa.float64(),  # of the completion under the model that wrote it, at temperature 1 and over all tokens
         "teacher_logprob": pa.float64(),  # under the teacher; null where the text is not all that was sampled
         "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats per byte
     }

@@ -22,7 +22,7 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
-from tasks.tokens.token_bytes import split_completion
+from tasks.tokens.token_bytes import spell_answer, split_completion
 
 CODE = 1
 
@@ -53,6 +53,8 @@ def evaluate_model(
         "role": role,
         "round": number,
     }
+    if teacher is not None and drawn_otherwise(recipe, model):
+        inputs["divergence"] = "both at temperature 1"
 
     def make() -> pa.Table:
         rows = read_table(prompts).to_pylist()
@@ -63,6 +65,11 @@ def evaluate_model(
         return pa.Table.from_pylist(records, EVALS)
 
     return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
+
+
+def drawn_otherwise(recipe: Recipe, model: ModelRef) -> bool:
+    """Whether log-probs as drawn are not the model's own: another law was drawn from, or a stop is one of several ids."""
+    return not Sampling.of(recipe.rollout).plain or len(side(model).stop_ids) > 1
 
 
 def evaluate_prompts(
@@ -80,9 +87,11 @@ def evaluate_prompts(
             for sample in range(samples):
                 # The same seeds in every round: the figures differ by the model alone.
                 seeds = [derive_seed(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
-                for row, completion in zip(rows, generator.generate(rendered, seeds, sampling, advance), strict=True):
-                    text, whole = split_completion(text_side.beta, completion.ids, stops)
-                    value = score(text, row)
+                completions = generator.generate(rendered, seeds, sampling, advance)
+                for row, ids, completion in zip(rows, rendered, completions, strict=True):
+                    whole = split_completion(text_side.beta, completion.ids, stops)[1]
+                    text, answer = spell_answer(text_side.beta, completion.ids, stops)
+                    value = max(score(text, row), score(answer, row))
                     records.append(
                         {
                             "model": role,
@@ -98,6 +107,7 @@ def evaluate_prompts(
                             "tokens": len(completion.ids),
                             "bytes": len(text.encode()),
                             "logprob": float(np.sum(completion.logprobs, dtype=np.float64)),
+                            "prompt_token_ids": ids,
                             "token_ids": completion.ids,
                             "whole": whole,
                         }
@@ -108,8 +118,17 @@ def evaluate_prompts(
 def _add_teacher_logprobs(
     recipe: Recipe, records: list[dict[str, Any]], messages: dict[str, Any], *, model: ModelRef, teacher: ModelRef
 ) -> None:
-    """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte."""
+    """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte.
+
+    Both models' log-probs are their own, at temperature 1 and over all tokens, a stop being one event (MATHS.md §7): where the
+    model's were drawn otherwise they are computed here.
+    """
     t_side = side(teacher)
+    if drawn_otherwise(recipe, model):
+        engine = get_engine(model, recipe.rollout.batch_size, recipe.score.batch_tokens)
+        asked, written = ([record[name] for record in records] for name in ("prompt_token_ids", "token_ids"))
+        for record, scored in zip(records, engine.score(asked, written, make_signal("sampled")), strict=True):
+            record["logprob"] = float(scored.logprobs.sum(dtype=np.float64))
     ids = teacher_ids(records, t_side, side(model).vocabulary.same_as(t_side.vocabulary))
     # A text that is cut before the student's last token has no counterpart on the teacher's side.
     able = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
