@@ -34,13 +34,13 @@ class ObjectiveConfig(Table):
             OBJECTIVES[names[0]] = cls
 
 
-class Divergence(ObjectiveConfig):
+class JsdConfig(ObjectiveConfig):
     """Base of the objectives that compare two distributions by JSD."""
 
     beta: Float = Field(1.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
 
 
-class Gkd(Divergence):
+class Gkd(JsdConfig):
     """The divergence at every position, for one tokenizer on both sides."""
 
     name: Literal["gkd"]
@@ -61,7 +61,7 @@ class Uld(ObjectiveConfig):
     needs_matches = True
 
 
-class Gold(Divergence):
+class Gold(JsdConfig):
     """Units merged on both sides: a divergence on matched entries, sorted L1 on unmatched ones."""
 
     name: Literal["gold"]
@@ -75,7 +75,7 @@ class Gold(Divergence):
     needs_one_to_one = True
 
 
-class Bytes(Divergence):
+class Bytes(JsdConfig):
     """The divergence of both models' next-byte laws where the teacher stands on a boundary."""
 
     name: Literal["bytes"]
@@ -104,7 +104,7 @@ class Alm(ObjectiveConfig):
     reads = PATH
 
 
-class Bpm(Divergence):
+class Bpm(JsdConfig):
     """The teacher's mass at a unit's start, carried onto student tokens by their bytes."""
 
     name: Literal["bpm"]

@@ -17,7 +17,7 @@ from tasks.tokens.byte_laws import REST
 from tasks.tokens.ragged import Flat, add_up, first_of, flat, offsets_of, rows_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampled:
     """What of a shard's rollouts can be aligned: each row's ids up to its first control token."""
 
@@ -44,13 +44,13 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
     escapes, escaped = np.full(rows, np.nan), np.flatnonzero(control)[::-1]
     escapes[row[escaped]] = logprobs[escaped]  # backwards: a row's first control token is written last
     return Sampled(
-        np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
-        ids[keep],
-        offsets_of(np.bincount(row[keep], minlength=rows)),
-        np.bincount(row, is_stop & last & keep, rows) > 0,
-        logprobs[keep],
-        model_logprobs[keep],
-        escapes,
+        status=np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
+        ids=ids[keep],
+        offsets=offsets_of(np.bincount(row[keep], minlength=rows)),
+        stopped=np.bincount(row, is_stop & last & keep, rows) > 0,
+        logprobs=logprobs[keep],
+        model_logprobs=model_logprobs[keep],
+        escapes=escapes,
     )
 
 
@@ -90,7 +90,7 @@ def pair_rows(
     units = align(*_text_lengths(s_lengths, s_offsets), *_text_lengths(t_lengths, t_offsets), stops)
     s_counts, t_counts = last_of(units.student_ends, units.offsets), last_of(units.teacher_ends, units.offsets)
     t_keep, t_kept = first_of(t_offsets, t_counts), offsets_of(t_counts)
-    reading = Reading(np.flatnonzero(t_keep), t_kept, wants_laws, teacher.vocabulary, head)
+    reading = Reading(tokens=np.flatnonzero(t_keep), offsets=t_kept, laws=wants_laws, vocabulary=teacher.vocabulary, head=head)
     return Pairing(
         student_ids=s_ids[first_of(s_offsets, s_counts)],
         student_offsets=offsets_of(s_counts),
