@@ -11,7 +11,7 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
-from flows.terminal import Terminated, catch_sigterm, end, log_plainly, out, print_line, print_table
+from flows.terminal import Terminated, catch_sigterm, end, escape_controls, log_plainly, out, print_line, print_table
 
 
 def _whole(_: Any, tokens: Sequence[Any]) -> int:
@@ -257,7 +257,7 @@ def align(
     elif file is None and aligned.table["status"][0].as_py() == "ok":
         for pair in show.format_pairs(text, aligned.table.to_pylist()[0], own, other, out.width - 10):
             for role, line in zip(("student", "teacher"), pair, strict=True):
-                out.print(Text(f"{role}  {line}"))
+                out.print(Text(escape_controls(f"{role}  {line}")))
             out.print()
     for title, rows in show.summarise(aligned, own, other).items():
         print_table(title, rows)

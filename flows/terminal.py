@@ -42,6 +42,15 @@ def log_plainly() -> None:
     logger.propagate = False
 
 
+# A model can write sequences that a terminal obeys: they are shown, but for line ends and tabs.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def escape_controls(text: str) -> str:
+    """The text with control characters as `\\x1b`."""
+    return text.translate(CONTROLS)
+
+
 def print_line(text: str) -> None:
     """A line as it is, however long: a path in it can be copied."""
     out.print(text, soft_wrap=True, highlight=False)
@@ -57,5 +66,5 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         numeric = all(isinstance(row[column], int | float | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))  # text, not markup
+        table.add_row(*(Text("" if value is None else escape_controls(str(value))) for value in row.values()))  # no markup
     out.print(table)

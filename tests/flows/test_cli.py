@@ -13,7 +13,7 @@ import pytest
 from helpers import CHECKOUT, POTSTILL, TINY, files
 
 from flows import cli
-from flows.terminal import print_table
+from flows.terminal import CONTROLS, print_table
 from storage.read import scan
 from tasks.views.inspect import show_round
 
@@ -219,9 +219,12 @@ def test_inspect_a_rollout(potstill, tiny, source):
 
 
 def test_texts_are_shown_as_they_are(capsys):
-    """Square brackets in a completion are no markup."""
-    print_table("Texts", [{"text": "[/INST] [red]x[/red] [b]"}])
-    assert "[/INST] [red]x[/red] [b]" in capsys.readouterr().out
+    """Square brackets in a completion are no markup; what a terminal would obey is shown and not sent."""
+    print_table("Texts", [{"text": "[/INST] [red]x[/red] [b]"}, {"text": "\x1b[2J\x1b]0;title\x07\x9b31m bell\r"}])
+    shown = capsys.readouterr().out
+    assert "[/INST] [red]x[/red] [b]" in shown
+    assert r"\x1b[2J\x1b]0;title\x07\x9b31m bell\x0d" in shown
+    assert not set(shown) & set(map(chr, CONTROLS))
 
 
 def test_the_commands_entry_point():
