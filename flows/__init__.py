@@ -2,7 +2,7 @@
 
 import os
 
-# Read by Prefect when it is imported. A value that the user's environment has wins.
+# Prefect reads these when it is imported. A value from the user's environment has priority.
 for _name, _value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

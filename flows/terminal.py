@@ -1,4 +1,4 @@
-"""The command at a terminal: tables on standard output, our log on standard error, and how a command ends."""
+"""The command at a terminal: tables on standard output, the log on standard error, and how a command ends."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: from a scheduler, a container's stop, a machine's shutdown."""
+    """SIGTERM, as a scheduler, a container's stop or a machine's shutdown sends it."""
 
 
 def catch_sigterm() -> None:
@@ -33,7 +33,7 @@ def end(message: str, status: int) -> NoReturn:
 
 
 def log_plainly() -> None:
-    """Our lines on standard error; of Prefect's only what it cannot go on with."""
+    """Log Potstill's lines to standard error, and of Prefect's only critical errors."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -52,12 +52,12 @@ def escape_controls(text: str) -> str:
 
 
 def print_line(text: str) -> None:
-    """A line as it is, however long: a path in it can be copied."""
+    """Print a line without wrapping it, so that a path in it can be copied."""
     out.print(text, soft_wrap=True, highlight=False)
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows that have the same columns, as a table."""
+    """Print rows that have the same columns as a table."""
     if not rows:
         out.print(f"{title}: none")
         return

@@ -188,11 +188,11 @@ def test_inspect_what_both_vocabularies_know(tiny):
     top = [pair for row in tables["scores"] for pair in zip(row["top_ids"] or [], row["top_logprobs"] or [], strict=True)]
     masses = [math.exp(logprob) for _, logprob in top]
     wanted.append(sum(m for (i, _), m in zip(top, masses, strict=True) if ("teacher", i) in known) / sum(masses))
-    got = [float(row["share"].rstrip("%")) / 100 for row in shown["Tokens that the other side has too"]]
+    got = [float(row["share"].rstrip("%")) / 100 for row in shown["Tokens that match a token of the other side"]]
     assert got == pytest.approx(wanted, abs=1e-3)
     canonical = scan(str(tiny), "aligned").filter(pl.col("round") == 1).collect()["canonical"].to_list()
     (drift,) = shown["Retokenisation drift"]
-    assert drift == {"rollouts": 64, "ids that are not the text's encoding": f"{canonical.count(False) / 64:.1%}"}
+    assert drift == {"rollouts": 64, "share whose ids differ from the text's encoding": f"{canonical.count(False) / 64:.1%}"}
 
 
 @pytest.mark.parametrize("source", ["student", "reference"])

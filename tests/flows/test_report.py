@@ -96,7 +96,7 @@ def test_charts_show_what_the_tables_say(page, tiny):
         {(m, r): t for m, r, t in sampled.iter_rows()}
     )
 
-    found = points(page.charts["What the loss speaks of"]).group_by("round").agg(pl.col("share").sum())
+    found = points(page.charts["Completion bytes covered by the loss"]).group_by("round").agg(pl.col("share").sum())
     assert found["share"].to_list() == pytest.approx([1, 1])
     steps = scan(str(tiny), "steps").collect()
     assert points(page.charts["Loss"]).sort("step")["loss"].to_list() == pytest.approx(steps.sort("step")["loss"].to_list())
@@ -107,7 +107,7 @@ def test_time_is_counted_once(page, tiny):
     manifests = [json.loads(path.read_text()) for path in tiny.glob("_manifests/round=*/**/*.json")]
     whole = sum(m["seconds"] for m in manifests if "taken_from" not in m and not m["path"].endswith(("/student", "/trainer")))
     once = sum(m["seconds"] for m in manifests if "/evals/student" in m["path"])
-    shown = points(page.charts["Where the time went"])
+    shown = points(page.charts["Time by stage"])
     assert shown["seconds"].sum() == pytest.approx(whole)
     assert shown.filter(stage="evals")["seconds"].sum() >= once
 
