@@ -11,7 +11,7 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
-from flows.terminal import Terminated, catch_sigterm, end, escape_controls, log_plainly, out, print_line, print_table
+from flows.terminal import Terminated, catch_stops, end, escape_controls, log_plainly, out, print_line, print_table
 
 
 def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
@@ -32,7 +32,7 @@ app = App(
 
 def main() -> None:
     """Entry point. A user's mistake, a stop and a full disk each end with one message; `configs.errors` has their statuses."""
-    catch_sigterm()
+    catch_stops()
     try:
         app(exit_on_error=False, print_error=False)
     except (BadInput, CycloptsError) as error:
