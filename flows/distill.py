@@ -13,7 +13,7 @@ from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
 from flows.publish import Publication
-from flows.refuse import check_pair, check_recipe
+from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from storage.artifacts import Artifact
 from storage.store import Run, round_slot
 from tasks.align import align_shard
@@ -57,6 +57,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
     existing = None if recipe.student.scratch else make_model(recipe, recipe.student)
     check_pair(recipe, student=existing, teacher=teacher)
+    check_weights_unchanged(run, student=existing, teacher=teacher)
     run.freeze(recipe)
 
     done = run.rounds_done()

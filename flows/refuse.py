@@ -7,7 +7,7 @@ from configs.load import inherit_overrides, load_recipe
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
-from storage.store import Run
+from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.models.reference import ModelRef, check_machine, make_reference
 from tasks.models.text import side
@@ -69,3 +69,15 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
             f"objective.name = '{recipe.objective.name}' needs one tokenizer on both sides; "
             f"the tokenizers of {student.path} and {teacher.path} differ; choose objective.name = 'bytes' or 'gold'"
         )
+
+
+def check_weights_unchanged(run: Run, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
+    """Refuse to go on with a run whose models were replaced: what is committed would be made anew over it."""
+    for role, ref in (("student", student), ("teacher", teacher)):
+        manifest = run.manifest(round_slot(0, "evals", role))
+        before = manifest["inputs"]["model"]["digest"] if manifest else None
+        if ref is not None and before not in (None, ref.digest):
+            raise BadInput(
+                f"{run.path}: this run began with another {role}: the weights of {ref.path} are {ref.digest[:12]}, and were "
+                f"{before[:12]}; put them back, or give this recipe another name (--set name=…)"
+            )
