@@ -190,18 +190,19 @@ def inspect(
         total = trace.count_artifacts(run)
         out.print(f"{total - len(damages)} of {total} artifacts are what their manifests say")
         sys.exit(bool(damages))
-    if lineage:
-        for title, rows in trace.trace_lineage(run, round).items():
-            print_table(title, rows)
-    elif rollout is not None:
-        for title, rows in show.show_rollout(run, rollout).items():
-            print_table(title, rows)
-    elif round is not None:
-        for title, rows in show.show_round(run, round).items():
-            print_table(title, rows)
-    else:
-        print_table(ROUNDS, format_rounds(summarise_rounds(run)))
-        print_table("Tables", show.list_tables(run))
+    if damages := trace.find_damage(run, read=False):
+        print_table("Damaged artifacts; the same `potstill run` command makes them again", damages)
+    with trace.refuse_damage(run):
+        if lineage:
+            tables = trace.trace_lineage(run, round)
+        elif rollout is not None:
+            tables = show.show_rollout(run, rollout)
+        elif round is not None:
+            tables = show.show_round(run, round)
+        else:
+            tables = {ROUNDS: format_rounds(summarise_rounds(run)), "Tables": show.list_tables(run)}
+    for title, rows in tables.items():
+        print_table(title, rows)
 
 
 @app.command
@@ -215,9 +216,11 @@ def report(run: str) -> None:
     """
     from tasks.views import inspect as show
     from tasks.views.report import write_report
+    from tasks.views.trace import refuse_damage
 
     show.check_run(run)
-    out.print(write_report(show.open_run(run)), soft_wrap=True, highlight=False)
+    with refuse_damage(run, sizes_first=True):
+        print_line(write_report(show.open_run(run)))
 
 
 @app.command

@@ -4,7 +4,11 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import polars as pl
+import pyarrow as pa
 
 from configs.errors import BadInput
 from storage.store import Run, round_slot
@@ -70,10 +74,32 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
     }
 
 
-def find_damage(run: str) -> list[dict[str, Any]]:
-    """Every artifact whose digest, computed again, differs from its manifest's, and every manifest that cannot be read."""
+def find_damage(run: str, read: bool = True) -> list[dict[str, Any]]:
+    """Every artifact that is not what its manifest says, and every manifest that cannot be read.
+
+    Digests are computed again; without `read` sizes alone are compared.
+    """
     here = open_run(run)
-    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.find_damage(slot))]
+    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.find_damage(slot, read))]
+
+
+@contextmanager
+def refuse_damage(run: str, sizes_first: bool = False) -> Iterator[None]:
+    """Turn what libraries raise for a damaged table into one message. With `sizes_first` a run is refused by sizes alone."""
+    if sizes_first and (damages := find_damage(run, read=False)):
+        raise _describe_damage(run, damages)
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pa.ArrowException, KeyError, OSError) as error:
+        if damages := find_damage(run):
+            raise _describe_damage(run, damages) from error
+        raise
+
+
+def _describe_damage(run: str, damages: list[dict[str, Any]]) -> BadInput:
+    named = "; ".join(f"{damage['artifact']}: {damage['problem']}" for damage in damages[:3])
+    more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
+    return BadInput(f"{run}: damaged: {named}{more}; the `potstill run` command that made the run makes it again")
 
 
 def count_artifacts(run: str) -> int:
