@@ -1,10 +1,13 @@
 """How a command ends when it is told to stop."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+CHECKOUT = Path(__file__).parents[2]
 SWALLOWED = """
 import gc, os, signal, sys, time, weakref
 from flows.terminal import Terminated, catch_stops
@@ -36,3 +39,15 @@ def test_a_stop_in_the_collector_is_not_lost(number: int, name: str) -> None:
     )
     assert ended.stdout.strip() == name
     assert "ignored" not in ended.stderr
+
+
+@pytest.mark.parametrize("home", ["/proc", "/dev/null/home"])
+def test_prefect_has_a_home_where_the_users_own_cannot_be_written(home: str) -> None:
+    code = "import flows, os; print(os.environ.get('PREFECT_HOME', ''), os.path.isdir(os.environ['PREFECT_HOME']))"
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_HOME"} | {"HOME": home}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=CHECKOUT)
+    place, there = ended.stdout.split()
+    assert "potstill-prefect-" in place
+    assert there == "True"
+    assert not Path(place).exists(), "it goes with the process"
