@@ -1,4 +1,4 @@
-"""Picks the engine that a model's recipe names. One loaded model at a time is held; a server holds nothing here."""
+"""Choose the engine that a model's recipe names. At most one model is loaded at a time; a server loads nothing here."""
 
 import gc
 from functools import lru_cache
@@ -13,14 +13,14 @@ from tasks.engines.transformers import TransformersEngine
 from tasks.engines.vllm import VllmEngine, vllm_version
 from tasks.models.reference import ModelRef
 
-_held: dict[ModelRef, TransformersEngine | VllmEngine] = {}
-_server = lru_cache(maxsize=8)(ServerEngine)
+_loaded: dict[ModelRef, TransformersEngine | VllmEngine] = {}
+_connect = lru_cache(maxsize=8)(ServerEngine)
 
 
 def engine_name(ref: ModelRef) -> str:
     """The engine with its version, for keys and the `engine` column.
 
-    A server is named without one: its scores stay good when it is upgraded, or gone.
+    A server has no version here: its scores stay valid when it is upgraded or stopped.
     """
     if ref.engine == "vllm":
         return f"vllm-{vllm_version(ref.vllm_python)}"
@@ -28,37 +28,39 @@ def engine_name(ref: ModelRef) -> str:
 
 
 def get_engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> Engine:
-    """The engine for a model: the one that is held, or a new one once the memory of the last is given back.
+    """The engine for a model: the loaded one, or a new one after the memory of the last is released.
 
-    transformers generates `batch_size` sequences and scores `batch_tokens` tokens, padding included, at once.
+    `transformers` generates `batch_size` sequences at once, and scores `batch_tokens` tokens at once, padding included.
     """
     if ref.engine == "server":
-        return _server(ref)
-    if ref not in _held:
+        return _connect(ref)
+    if ref not in _loaded:
         release()
-        _held[ref] = VllmEngine(ref) if ref.engine == "vllm" else TransformersEngine(ref)
-    loaded = _held[ref]
-    if isinstance(loaded, TransformersEngine):
-        loaded.batch_size, loaded.batch_tokens = batch_size, batch_tokens
-    return loaded
+        _loaded[ref] = VllmEngine(ref) if ref.engine == "vllm" else TransformersEngine(ref)
+    engine = _loaded[ref]
+    if isinstance(engine, TransformersEngine):
+        engine.batch_size, engine.batch_tokens = batch_size, batch_tokens
+    return engine
 
 
 def release() -> None:
-    """Give back the memory of the model that is held, and of what was trained: a vLLM beside this process needs it."""
-    loaded = bool(_held)
-    while _held:
-        _held.popitem()[1].close()
-    if loaded or torch.cuda.is_available():  # (half a second in a process with as many modules)
+    """Release the memory of the loaded model, and of a model that was trained: a vLLM process beside this one needs it."""
+    was_loaded = bool(_loaded)
+    while _loaded:
+        _loaded.popitem()[1].close()
+    if was_loaded or torch.cuda.is_available():  # a collection takes half a second with this many modules
         gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def check_engine(ref: ModelRef) -> None:
-    """Refuse an engine that is not there, or servers of another model. A server that is down may not be needed: no error."""
+    """Refuse an engine that is not installed, or a server of another model. A server that is down is accepted: finished work
+    may not need it.
+    """
     engine_name(ref)
     if ref.engine == "server":
         try:
-            _server(ref).check(attempts=1)
+            _connect(ref).check(attempts=1)
         except Unavailable:
             return

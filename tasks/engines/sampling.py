@@ -1,4 +1,4 @@
-"""Sampling that depends on a seed and a position only, never on the batch."""
+"""Sampling that depends on a seed and a position only, not on the batch."""
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -16,7 +16,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise `[rows, size]`, float32: a counter-based function of (seed, position, id)."""
+    """Standard Gumbel noise, float32 `[rows, size]`: a function of (seed, position, id). `seeds`: int64 `[rows]`."""
     row = _mix(_mix(seeds & MASK32) ^ ((seeds >> 32) & MASK32)) + 0x9E3779B9 * (position + 1)
     ids = torch.arange(size, device=seeds.device) * 0x85EBCA77
     bits = _mix(_mix((row & MASK32)[:, None] ^ (ids & MASK32)[None, :]) + (row & MASK32)[:, None] & MASK32)
@@ -25,21 +25,22 @@ def gumbel(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
 
 
 def warpers(sampling: Sampling) -> LogitsProcessorList:
-    """What turns a model's logits into those that tokens are drawn from. None of them for greedy decoding."""
-    chosen = LogitsProcessorList()
+    """The processors that turn a model's logits into those that tokens are drawn from; none for greedy decoding."""
+    processors = LogitsProcessorList()
     if sampling.temperature not in (0, 1):
-        chosen.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.temperature and sampling.top_k:
-        chosen.append(TopKLogitsWarper(sampling.top_k))
+        processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.temperature and sampling.top_p < 1:
-        chosen.append(TopPLogitsWarper(sampling.top_p))
-    return chosen
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
 
 
 class SeededSampler(LogitsProcessor):
-    """Makes greedy search sample: adds each row's own Gumbel noise, whose maximum is a sample (Gumbel-max).
+    """Makes greedy search sample: it adds Gumbel noise to each row, and the maximum is then a sample (Gumbel-max).
 
-    Keeps the log-prob of every token it chose; `size` is the vocabulary without padded rows of the head.
+    It keeps the log-prob of every token that it chose, float32 `[rows]` per step. `size` is the vocabulary without padded
+    rows of the head.
     """
 
     def __init__(self, seeds: torch.Tensor, sampling: Sampling, size: int):
@@ -52,5 +53,5 @@ class SeededSampler(LogitsProcessor):
         noisy = logprobs if self.greedy else logprobs + gumbel(self.seeds, len(self.logprobs), self.size)
         chosen = noisy.argmax(-1, keepdim=True)
         self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
-        # What greedy search takes the maximum of.
+        # Greedy search takes the maximum of this.
         return scores.fill_(-torch.inf).scatter_(1, chosen, 0.0)  # type: ignore[return-value]

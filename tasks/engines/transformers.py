@@ -16,12 +16,14 @@ from tasks.tokens.byte_laws import ByteLaws
 
 
 class TransformersEngine:
+    """A transformers model that this process holds. Its samples depend on prompt and seed only."""
+
     def __init__(self, ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384):
         """`batch_size` sequences are generated at once; `batch_tokens`, padding included, are scored at once."""
         self.side, self.batch_size, self.batch_tokens = side(ref), batch_size, batch_tokens
         self.device = device_of(ref)
         self.model = load_weights(ref).eval().to(self.device)
-        self.model.generation_config = GenerationConfig()  # a model's own top_k and penalties are not the recipe's
+        self.model.generation_config = GenerationConfig()  # without the top_k and penalties of the model's own config
         self.size = len(self.side.beta.values)
         check_head(self.model, ref.path, self.size)
 
@@ -56,16 +58,21 @@ class TransformersEngine:
         return [result for result in results if result is not None]
 
     def _prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
-        """Keys and values of left-padded prompts up to their last token, each prompt computed once; None where all differ."""
-        # The mask belongs to a prompt: padding may be an id that another prompt begins with.
-        alone, copies = torch.unique_consecutive(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
-        alone, seen = alone[:, : ids.shape[1] - 1], alone[:, ids.shape[1] : -1]
-        if len(alone) == len(ids) or ids.shape[1] == 1:
+        """Keys and values of left-padded prompts `[rows, time]` up to their last token, each distinct prompt computed once.
+
+        None where all prompts differ.
+        """
+        # The mask is compared, too: padding may be an id with which another prompt begins.
+        distinct, copies = torch.unique_consecutive(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
+        prompts, prompt_mask = distinct[:, : ids.shape[1] - 1], distinct[:, ids.shape[1] : -1]
+        if len(distinct) == len(ids) or ids.shape[1] == 1:
             return None
         cache = DynamicCache(config=self.model.config)
-        places = (seen.cumsum(-1) - 1).clamp(min=0)
-        self.model.base_model(input_ids=alone, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True)
-        cache.reorder_cache(copies)  # which layers of every kind have, those with a recurrent state too
+        places = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
+        self.model.base_model(
+            input_ids=prompts, attention_mask=prompt_mask, position_ids=places, past_key_values=cache, use_cache=True
+        )
+        cache.reorder_cache(copies)  # every kind of layer has this, those with a recurrent state too
         return cache
 
     @torch.inference_mode()
@@ -90,7 +97,10 @@ class TransformersEngine:
     def _scores(
         self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Log-probs and the signal's columns at flat positions, in chunks; `first` marks each completion's first token."""
+        """Log-probs and the signal's columns at flat positions, in chunks; `first` marks each completion's first token.
+
+        `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`, as are the float32 log-probs.
+        """
         stops = torch.tensor(self.side.stop_ids, device=self.device)
         chosen, chunks = [], []
         for at in torch.split(torch.arange(len(actual), device=self.device), SCORE_CHUNK):
@@ -114,6 +124,7 @@ class TransformersEngine:
 
     @cached_property
     def laws(self) -> ByteLaws:
+        """The module of next-byte laws of this model's vocabulary, on its device."""
         return ByteLaws(self.side.vocabulary).to(self.device)
 
     def close(self) -> None:
@@ -122,7 +133,7 @@ class TransformersEngine:
 
 
 def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows in batches of similar length, each at most `budget` tokens with padding (a longer row stands alone)."""
+    """Rows in batches of similar length, each at most `budget` tokens with padding; a longer row is a batch of its own."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:

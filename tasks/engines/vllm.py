@@ -22,7 +22,7 @@ from tasks.running.progress import logger
 from tasks.signals.base import Top
 
 CHILD = Path(__file__).with_name("vllm_child.py")
-LAST_WORDS = 15  # lines of what a child wrote before it ended
+LAST_WORDS = 15  # lines of a child's output that an error quotes
 IDS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
 
@@ -30,20 +30,20 @@ IDS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 def vllm_version(python: str) -> str:
     """The version of vLLM that this interpreter has."""
     try:
-        ended = subprocess.run([python, "-I", CHILD, "version"], capture_output=True, text=True, timeout=120, check=True)
+        process = subprocess.run([python, "-I", CHILD, "version"], capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         words = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise BadInput(
-            f"vllm_python: {python} is no Python that has vLLM ({words[-1] if words else error}); run `make vllm`, "
-            "or give the path of one"
+            f"vllm_python: {python} is not a Python with vLLM ({words[-1] if words else error}); run `make vllm`, "
+            "or give the path of a Python that has it"
         ) from None
-    return ended.stdout.strip()
+    return process.stdout.strip()
 
 
 class VllmEngine(RemoteEngine):
-    """Completions repeat by their seeds (on one kind of machine), whatever their batch.
+    """vLLM in a child process. On one kind of machine, equal seeds give equal completions in any batch.
 
-    The child starts with the first request, and again with the first one after it died.
+    The child starts with the first request, and starts again with the first request after it died.
     """
 
     def __init__(self, ref: ModelRef):
@@ -53,13 +53,13 @@ class VllmEngine(RemoteEngine):
     def generate(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = ignore_progress
     ) -> list[Completion]:
-        wanted = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        options = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:
-            wanted |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+            options |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
         table = pa.table({"prompt": pa.array(prompts, IDS), "seed": pa.array(seeds, pa.int64())})
         stops, padding = self.side.stop_ids, [self.size, self.rows]
-        made = self._ask("generate", table, sampling=wanted, stops=stops, padding=padding)
-        completions = [Completion(row["ids"], row["logprobs"]) for batch in made for row in batch.to_pylist()]
+        batches = self._ask("generate", table, sampling=options, stops=stops, padding=padding)
+        completions = [Completion(row["ids"], row["logprobs"]) for batch in batches for row in batch.to_pylist()]
         advance(len(completions))
         return completions
 
@@ -72,8 +72,8 @@ class VllmEngine(RemoteEngine):
 
     def stops(self, contexts: list[list[int]]) -> np.ndarray:
         table = pa.table({"prompt": pa.array(contexts, IDS)})
-        made = self._ask("stops", table, stops=self.side.stop_ids)
-        return np.array([row for batch in made for row in batch["logprobs"].to_pylist()])
+        batches = self._ask("stops", table, stops=self.side.stop_ids)
+        return np.array([row for batch in batches for row in batch["logprobs"].to_pylist()])
 
     def close(self) -> None:
         if self.child is not None:
@@ -81,34 +81,34 @@ class VllmEngine(RemoteEngine):
             self.child = None
 
     def _ask(self, do: str, table: pa.Table, **options: Any) -> Iterator[pa.RecordBatch]:
-        """What the child makes of the rows of a table, batch by batch, in order."""
+        """Send the rows of a table to the child, and yield the batches of its reply in order."""
         if not table.num_rows:
             return
         try:
             if self.child is None:
                 self.child = Child(self.ref)
             yield from self.child.ask(do, table, options)
-        except (BadInput, GeneratorExit):  # the reply is read, or nobody wants the rest of it
+        except (BadInput, GeneratorExit):  # the reply was read, or the caller needs no more of it
             raise
-        except BaseException:  # a child that broke, or that somebody no longer waits for: its next reply would be the wrong one
+        except BaseException:  # the child broke, or its reply is not waited for: the next reply would belong to this request
             self.close()
             raise
 
 
 def environment(device: str) -> dict[str, str]:
-    """What a child is told of the machine: vLLM takes the first GPU that it sees, and so sees no other than `device`."""
+    """A child's environment variables. vLLM takes the first GPU that it sees, so `device` is the only one that it sees."""
     kind, _, index = device.partition(":")
     variables = dict(os.environ)
     if kind == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     elif index:
-        seen = variables.get("CUDA_VISIBLE_DEVICES")  # of which torch counts its own
-        variables["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(index)] if seen else index
+        visible = variables.get("CUDA_VISIBLE_DEVICES")  # torch counts devices within this list
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
     return variables
 
 
 class Child:
-    """The process and the folder that tables pass through."""
+    """The child process, and the folder through which tables pass to and from it."""
 
     def __init__(self, ref: ModelRef):
         self.path = ref.path
@@ -130,46 +130,49 @@ class Child:
                 env=environment(ref.device),
             )
         try:
-            self._reply()
+            self._read_reply()
         except BaseException:  # also a time-out while it loads
             self.end()
             raise
 
     def ask(self, do: str, table: pa.Table, options: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        given, made = (f"{self.folder.name}/{name}.arrow" for name in ("in", "out"))
-        with pa.ipc.new_file(given, table.schema) as writer:
+        """Send one request and yield the batches of the reply. Raises what `_read_reply` raises."""
+        request, reply = (f"{self.folder.name}/{name}.arrow" for name in ("in", "out"))
+        with pa.ipc.new_file(request, table.schema) as writer:
             writer.write_table(table)
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died: the reply says how
-            print(json.dumps({"do": do, "in": given, "out": made, **options}), file=self.process.stdin, flush=True)
-        self._reply()
-        with pa.memory_map(made) as source:
+        with contextlib.suppress(BrokenPipeError):  # the child died: `_read_reply` says how
+            print(json.dumps({"do": do, "in": request, "out": reply, **options}), file=self.process.stdin, flush=True)
+        self._read_reply()
+        with pa.memory_map(reply) as source:
             reader = pa.ipc.open_file(source)
             for index in range(reader.num_record_batches):
                 yield reader.get_batch(index)
 
-    def _reply(self) -> None:
-        """Waits for a reply. Raises BadInput where vLLM refused the request, Unavailable where the child broke."""
+    def _read_reply(self) -> None:
+        """Wait for a reply. Raises BadInput where vLLM refused the request, Unavailable where the child broke."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
             how = f"was killed ({signal.Signals(-status).name})" if status < 0 else f"ended with status {status}"
-            raise Unavailable(f"the vLLM process for {self.path} {how}; its last words:\n{self._last_words()}")
+            raise Unavailable(f"the vLLM process for {self.path} {how}; its last output:\n{self._last_words()}")
         try:
             reply = json.loads(line)
             refused = reply.get("refused")
         except (json.JSONDecodeError, AttributeError):
-            raise Unavailable(f"the vLLM process for {self.path} answered {line.strip()[:200]!r}, which is no reply") from None
+            raise Unavailable(
+                f"the vLLM process for {self.path} answered {line.strip()[:200]!r}, which is not a reply"
+            ) from None
         if refused is not None:
-            raise BadInput(f"{self.path}: vLLM refuses a request: {refused}")
+            raise BadInput(f"{self.path}: vLLM refuses a request: {refused}; change the recipe")
 
     def _last_words(self) -> str:
         lines = (Path(self.folder.name) / "log").read_text(errors="replace").rstrip().splitlines()
         return "\n".join(f"  {line}" for line in lines[-LAST_WORDS:]) or "  (none)"
 
     def end(self) -> None:
-        """Ends the process, and with it everything that it holds."""
+        """End the process, which releases its memory."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):

@@ -1,7 +1,7 @@
-"""vLLM in a process of its own: `PYTHON -I vllm_child.py OPTIONS`, where PYTHON has vLLM and pyarrow and nothing of ours.
+"""vLLM in a process of its own: `PYTHON -I vllm_child.py OPTIONS`, where PYTHON has vLLM and pyarrow, and no Potstill.
 
-One JSON request a line on standard input, one JSON reply a line on standard output; tables in and out are Arrow IPC files.
-It ends when its standard input does.
+Standard input has one JSON request per line, standard output one JSON reply per line. Tables pass as Arrow IPC files. The
+process ends when its standard input ends.
 """
 
 import itertools
@@ -13,16 +13,17 @@ import threading
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-ENTRIES = 4_000_000  # log-probs held at once, before they are written
-STEP_TOKENS = 2048
-RUNNING = 256  # sequences that a step on a CPU adds a token to at most
+ENTRIES = 4_000_000  # log-probs in memory at once, before they are written
+STEP_TOKENS = 2048  # per step of vLLM
+RUNNING = 256  # most sequences to which a step on a CPU adds a token
 
 
 def main(options: dict[str, Any]) -> None:
+    """Load the model with `options` of vLLM's LLM and answer requests until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what vLLM prints is no reply
-    requests = _requests()
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its end gives everything back
+    os.dup2(2, 1)  # so that what vLLM prints is not read as a reply
+    requests = _queue_requests()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its end releases everything
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -31,10 +32,10 @@ def main(options: dict[str, Any]) -> None:
         **options,
         skip_tokenizer_init=True,
         generation_config="vllm",
-        logprobs_mode="processed_logprobs",  # of the distribution that was drawn from
+        logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
         max_logprobs=-1,
         max_model_len=-1,  # the model's own, or less where the cache is too small for it
-        max_num_batched_tokens=STEP_TOKENS,  # so many rows of logits, over the whole vocabulary, when prompts are scored
+        max_num_batched_tokens=STEP_TOKENS,  # when prompts are scored: rows of logits over the whole vocabulary
         max_num_seqs=RUNNING if current_platform.is_cpu() else None,
         enforce_eager=current_platform.is_cpu(),
         disable_log_stats=True,
@@ -50,8 +51,8 @@ def main(options: dict[str, Any]) -> None:
         print(json.dumps(reply), file=replies)
 
 
-def _requests() -> queue.Queue[dict[str, Any]]:
-    """Requests as they come. When no more can come nobody waits for an answer either: the process ends at once."""
+def _queue_requests() -> queue.Queue[dict[str, Any]]:
+    """A queue that a thread fills from standard input. When the input ends, nobody waits for replies, and the process ends."""
     requests: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def read() -> None:
@@ -64,35 +65,39 @@ def _requests() -> queue.Queue[dict[str, Any]]:
 
 
 def generate(llm: Any, request: dict[str, Any]) -> None:
-    """(prompt, seed) to (ids, logprobs).
+    """Sample: a table (prompt, seed) to a table (ids, logprobs).
 
-    A prompt that a step has room for a part of makes vLLM rewind its generator, which those of CPUs cannot do: there
-    no more prompts are given at once than one step has room for.
+    If a step has room for a part of a prompt only, vLLM rewinds its random generator, which generators of CPUs cannot do. So
+    on a CPU vLLM gets no more prompts at once than one step has room for.
     """
     import pyarrow as pa
     from vllm import SamplingParams
     from vllm.platforms import current_platform
 
     rows = _read(request)
-    prompts, sampled = _prompts(rows["prompt"]), request["sampling"]["temperature"] > 0
+    prompts, sampled = _prompts_of(rows["prompt"]), request["sampling"]["temperature"] > 0
     lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
     together = [slice(None)]
     if sampled and current_platform.is_cpu():
         if (longest := max(lengths)) > STEP_TOKENS:
-            raise ValueError(f"a prompt of {longest} tokens: it samples from prompts of at most {STEP_TOKENS} on a CPU")
-        together = _parts(lengths, STEP_TOKENS - RUNNING)
+            raise ValueError(f"a prompt has {longest} tokens; on a CPU vLLM can sample from prompts of at most {STEP_TOKENS}")
+        together = _split_rows(lengths, STEP_TOKENS - RUNNING)
     bias = dict.fromkeys(range(*request["padding"]), -100.0) or None
     shared = {**request["sampling"], "stop_token_ids": request["stops"], "ignore_eos": True, "logit_bias": bias}
     plain = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
     params = [SamplingParams(**shared, **plain, seed=seed) for seed in rows["seed"].to_pylist()]
-    made = [output.outputs[0] for part in together for output in llm.generate(prompts[part], params[part], use_tqdm=False)]
-    ids = pa.array([list(one.token_ids) for one in made], pa.list_(pa.int32()))
-    logprobs = pa.array([one.logprobs.logprobs for one in made], pa.list_(pa.float32()))
+    outputs = [output.outputs[0] for part in together for output in llm.generate(prompts[part], params[part], use_tqdm=False)]
+    ids = pa.array([list(output.token_ids) for output in outputs], pa.list_(pa.int32()))
+    logprobs = pa.array([output.logprobs.logprobs for output in outputs], pa.list_(pa.float32()))
     _write(request, [pa.record_batch({"ids": ids, "logprobs": logprobs})])
 
 
 def tops(llm: Any, request: dict[str, Any]) -> None:
-    """(prompt, completion) to (actual, ids, logprobs), the last two flat: k for each completion token, best first."""
+    """Score: a table (prompt, completion) to a table (actual, ids, logprobs).
+
+    `actual` has the log-probs of the completion's tokens; `ids` and `logprobs` are flat: the k likeliest of each token, best
+    first.
+    """
     import numpy as np
     import pyarrow as pa
     from vllm import SamplingParams
@@ -101,7 +106,7 @@ def tops(llm: Any, request: dict[str, Any]) -> None:
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=k, flat_logprobs=True, detokenize=False)
     prompts, completions = rows["prompt"].to_pylist(), rows["completion"].to_pylist()
 
-    def scored(part: slice) -> Any:
+    def score(part: slice) -> Any:
         sequences = [prompt + completion for prompt, completion in zip(prompts[part], completions[part], strict=True)]
         columns: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
@@ -109,34 +114,34 @@ def tops(llm: Any, request: dict[str, Any]) -> None:
             flat, n = output.prompt_logprobs, len(completion)
             ids = np.array(flat.token_ids[-n * (k + 1) :], np.int32).reshape(n, k + 1)
             logprobs = np.array(flat.logprobs[-n * (k + 1) :], np.float32).reshape(n, k + 1)
-            assert ids[:, 0].tolist() == completion, "vLLM scored other tokens than it was given"
+            assert ids[:, 0].tolist() == completion, "vLLM scored other tokens than those of the request"
             for column, values in zip(columns, (logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]), strict=True):
                 column.append(values.reshape(-1))
         kinds = {"actual": pa.float32(), "ids": pa.int32(), "logprobs": pa.float32()}
         return pa.record_batch({n: pa.array(c, pa.list_(t)) for (n, t), c in zip(kinds.items(), columns, strict=True)})
 
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    _write(request, (scored(part) for part in _parts(lengths, ENTRIES // (k + 1))))
+    _write(request, (score(part) for part in _split_rows(lengths, ENTRIES // (k + 1))))
 
 
 def stops(llm: Any, request: dict[str, Any]) -> None:
-    """(prompt) to (logprobs): of each stop id as the next token."""
+    """Score the stop: a table (prompt) to a table (logprobs), of each stop id as the next token."""
     import pyarrow as pa
     from vllm import SamplingParams
 
-    asked = request["stops"]
-    params = SamplingParams(max_tokens=1, temperature=0, logprobs=len(asked), logprob_token_ids=asked, detokenize=False)
-    outputs = llm.generate(_prompts(_read(request)["prompt"]), params, use_tqdm=False)
-    found = [[output.outputs[0].logprobs[0][i].logprob for i in asked] for output in outputs]
-    _write(request, [pa.record_batch({"logprobs": pa.array(found, pa.list_(pa.float32()))})])
+    ids = request["stops"]
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=len(ids), logprob_token_ids=ids, detokenize=False)
+    outputs = llm.generate(_prompts_of(_read(request)["prompt"]), params, use_tqdm=False)
+    logprobs = [[output.outputs[0].logprobs[0][i].logprob for i in ids] for output in outputs]
+    _write(request, [pa.record_batch({"logprobs": pa.array(logprobs, pa.list_(pa.float32()))})])
 
 
-def _prompts(column: Any) -> list[dict[str, list[int]]]:
+def _prompts_of(column: Any) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": ids} for ids in column.to_pylist()]
 
 
-def _parts(lengths: list[int], most: int) -> list[slice]:
-    """Rows in order, cut so that each part is at most so long, or one row."""
+def _split_rows(lengths: list[int], most: int) -> list[slice]:
+    """Split rows, in order, so that each part has at most `most` tokens, or is one row."""
     cuts, total = [0], 0
     for row, length in enumerate(lengths):
         if total and total + length > most:

@@ -1,4 +1,4 @@
-"""The same tokens twice: whether an engine and the trainer mean the same distribution by them."""
+"""The gap between an engine's log-probs and the trainer's on the same tokens."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
 from tasks.models.weights import hidden_states, logits_of
 
-POSITIONS = 256  # whose logits exist at once
-EDGE = 0.5  # nats: of two dtypes, one may round a token into what top_p or top_k keeps and the other out of it
+POSITIONS = 256  # positions whose logits exist at once
+EDGE = 0.5  # nats: rounding may put a token inside of what top_p or top_k keeps in one dtype, and outside in another
 
 
 @dataclass(frozen=True)
@@ -26,31 +26,32 @@ class Gap:
 
     @classmethod
     def between(cls, left: np.ndarray, right: np.ndarray) -> "Gap":
-        """NaN counts as infinitely far."""
-        apart = np.nan_to_num(np.abs(left.astype(np.float64) - right), nan=np.inf)
-        return cls(float(apart.mean()), float(apart.max())) if len(apart) else cls(None, None)
+        """The gap of two arrays of log-probs `[tokens]`. NaN counts as infinitely far."""
+        distance = np.nan_to_num(np.abs(left.astype(np.float64) - right), nan=np.inf)
+        return cls(float(distance.mean()), float(distance.max())) if len(distance) else cls(None, None)
 
 
 def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, sampling: Sampling) -> np.ndarray:
-    """float32, flat: each sampled token's log-prob under the distribution that `sampling` draws from, one row at a time.
+    """Each sampled token's log-prob under the distribution that `sampling` draws from: float32, flat, in nats.
 
-    The forward pass is the trainer's, in float32 and without padding or a cache: nothing here is the engine's.
+    The forward pass is the trainer's, in float32, without padding or a cache, one row at a time. It shares nothing with the
+    engine's.
     """
     model, size = model.to(device_of(ref)), len(side(ref).beta.values)  # type: ignore[arg-type]
-    warp, found = warpers(sampling), []
+    warp, logprobs = warpers(sampling), []
     for row in rollouts.select(["prompt_token_ids", "token_ids"]).to_pylist():
         ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]], device=model.device)
         hidden = hidden_states(model, ids)[0, len(row["prompt_token_ids"]) - 1 : -1]
         actual = ids[0, len(row["prompt_token_ids"]) :]
         for at in torch.arange(len(actual), device=model.device).split(POSITIONS):
             logits, chosen = logits_of(model, hidden[at], size), actual[at][:, None]
-            own = logits.gather(1, chosen) / (sampling.temperature or 1.0)
+            sampled = logits.gather(1, chosen) / (sampling.temperature or 1.0)
             warped = warp(ids, logits)  # type: ignore[arg-type]
-            own = torch.where(own > smallest(warped) - EDGE, own, warped.gather(1, chosen))
-            found.append(warped.scatter(1, chosen, own).log_softmax(-1).gather(1, chosen)[:, 0].cpu())
-    return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+            sampled = torch.where(sampled > least_kept_of(warped) - EDGE, sampled, warped.gather(1, chosen))
+            logprobs.append(warped.scatter(1, chosen, sampled).log_softmax(-1).gather(1, chosen)[:, 0].cpu())
+    return torch.cat(logprobs).numpy() if logprobs else np.zeros(0, np.float32)
 
 
-def smallest(warped: torch.Tensor) -> torch.Tensor:
-    """The logit `[…, 1]` of the least likely id that sampling keeps."""
+def least_kept_of(warped: torch.Tensor) -> torch.Tensor:
+    """The logit `[…, 1]` of the least likely id that sampling keeps, from warped logits `[…, V]`."""
     return warped.masked_fill(warped == -torch.inf, torch.inf).amin(-1, keepdim=True)

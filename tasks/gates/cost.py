@@ -14,8 +14,8 @@ from tasks.models.reference import ModelRef, device_of, dtype_of
 from tasks.models.weights import empty_model
 
 GIB = 2**30
-TRAINED = 16  # bytes per weight in training: float32 weight, gradient, and AdamW's two moments
-FROZEN = 4  # per weight beside which adapters are trained
+TRAINED = 16  # bytes per trained weight: float32 weight, gradient, and AdamW's two moments
+FROZEN = 4  # bytes per weight where only adapters are trained
 
 
 def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterator[Gate]:
@@ -30,39 +30,39 @@ def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterat
         "disk",
         disk,
         free and free / GIB,
-        detail=f"{per_row:,.0f} bytes per rollout, and one checkpoint per round; the limit is what is free",
+        detail=f"{per_row:,.0f} bytes per rollout, and one checkpoint per round; the limit is the free space",
     )
     for device, need in memory_needs(sample, weights).items():
-        detail = "weights and optimizer; activations come on top"
+        detail = "weights and optimizer, without activations; the limit is the device's memory"
         yield Gate(f"{device}: memory", need / GIB, memory_of(device), detail=detail)
     yield Gate(
-        "hours", total * seconds / rows / 3600, detail="sampling and scoring at the speed of this sample; training comes on top"
+        "hours", total * seconds / rows / 3600, detail="sampling and scoring at the speed of this sample, without training"
     )
 
 
 def memory_needs(sample: Sample, weights: dict[str, int]) -> dict[torch.device, float]:
-    """Bytes that each device of this machine needs at one time: one model is loaded after the other."""
+    """The most bytes that each device of this machine needs at one time. One model is loaded at a time."""
     train, needs = sample.recipe.train, dict[torch.device, float]()
     for role, ref in sample.sides().items():
         device, each = device_of(ref), float(dtype_of(ref).itemsize)
         if ref.engine == "server":
-            continue  # its weights lie elsewhere
+            continue  # its weights are on another machine or in another process
         if role == "student":
             trained = TRAINED if sample.recipe.student.lora is None else FROZEN
             parts = train.processes if train.sharding == "full" else 1
-            copies = train.processes if device.type == "cpu" else 1  # of processes, in one memory
+            copies = train.processes if device.type == "cpu" else 1  # processes on the CPU share one memory
             each = max(each, trained * copies / parts)
         needs[device] = max(needs.get(device, 0), each * weights[role])
     return needs
 
 
 def weights_of(ref: ModelRef) -> int:
-    """How many weights a model has."""
+    """The number of weights of a model."""
     return sum(p.numel() for p in empty_model(ref).parameters())
 
 
 def memory_of(device: torch.device) -> float:
-    """GiB that a device has in all."""
+    """The memory of a device in GiB, free or not."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB

@@ -1,4 +1,4 @@
-"""A figure, its limit, and what to do about a breach. Each kind of gate is declared once."""
+"""Gates: a figure, its limit, and what to do about a breach. Each kind of gate is declared once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +11,30 @@ SHARE = "%"
 
 @dataclass(frozen=True)
 class GateKind:
-    """What is said of a gate in one place: the unit of its figure, and what to do about a breach."""
+    """The declaration of a gate: the unit of its figure, and what to do about a breach."""
 
     unit: str  # SHARE, or a word behind the number
     advice: str = ""
-    least: bool = False  # its limit is the least that will do, not the most
-    field: str = ""  # its limit in [gates], where it is not called as the gate is
+    least: bool = False  # whether the limit is a lower one
+    field: str = ""  # the limit's field in [gates], where it has another name than the gate
 
 
 AGREE = "engine and trainer disagree on the same tokens: compare temperature, dtype and attention of both"
 KINDS = {
     "prompts": GateKind("prompts"),
-    "spelled": GateKind(SHARE, "its tokenizer changes these texts: choose another model, or clean the prompts", least=True),
+    "spelled": GateKind(SHARE, "the tokenizer changes some texts: choose another model, or clean the prompts", least=True),
     "template": GateKind(
-        "prompts", "correct chat_template in the model's tokenizer_config.json, or set rendering = 'plain' for it"
+        "prompts", "correct chat_template in the model's tokenizer_config.json, or set rendering = 'plain' for this model"
     ),
     "boundary": GateKind(
         SHARE,
-        "the last token of the prompt swallows the beginning of the answer: let the template end in a line break",
+        "the last token of the prompt merges with the start of the answer: let the template end with a line break",
         least=True,
     ),
     "room": GateKind("tokens", "shorten the prompts, lower rollout.max_new_tokens, or take a model with a longer context"),
-    "chance": GateKind(SHARE, "it does not know text in these ids: the tokenizer does not belong to the weights"),
+    "chance": GateKind(
+        SHARE, "the model predicts text hardly better than a uniform guess: the tokenizer does not belong to the weights"
+    ),
     "matched": GateKind(
         SHARE, "the vocabularies have little in common: choose objective.name = 'bytes', which needs no match", least=True
     ),
@@ -40,41 +42,41 @@ KINDS = {
     "engine, mean": GateKind("nats per token", AGREE, field="engine_mean"),
     "engine, largest": GateKind("nats per token", AGREE, field="engine_max"),
     "teacher's engine": GateKind(
-        "nats per token", "it scores what it sampled differently: its log-probs stand at the wrong tokens"
+        "nats per token", "the engine scores its samples with other log-probs than it drew them: they may be one token off"
     ),
     "noise": GateKind(
-        SHARE, "the teacher's scores change from one call to the next by too much of what there is to learn: use float32"
+        SHARE, "the teacher's scores change from call to call, by too much against its distance from the student: use float32"
     ),
     "own teacher": GateKind(
-        "nats per unit", "the student has a loss against itself: a larger score.k keeps more of the teacher's distribution"
+        "nats per unit", "the student has a loss against itself: raise score.k to keep more of the teacher's distribution"
     ),
     "loss": GateKind("nats per unit"),
     "lead": GateKind(
-        "", "the student has nothing to learn from this teacher here: choose a better one, or other prompts", True
+        "", "the teacher is no better than the student on these prompts: choose a better teacher, or other prompts", True
     ),
-    "disk": GateKind("GiB", "free some space, keep less of the teacher (score.k, score.signal), or run fewer rounds"),
+    "disk": GateKind("GiB", "free some space, store less of the teacher (score.k, score.signal), or run fewer rounds"),
     "memory": GateKind("GiB", "take smaller models, bfloat16, or a device with more memory"),
     "hours": GateKind("hours"),
     "supervised": GateKind(
-        SHARE, "most of the text teaches nothing: see `potstill inspect` for what is unmatched or dropped", least=True
+        SHARE, "the loss covers too few bytes: see `potstill inspect` for what is unmatched or dropped", least=True
     ),
-    "dropped": GateKind(SHARE, "see the `status` column of the aligned table for why; the prompts or a tokenizer do not fit"),
+    "dropped": GateKind(SHARE, "the prompts or a tokenizer do not fit: see the `status` column of the aligned table"),
     "truncated": GateKind(SHARE, "raise rollout.max_new_tokens, or begin with a student that knows how to stop"),
     "repetition": GateKind(
-        SHARE, "the student loops: lower train.learning_rate, or mix in references (rollout.on_policy below 1)"
+        SHARE, "the student repeats itself: lower train.learning_rate, or mix in references (rollout.on_policy below 1)"
     ),
     "tokens": GateKind("tokens"),
     "length": GateKind(
-        "times", "the student's answers run away or collapse: lower train.learning_rate, or change the objective"
+        "times", "the student's answers grow or shrink too much: lower train.learning_rate, or change the objective"
     ),
 }
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One figure and its limit. Without a value there was nothing to measure; without a limit it only informs.
+    """One figure and its limit. The value is None where there was nothing to measure; without a limit the gate only informs.
 
-    Its kind is its name, behind the model or device that it is of: `student: spelled`.
+    Its name is that of its kind, after the model or device that it concerns, if any: `student: spelled`.
     """
 
     name: str
@@ -84,23 +86,24 @@ class Gate:
 
     @property
     def kind(self) -> GateKind:
+        """The declaration of this gate."""
         return KINDS[self.name.rpartition(": ")[2]]
 
     @property
     def ok(self) -> bool | None:
-        """Whether the limit holds; None where there is none, or nothing to compare. NaN never holds."""
+        """Whether the figure keeps the limit; None without a limit or a figure. NaN never does."""
         if self.value is None or self.limit is None:
             return None
         return bool(self.value >= self.limit if self.kind.least else self.value <= self.limit)  # also of numpy's numbers
 
     def bound(self) -> str:
-        """`at most 0.05 nats per token`; empty without a limit."""
+        """The limit in words, such as `at most 0.05 nats per token`; empty without a limit."""
         if self.limit is None:
             return ""
         return f"{'at least' if self.kind.least else 'at most'} {format_figure(self.limit, self.kind.unit)}"
 
     def record(self) -> dict[str, Any]:
-        """The gate as people read it."""
+        """The gate as a row for people, all values as text."""
         result = {True: "ok", False: "BREACHED", None: "" if self.limit is None else "nothing to measure"}[self.ok]
         return {
             "gate": self.name,
@@ -112,7 +115,7 @@ class Gate:
         }
 
     def complaint(self) -> str:
-        """What a breach means and what to do, in one line."""
+        """A breach and what to do about it, in one line."""
         record, detail = self.record(), f" ({self.detail})" if self.detail else ""
         return f"{self.name}: {record['value']}{detail}, {record['limit']} is allowed; {self.kind.advice}"
 
@@ -130,6 +133,6 @@ def limit_figure(name: str, value: float | None, limits: Gates, detail: str = ""
 
 
 def require(gates: list[Gate], where: str) -> None:
-    """Raise Stopped with every breached gate of `gates`; `where` says what was looked at."""
+    """Raise Stopped with every breached gate of `gates`; `where` names the run and round."""
     if breached := [gate.complaint() for gate in gates if gate.ok is False]:
         raise Stopped(f"{where}: " + "\n  ".join(["stopped by a gate", *breached, "limits are in the recipe's [gates]"]))

@@ -1,4 +1,4 @@
-"""Gates of a round: what its rollouts look like before they are trained on, and the teacher's lead before any training."""
+"""Gates of a round: figures of its rollouts before they are trained on, and the teacher's lead before any training."""
 
 import numpy as np
 import polars as pl
@@ -15,26 +15,26 @@ from tasks.models.reference import ModelRef
 from tasks.models.weights import load_float32
 from tasks.tokens.ragged import flat, index_in_row, rows_of
 
-COMPARED = 32  # of a round's samples, how many are run through the trainer's model
-RUN = 4  # tokens: what counts as a repetition
+COMPARED = 32  # samples of a round that are run through the trainer's model
+RUN = 4  # tokens of a run that counts as repeated
 
 
 def lead_gate(limits: Gates, *, teacher: pa.Table, student: pa.Table) -> Gate:
-    """The teacher's accuracy less the student's on the same prompts, from `evals` tables; sampled where there are samples.
+    """The teacher's accuracy less the student's on the same prompts, from `evals` tables; of sampled answers if there are any.
 
-    The figure that is held against the limit is the upper end of its 95% interval: chance stops no run.
+    The figure of the gate is the upper end of the 95% interval, so that chance alone does not stop a run.
     """
-    t_shares, s_shares = _shares(teacher), _shares(student)
-    apart = t_shares - s_shares
-    spread = 1.96 * float(apart.std(ddof=1)) / len(apart) ** 0.5 if len(apart) > 1 else 1.0
+    t_shares, s_shares = _shares_correct_of(teacher), _shares_correct_of(student)
+    leads = t_shares - s_shares
+    spread = 1.96 * float(leads.std(ddof=1)) / len(leads) ** 0.5 if len(leads) > 1 else 1.0
     detail = f"teacher {t_shares.mean():.3f}, student {s_shares.mean():.3f}; the lead is at most the figure, with 97.5%"
     if not t_shares.any() and not s_shares.any():
         return Gate("lead", None, limits.lead, detail="no answer of either is right")
-    return Gate("lead", float(apart.mean()) + spread, limits.lead, detail=detail)
+    return Gate("lead", float(leads.mean()) + spread, limits.lead, detail=detail)
 
 
-def _shares(evals: pa.Table) -> np.ndarray:
-    """Each prompt's share of right answers, in the prompts' order."""
+def _shares_correct_of(evals: pa.Table) -> np.ndarray:
+    """Each prompt's share of correct answers, float64 `[prompts]`, in order of `prompt_id`."""
     frame = pl.from_arrow(evals)
     assert isinstance(frame, pl.DataFrame)
     kind = "sampled" if (frame["decoding"] == "sampled").any() else "greedy"
@@ -45,9 +45,9 @@ def _shares(evals: pa.Table) -> np.ndarray:
 def round_gates(
     rollouts: list[Artifact], aligned: list[Artifact], size: int, limits: Gates, tokens_before: float | None
 ) -> list[Gate]:
-    """Coverage of all rows; truncation, repetition and length of the student's own. One shard is read at a time.
+    """Coverage of all rows; truncation, repetition and length of the student's samples. One shard is read at a time.
 
-    `size` is the student's vocabulary, `tokens_before` the mean length of the first round's samples.
+    `size` is the size of the student's vocabulary, `tokens_before` the mean length of the first round's samples in tokens.
     """
     counts = ["supervised_bytes", "unmatched_bytes", "dropped_bytes", "tail_bytes"]
     supervised = total = dropped = rows = cut = samples = tokens = 0
@@ -80,7 +80,10 @@ def round_gates(
 
 
 def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
-    """Of each row's runs of four tokens, the share that stood in it before; 0 for shorter rows. `size` is the vocabulary."""
+    """float64 `[rows]`: the share of a row's runs of four tokens that occurred in the row before; 0 for shorter rows.
+
+    `ids` are flat, int32; `size` is the size of the vocabulary.
+    """
     counts = np.maximum(np.diff(offsets) - RUN + 1, 0)
     begins = np.flatnonzero(np.repeat(np.diff(offsets), np.diff(offsets)) - index_in_row(offsets) >= RUN)
     key = np.zeros(len(begins), np.uint64)
@@ -94,7 +97,7 @@ def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
 
 
 def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limits: Gates) -> list[Gate]:
-    """How far the log-probs of the engine that sampled are from the trainer's, on the first of a shard's own samples."""
+    """The gap between the log-probs of the engine that sampled and the trainer's, on the first samples of a shard."""
     samples = rollouts.filter(pc.is_valid(rollouts["logprobs"])).slice(0, COMPARED)
     gap = Gap(None, None)
     if len(samples):

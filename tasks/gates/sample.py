@@ -1,4 +1,4 @@
-"""A few prompts of a recipe and the models that preflight tries on them."""
+"""A few prompts of a recipe, and the models that preflight tries on them."""
 
 from dataclasses import dataclass
 
@@ -21,11 +21,14 @@ class Sample:
 
     @property
     def messages(self) -> list[list[dict[str, str]]]:
+        """The messages of each prompt."""
         messages: list[list[dict[str, str]]] = self.prompts["messages"].to_pylist()
         return messages
 
     def sides(self) -> dict[str, ModelRef]:
+        """The models by role; without a teacher the student alone."""
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
 
     def engine(self, ref: ModelRef, batch_tokens: int | None = None) -> Engine:
+        """A model's engine, with the recipe's batches or with `batch_tokens`."""
         return get_engine(ref, self.recipe.rollout.batch_size, batch_tokens or self.recipe.score.batch_tokens)

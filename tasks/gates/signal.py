@@ -1,4 +1,4 @@
-"""Gates of preflight on what models say: known text, engines, the teacher's noise, what the objective makes of its signal."""
+"""Gates of preflight on the models: known text, the teacher's engine and noise, and the objective on the teacher's signal."""
 
 from collections.abc import Iterator
 
@@ -20,56 +20,56 @@ from tasks.tokens.ragged import flat
 
 
 def chance_gate(sample: Sample, role: str, ref: ModelRef) -> Gate:
-    """Nats per token over ln V of what the model knows better: references behind their prompts, or the prompts themselves."""
-    text_side, loaded = side(ref), sample.engine(ref)
+    """Nats per token over ln V, on references given their prompts or on the prompts, whichever the model predicts better."""
+    text_side, engine = side(ref), sample.engine(ref)
     prompts = [text_side.render(messages) for messages in sample.messages]
     known = text_side.encoder.encode([text or "" for text in sample.prompts["reference"].to_pylist()])
     texts = {
         "references": [(prompt, ids) for prompt, ids in zip(prompts, known, strict=True) if ids],
         "prompts": [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1],
     }
-    found = []
+    means = []
     for what, pairs in texts.items():
         if pairs:
-            scores = loaded.score([p for p, _ in pairs], [c for _, c in pairs], make_signal("sampled"))
-            found.append((-float(np.concatenate([s.logprobs for s in scores]).mean()), what))
-    if not found:
+            scores = engine.score([p for p, _ in pairs], [c for _, c in pairs], make_signal("sampled"))
+            means.append((-float(np.concatenate([s.logprobs for s in scores]).mean()), what))
+    if not means:
         return Gate(f"{role}: chance", None, sample.recipe.gates.chance)
-    nats, what = min(found)
+    nats, what = min(means)
     share = nats / float(np.log(text_side.vocabulary.size))
     detail = f"{nats:.2f} nats per token of {what}, as a share of a uniform guess's"
     return Gate(f"{role}: chance", share, sample.recipe.gates.chance, detail)
 
 
 def teacher_engine_gate(sample: Sample, teacher: ModelRef) -> Gate:
-    """The teacher's own samples: their log-probs as they were drawn against those that scoring gives, stops apart."""
-    text_side, loaded = side(teacher), sample.engine(teacher)
+    """The gap between the log-probs of the teacher's samples as drawn and as scored, without stops."""
+    text_side, engine = side(teacher), sample.engine(teacher)
     prompts = [text_side.render(messages) for messages in sample.messages]
     seeds = [derive_seed(sample.recipe.seed, "preflight teacher", number) for number in range(len(prompts))]
-    written = loaded.generate(prompts, seeds, Sampling(sample.recipe.rollout.max_new_tokens))
-    scores = loaded.score(prompts, [completion.ids for completion in written], make_signal("sampled"))
-    ids = np.concatenate([completion.ids for completion in written])
+    completions = engine.generate(prompts, seeds, Sampling(sample.recipe.rollout.max_new_tokens))
+    scores = engine.score(prompts, [completion.ids for completion in completions], make_signal("sampled"))
+    ids = np.concatenate([completion.ids for completion in completions])
     text = ~np.isin(ids, text_side.stop_ids)  # a stop is scored as the event, whichever id it is
-    drawn = np.concatenate([completion.logprobs for completion in written])[text]
+    drawn = np.concatenate([completion.logprobs for completion in completions])[text]
     gap = Gap.between(drawn, np.concatenate([s.logprobs for s in scores])[text])
-    detail = f"mean; the largest is {gap.largest or 0:.2g}; its own samples, as drawn and as scored"
+    detail = f"mean gap of the teacher's samples, as drawn and as scored; the largest is {gap.largest or 0:.2g}"
     return Gate("teacher's engine", gap.mean, sample.recipe.gates.engine_mean, detail=detail)
 
 
 def noise_gate(sample: Sample, rollouts: pa.Table, once: pa.Table, alone: pa.Table) -> Gate:
-    """How far the teacher's scores of a row are from those of the row alone, over how far they are from the student's."""
+    """The change of the teacher's scores between a batch and a row alone, over their distance from the student's log-probs."""
     rows = [i for i, status in enumerate(once["status"].to_pylist()) if status == "ok"]
     columns = (once["logprobs"], alone["logprobs"], model_logprobs_of(rollouts))
     first, second, student = (_row_sums(column)[rows] for column in columns)
     if not rows or not (signal := float(np.abs(first - student).mean())):
-        return Gate("noise", None, sample.recipe.gates.noise, detail="teacher and student agree on everything")
+        return Gate("noise", None, sample.recipe.gates.noise, detail="teacher and student agree on every token")
     noise = float(np.abs(first - second).mean())
     detail = f"{noise:.2g} of {signal:.3g} nats per completion"
     return Gate("noise", noise / signal, sample.recipe.gates.noise, detail=detail)
 
 
 def objective_gates(sample: Sample, rollouts: pa.Table, aligned: pa.Table, loss: float, teacher: ModelRef) -> Iterator[Gate]:
-    """What the objective makes of the teacher's signal: its loss, the bytes it supervises, units and matches."""
+    """The objective on the teacher's signal: its loss, the bytes that it covers, one-to-one units and matched tokens."""
     limits, objective = sample.recipe.gates, sample.recipe.objective
     yield Gate("loss", loss, detail="before training")
     counts = {name: pc.sum(aligned[f"{name}_bytes"]).as_py() for name in ("supervised", "unmatched", "dropped", "tail")}

@@ -1,4 +1,4 @@
-"""A model as stages pass it on, and the one place that decides on its device, dtype and attention."""
+"""The reference to a model that passes between stages, and the one place that decides on device, dtype and attention."""
 
 import socket
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ FLASH = "flash_attention_2"
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as stages are told of it: where it lies, what it is, how to use it."""
+    """The reference to a model: where it lies, the digest of its content, and how to use it."""
 
     path: str
     digest: str
@@ -37,22 +37,22 @@ class ModelRef:
 
     @property
     def local(self) -> str:
-        """Its folder on this machine (or hub id): one on object storage is fetched, once a machine."""
+        """Its folder on this machine, or its hub id. A folder on object storage is fetched once per machine."""
         return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
 
     @property
     def identity(self) -> dict[str, str]:
-        """What of it can change a result, for keys: not where it or its engine lies, not the device.
+        """What can change a result, for keys: not where the model or its engine lies, and not the device.
 
-        The engine is named by the stages that use it (`tasks.engines.choose.engine_name`).
+        The stages that use its engine add the engine's name (`tasks.engines.choose.engine_name`).
         """
         return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
 
 
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
-    """A ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
+    """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
 
-    Where a run lies on object storage, its checkpoints are given by URI and `digest`.
+    A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
     """
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
     if "://" in path and digest:
@@ -64,7 +64,7 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
 
 
 def local_name(name: str) -> str:
-    """A hub id or folder as it is; for a GGUF file the folder it is converted to."""
+    """A hub id or folder as it is; for a GGUF file the folder that it is converted to."""
     if not name.endswith(".gguf"):
         return name
     with explain_load_errors(name):
@@ -78,7 +78,7 @@ def _hub_commit(name: str, trust_remote_code: bool) -> str | None:
 
 @contextmanager
 def explain_load_errors(name: str) -> Iterator[None]:
-    """Turn transformers' ways of failing to load into one message."""
+    """Turn the errors with which transformers fails to load `name` into one BadInput."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -90,8 +90,8 @@ def explain_load_errors(name: str) -> Iterator[None]:
             ) from None
         if "gated repo" in str(error):
             raise BadInput(
-                f"{name}: its owner asks who uses it; request access at https://huggingface.co/{name}, then `hf auth login` "
-                "(or HF_TOKEN) here, or choose another model"
+                f"{name}: access to this model is restricted; request it at https://huggingface.co/{name}, then run "
+                "`hf auth login` here (or set HF_TOKEN), or choose another model"
             ) from None
         raise BadInput(
             f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
@@ -100,16 +100,17 @@ def explain_load_errors(name: str) -> Iterator[None]:
 
 
 def device_of(ref: ModelRef | Model) -> torch.device:
+    """The device that a model is used on; `auto` is an accelerator if there is one, else the CPU."""
     if ref.device != "auto":
         return torch.device(ref.device)
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def accelerator_names(config: Model, processes: int = 1) -> set[str]:
-    """What the accelerators of this machine that a model's processes use are called, in every process alike."""
+    """Names of the accelerators of this machine that a model's processes use; the same in every process."""
     device = device_of(config)
     indices = range(device.index or 0, (device.index or 0) + processes)
-    if device.type == "cuda":  # one that is not here is a cluster's worker's
+    if device.type == "cuda":  # an index that this machine lacks belongs to a worker of a cluster
         return {f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in indices if i < torch.cuda.device_count()}
     return set() if device.type == "cpu" else {f"{device.type}-{i}-of-{socket.gethostname()}" for i in indices}
 
@@ -118,21 +119,22 @@ def check_machine(role: str, config: Model) -> None:
     """Refuse a device that this machine does not have, or a kind of attention without its package."""
     kind, _, index = config.device.partition(":")
     devices = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(), "mps": torch.backends.mps.is_available()}
-    if kind in devices and int(index or 0) >= (found := int(devices[kind])):
+    if kind in devices and int(index or 0) >= (count := int(devices[kind])):
         raise BadInput(
-            f"{role}.device = '{config.device}': this machine has {found} such devices, counted from 0; "
+            f"{role}.device = '{config.device}': this machine has {count} such devices, counted from 0; "
             f"set {role}.device to 'auto' or 'cpu'"
         )
     if config.attention == FLASH and not is_flash_attn_2_available():
         raise BadInput(f"{role}.attention = 'flash_attention_2' needs the flash-attn package and a GPU; set it to 'sdpa'")
     if config.attention == FLASH and role == "student" and (dtype := dtype_of(config)) != torch.bfloat16:
         raise BadInput(
-            f"student.attention = 'flash_attention_2' trains in bfloat16 alone (found {str(dtype).removeprefix('torch.')}); "
+            f"student.attention = 'flash_attention_2' trains in bfloat16 only (found {str(dtype).removeprefix('torch.')}); "
             "set student.dtype = 'bfloat16', or student.attention = 'sdpa'"
         )
 
 
 def dtype_of(ref: ModelRef | Model) -> torch.dtype:
+    """The dtype of a model's weights outside training; `auto` is bfloat16 on a GPU that supports it, else float32."""
     if ref.dtype != "auto":
         dtype: torch.dtype = getattr(torch, ref.dtype)
         return dtype

@@ -14,7 +14,7 @@ transformers_logging.disable_progress_bar()  # a bar for every shard of weights 
 
 
 def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the CPU in `dtype` (default: what the reference says for use outside training)."""
+    """Load the model on the CPU in `dtype` (default: the reference's dtype outside training)."""
     with explain_load_errors(ref.path):
         return AutoModelForCausalLM.from_pretrained(
             ref.local,
@@ -26,7 +26,7 @@ def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedM
 
 
 def load_float32(ref: ModelRef) -> PreTrainedModel:
-    """The model as the trainer's to compare with, in float32 and outside of autocast: where flash-attn does not run."""
+    """Load the model in float32, to compare an engine's log-probs with. flash-attn does not run in float32; sdpa does."""
     return load_weights(replace(ref, attention="sdpa") if ref.attention == FLASH else ref, torch.float32)
 
 
@@ -49,7 +49,7 @@ def check_weights(ref: ModelRef) -> None:
 
 
 def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[batch, time, hidden]` of right-padded `ids`.
+    """Last hidden states `[rows, time, width]` of right-padded `ids`, int64 `[rows, time]`.
 
     Causal attention never looks at padding on the right, so no mask is passed and the fast kernels stay available.
     """
@@ -66,7 +66,7 @@ LogitScale = tuple[float, float]  # the factor, and the soft cap (0: none)
 
 
 def logit_scale_of(model: PreTrainedModel) -> LogitScale:
-    """What a model does to its logits behind the head."""
+    """How a model scales and caps the logits of its head."""
     config = model.config.get_text_config()
     factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return factor, getattr(config, "final_logit_softcapping", None) or 0.0
@@ -87,6 +87,6 @@ def check_head(model: PreTrainedModel, name: str, size: int) -> None:
         ours = logits_of(model, hidden_states(model, ids), size)
     if not torch.allclose(whole, ours, rtol=1e-2, atol=1e-2):
         raise BadInput(
-            f"{name}: the model changes its logits behind the head in a way this version does not know "
+            f"{name}: the model changes the logits of its head in a way that this version does not support "
             f"(largest difference {float((whole - ours).abs().max()):.3g}); choose another model"
         )

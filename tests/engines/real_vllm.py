@@ -146,7 +146,7 @@ def test_more_prompts_than_a_step_has_room_for(engines, prompts) -> None:
     made = generator.generate(prompts * 2, list(range(128)), Sampling(4))
     few = generator.generate(prompts[:8], list(range(8)), Sampling(4))
     assert [c.ids for c in made[:8]] == [c.ids for c in few]
-    with pytest.raises(BadInput, match="a prompt of 2049 tokens: it samples from prompts of at most 2048 on a CPU"):
+    with pytest.raises(BadInput, match="a prompt has 2049 tokens; on a CPU vLLM can sample from prompts of at most 2048"):
         generator.generate([[1] * 2049], [0], Sampling(4))
     assert len(generator.generate([[1] * 2049], [0], Sampling(4, 0))[0].ids) <= 4
 

@@ -262,10 +262,10 @@ def test_a_checkpoint_is_told_by_its_run_and_round(recipe: str, root: str, fits:
     engine = ServerEngine(replace(student_ref(), engine="server", urls=("http://a:1",)))
     engine.ref = replace(engine.ref, path=recipe)
     if fits:
-        assert engine._served("http://a:1", [{"id": root}]) == root
+        assert engine._find_model("http://a:1", [{"id": root}]) == root
     else:
         with pytest.raises(BadInput, match=f"http://a:1: serves {root}, not {recipe}"):
-            engine._served("http://a:1", [{"id": root}])
+            engine._find_model("http://a:1", [{"id": root}])
 
 
 @pytest.mark.parametrize("status", [400, 404, 422])
@@ -279,7 +279,7 @@ def test_a_refusal_is_not_tried_again(serve, status: int) -> None:
 
 def test_more_ids_than_the_server_gives(serve) -> None:
     fake = serve(student_ref(), max_logprobs=20)
-    with pytest.raises(BadInput, match=r"prompt logprobs of 64.*max allowed: 20.*what the server is started with"):
+    with pytest.raises(BadInput, match=r"prompt logprobs of 64.*max allowed: 20.*the options that the server is started with"):
         ServerEngine(at(student_ref(), fake)).score([[9]], [[8]], make_signal(k=64))
 
 

@@ -105,9 +105,9 @@ def test_scores(start, monkeypatch, ref, k: int, top_p: float) -> None:
 def test_rows_in_parts() -> None:
     """Every row once and in order; a part as long as it may be, a longer row alone."""
     lengths = [3, 3, 9, 1, 1]
-    assert vllm_child._parts(lengths, 1) == [slice(i, i + 1) for i in range(5)]
-    assert vllm_child._parts(lengths, 17) == [slice(0, 5)]
-    assert vllm_child._parts(lengths, 6) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert vllm_child._split_rows(lengths, 1) == [slice(i, i + 1) for i in range(5)]
+    assert vllm_child._split_rows(lengths, 17) == [slice(0, 5)]
+    assert vllm_child._split_rows(lengths, 6) == [slice(0, 2), slice(2, 3), slice(3, 5)]
 
 
 def test_completions(start) -> None:
@@ -156,7 +156,7 @@ def test_the_child_sees_the_device_of_the_recipe_alone(monkeypatch, device, seen
 def test_a_child_that_does_not_start(start) -> None:
     broken = start(student_ref())
     fault(broken, "start")
-    with pytest.raises(Unavailable, match=r"(?s)ended with status 1; its last words:.*RuntimeError: no room for the model"):
+    with pytest.raises(Unavailable, match=r"(?s)ended with status 1; its last output:.*RuntimeError: no room for the model"):
         broken.score([[9]], [[8]], make_signal(k=2))
     fault(broken, "")
     assert len(broken.score([[9]], [[8]], make_signal(k=2))) == 1
@@ -220,7 +220,7 @@ def test_garbage_is_no_reply(tmp_path) -> None:
     """From a program that is no child of ours."""
     python = interpreter(tmp_path, "print('Hello! How can I help?', flush=True); sys.stdin.read()")
     broken = VllmEngine(replace(student_ref(), engine="vllm", vllm_python=python))
-    with pytest.raises(Unavailable, match=r"answered 'Hello! How can I help\?', which is no reply"):
+    with pytest.raises(Unavailable, match=r"answered 'Hello! How can I help\?', which is not a reply"):
         broken.score([[9]], [[8]], make_signal())
     assert broken.child is None
 
@@ -238,7 +238,7 @@ def test_a_refused_request_leaves_the_child_alive(start) -> None:
 @pytest.mark.parametrize("code", ["sys.exit('no module named vllm')", None], ids=["without vLLM", "missing"])
 def test_an_interpreter_without_vllm(tmp_path, code: str | None) -> None:
     path = str(tmp_path / "none") if code is None else interpreter(tmp_path, code)
-    with pytest.raises(BadInput, match=rf"vllm_python: {path} is no Python that has vLLM .*run `make vllm`"):
+    with pytest.raises(BadInput, match=rf"vllm_python: {path} is not a Python with vLLM .*run `make vllm`"):
         engine_name(replace(student_ref(), engine="vllm", vllm_python=path))
 
 

@@ -81,7 +81,7 @@ def test_a_complete_run_needs_no_server(recipe, models, fake):
     distill(str(recipe(teacher=served(models, fake.url))), rounds=1)
     asked = len(fake.requests)
     fake.stop()
-    choose._server.cache_clear()
+    choose._connect.cache_clear()
     assert distill(str(recipe(teacher=served(models, fake.url))), rounds=1)["rounds"] == 1
     assert distill(str(recipe(teacher=served(models, "http://127.0.0.1:9"))), rounds=1)["rounds"] == 1
     assert len(fake.requests) == asked
@@ -113,7 +113,7 @@ def test_a_dead_child_ends_the_command_with_its_last_words(potstill, recipe, mod
     ended = potstill("run", recipe(student=student), "--rounds", "1", patient=False)
     release()
     assert ended.status == 1, ended.err
-    assert "ended with status 1; its last words:\n  CUDA out of memory" in ended.err
+    assert "ended with status 1; its last output:\n  CUDA out of memory" in ended.err
     assert "the same command goes on" in ended.err
     assert "Traceback" not in ended.err
 
@@ -132,7 +132,7 @@ def test_a_run_goes_on_after_its_child_was_killed(recipe, models, tmp_path, monk
     path, done = recipe(name="failing", teacher=teacher), tmp_path / "runs" / "failing" / "round=0001"
     monkeypatch.setenv("FAKE_VLLM_UNTIL", str(done / "scores" / "part-00000.parquet"))
     release()
-    with pytest.raises(Unavailable, match=r"was killed \(SIGKILL\); its last words:\n(.*\n)*  the last words before the kill"):
+    with pytest.raises(Unavailable, match=r"was killed \(SIGKILL\); its last output:\n(.*\n)*  the last words before the kill"):
         distill(str(path), rounds=1)
     shards = sorted(done.glob("*/part-*.parquet"))
     assert [shard.parent.name for shard in shards] == ["rollouts", "rollouts", "scores"]
@@ -147,5 +147,5 @@ def test_an_interpreter_that_is_not_there(potstill, recipe, models, tmp_path):
     student = {"model": str(models["student"]), "engine": "vllm", "vllm_python": str(tmp_path / "python")}
     ended = potstill("run", recipe(student=student))
     assert ended.status == 2, ended.err
-    assert f"vllm_python: {tmp_path / 'python'} is no Python that has vLLM" in ended.err
+    assert f"vllm_python: {tmp_path / 'python'} is not a Python with vLLM" in ended.err
     assert not (tmp_path / "runs").exists()

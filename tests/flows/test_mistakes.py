@@ -277,7 +277,7 @@ def test_attention_without_its_package(place, monkeypatch):
     with pytest.raises(BadInput, match=r"teacher\.attention = 'flash_attention_2' needs the flash-attn package .*'sdpa'"):
         check_recipe(load_recipe(place / "good.toml", ["teacher.attention=flash_attention_2"]))
     monkeypatch.setattr("tasks.models.reference.is_flash_attn_2_available", lambda: True)
-    with pytest.raises(BadInput, match=r"student\.attention .* trains in bfloat16 alone \(found float32\); set student\.dtype"):
+    with pytest.raises(BadInput, match=r"student\.attention .* trains in bfloat16 only \(found float32\); set student\.dtype"):
         check_recipe(load_recipe(place / "good.toml", ["student.attention=flash_attention_2"]))
 
 
