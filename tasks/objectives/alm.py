@@ -1,4 +1,4 @@
-"""`alm`: the probabilities that both sides give to a unit, as two coins (Approximate Likelihood Matching, arXiv 2503.20083)."""
+"""`alm`: both models' probabilities of a unit, compared as coins (Approximate Likelihood Matching, arXiv 2503.20083)."""
 
 import torch
 
@@ -7,10 +7,12 @@ from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, p
 from tasks.objectives.divergences import jsd, log_rest
 from tasks.tokens.vocabulary import Vocabulary
 
-UNBOUNDED = -1e4  # a long unit is rightly far less likely than e⁻²⁰, and still has a gradient
+UNBOUNDED = -1e4  # nats: a long unit may be far less likely than e⁻²⁰, and must still have a gradient
 
 
 class AlmObjective(ObjectiveModule):
+    """JSD of a unit's probability on both sides."""
+
     config: Alm
     stops: torch.Tensor
 
@@ -22,7 +24,7 @@ class AlmObjective(ObjectiveModule):
         return project_units(pairing)
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """JSD_β between (p, 1 - p) of the two sides, with p = P(unit)^(1/τ)."""
+        """JSD_β between (p, 1 - p) of the two sides, with p = P(unit)^(1/τ): `[terms]`, in nats."""
         teacher = terms.logprobs[:, :1] / self.config.temperature
         student = unit_logprobs(logits.log_softmax(-1), terms, self.stops)[:, None] / self.config.temperature
         t, s = (torch.cat([side, log_rest(side)], -1) for side in (teacher, student))

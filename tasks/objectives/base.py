@@ -1,4 +1,4 @@
-"""What objectives share: both sides of a shard's rows going in, terms with targets coming out.
+"""The interface of objectives: their input is both sides of a shard's rows, their output terms with targets.
 
 A *term* is one summand of the loss: a unit, a position or a byte. It reads the student's next-token distributions at
 the tokens `start … end - 1` and has a target: log masses on a few events, and the log mass of the rest.
@@ -19,47 +19,51 @@ from tasks.tokens.ragged import offsets_of, ragged, rows_of
 
 @dataclass(frozen=True)
 class Pairing:
-    """The rows of one shard, both sides flat. Dropped rows have no tokens. Stops are among the tokens, last in a row."""
+    """The rows of one shard, both sides flat. Dropped rows have no tokens. A stop is a token, the last one of its row.
 
-    student_ids: np.ndarray
+    Ids and offsets are integers, log-probs float64 in nats.
+    """
+
+    student_ids: np.ndarray  # [student tokens]
     student_offsets: np.ndarray  # [rows + 1]
-    teacher_ids: np.ndarray
-    teacher_offsets: np.ndarray
+    teacher_ids: np.ndarray  # [teacher tokens]
+    teacher_offsets: np.ndarray  # [rows + 1]
     stops: np.ndarray  # bool [rows]: the last token of both sides is a stop
-    teacher_logprobs: np.ndarray  # float64, of teacher_ids
-    top_ids: np.ndarray  # teacher ids, flat; the signal of teacher token j is top_offsets[j]:top_offsets[j + 1]
-    top_logprobs: np.ndarray  # float64; with `rest` they sum to 1 exactly
-    top_offsets: np.ndarray
+    teacher_logprobs: np.ndarray  # [teacher tokens], of teacher_ids
+    top_ids: np.ndarray  # [events], teacher ids; those of teacher token j are top_offsets[j]:top_offsets[j + 1]
+    top_logprobs: np.ndarray  # [events]; with `rest` their masses sum to 1 exactly
+    top_offsets: np.ndarray  # [teacher tokens + 1]
     rest: np.ndarray  # log mass outside top_ids, one per teacher token; all 0 where the signal is `laws`, which hold their own
     units: Units
-    behaviour: np.ndarray  # log-prob of each unit under the policy that sampled it; NaN where none did
+    behaviour: np.ndarray  # [units], log-prob under the policy that sampled the unit; NaN where none did
     escapes: tuple[np.ndarray, np.ndarray] | None = None  # [rows] of the control token behind the units: pairing.py
     laws: tuple[np.ndarray, ...] | None = None  # of the next byte before each teacher token: counts, classes, masses
 
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return len(self.stops)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """Terms of all rows with their targets, flat; row r's terms are `offsets[r]:offsets[r + 1]`."""
+    """Terms of all rows with their targets, flat; row r's terms are `offsets[r]:offsets[r + 1]`. Log masses are in nats."""
 
-    offsets: np.ndarray
-    starts: np.ndarray  # first student token read, counted in the row
-    ends: np.ndarray  # exclusive
-    counts: np.ndarray  # explicit events of each term's target
-    ids: np.ndarray  # those events, flat: student ids or classes of bytes
-    logprobs: np.ndarray
-    rest: np.ndarray  # log mass outside them; what that is depends on the objective (MATHS.md §4)
-    supervised: np.ndarray  # [rows] bytes that a term covers
-    inside: np.ndarray | None = None  # bytes of the last token that are already read (`bytes` only)
-    behaviour: np.ndarray | None = None  # of each term under the policy that sampled it (`opd` reads it)
-    unmatched_counts: np.ndarray | None = None  # sorted log masses that have no event (`gold` only)
-    unmatched_logprobs: np.ndarray | None = None
+    offsets: np.ndarray  # [rows + 1]
+    starts: np.ndarray  # [terms], first student token that the term reads, counted in the row
+    ends: np.ndarray  # [terms], exclusive
+    counts: np.ndarray  # [terms], explicit events of the target
+    ids: np.ndarray  # [events]: student ids or classes of bytes
+    logprobs: np.ndarray  # [events]
+    rest: np.ndarray  # [terms], log mass outside the events; what that is depends on the objective (MATHS.md §4)
+    supervised: np.ndarray  # [rows], bytes that a term covers
+    inside: np.ndarray | None = None  # [terms], bytes of the last token that were read before (`bytes` only)
+    behaviour: np.ndarray | None = None  # [terms], log-prob under the policy that sampled the term (`opd` reads it)
+    unmatched_counts: np.ndarray | None = None  # [terms], teacher's masses without an event (`gold` only)
+    unmatched_logprobs: np.ndarray | None = None  # those log masses, flat, the largest first
 
     def columns(self) -> dict[str, pa.Array]:
-        """The `aligned` columns that training reads."""
+        """The columns of `aligned` that training reads."""
         events = offsets_of(self.counts)[self.offsets]
         columns = {
             "units": pa.array(np.diff(self.offsets), pa.int32()),
@@ -83,9 +87,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class Terms:
-    """A chunk of terms as tensors; positions count from the chunk's first."""
+    """A chunk of terms as tensors; positions count from the chunk's first. Integers are int64, log masses float32 in nats."""
 
-    actual: torch.Tensor  # [positions] the student's tokens
+    actual: torch.Tensor  # [positions], the student's tokens
     start: torch.Tensor  # [terms]
     end: torch.Tensor  # [terms], exclusive
     inside: torch.Tensor  # [terms]
@@ -97,7 +101,7 @@ class Terms:
 
 
 class ObjectiveModule(nn.Module):
-    """One objective for one pair of vocabularies. A module, so that its tables move to the device with the student."""
+    """One objective for one pair of vocabularies. It is a module, so that its tables move to the device with the student."""
 
     config: ObjectiveConfig
 
@@ -106,7 +110,7 @@ class ObjectiveModule(nn.Module):
         self.config = config
 
     def prepare(self, rows: pa.Table, seed: int) -> pa.Table:
-        """Rows of an optimizer step as the student reads them: `input_ids` where they differ from `token_ids`."""
+        """Rows of an optimizer step, with a column `input_ids` where the student's input differs from `token_ids`."""
         return rows
 
     def project(self, pairing: Pairing) -> Projection:
@@ -116,24 +120,24 @@ class ObjectiveModule(nn.Module):
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         """Loss of each term in nats, `[terms]`, from the student's logits `[positions, V]` (the train stage).
 
-        Each new `[positions, V]` costs as much as the head of a small student: one softmax, few reads, no copies.
+        Each new `[positions, V]` costs as much as the head of a small student: compute one softmax, and make no copies.
         """
         raise NotImplementedError
 
 
 def log_of(mass: torch.Tensor) -> torch.Tensor:
-    """Finite also where a mass is 0; far below the floor of divergences there."""
+    """The log of masses, of the same shape. It is finite where a mass is 0, and far below the floor of divergences."""
     return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
 
 
 def unit_sums(path: torch.Tensor, terms: Terms) -> torch.Tensor:
-    """Σ over each term's positions, `[terms]`, of values `[positions]`."""
+    """Σ of `path` `[positions]` over each term's positions: `[terms]`."""
     position, term = expand_ranges(terms.start, terms.end)
     return path.new_zeros(len(terms.start)).index_add(0, term, path[position])
 
 
 def unit_logprobs(logprobs: torch.Tensor, terms: Terms, stops: torch.Tensor | None = None) -> torch.Tensor:
-    """Σ of the actual tokens' log-probs over each term, `[terms]`: the student's probability of that path.
+    """Σ of the actual tokens' `logprobs` `[positions, V]` over each term: `[terms]`, the log-prob of that path.
 
     With `stops`, the student's stop ids, a stop counts as the event: the sum over all of them.
     """
@@ -141,13 +145,13 @@ def unit_logprobs(logprobs: torch.Tensor, terms: Terms, stops: torch.Tensor | No
     if stops is None or len(stops) < 2:
         return unit_sums(logprobs.gather(1, ids)[:, 0], terms)
     stopped = torch.isin(ids, stops)
-    read = logprobs.gather(1, torch.where(stopped, stops, ids))  # what is no stop stands in every column
+    read = logprobs.gather(1, torch.where(stopped, stops, ids))  # an id that is no stop is in every column
     read[:, 1:].masked_fill_(~stopped, -torch.inf)
     return unit_sums(read.logsumexp(-1), terms)
 
 
 def project_units(pairing: Pairing, only: np.ndarray | None = None) -> Projection:
-    """Units as terms with one event, the unit itself: its log-prob under the teacher. `only` picks units, bool."""
+    """Units as terms with one event, the unit itself: its log-prob under the teacher. `only` picks units: bool `[units]`."""
     units = pairing.units
     row = rows_of(units.offsets)
     chosen = np.flatnonzero(only) if only is not None else np.arange(len(row))

@@ -1,7 +1,7 @@
 """`bpm`: the teacher's mass at a unit's start, carried onto student tokens by their bytes (arXiv 2607.22334).
 
-Each teacher token's mass goes to φ of it, the longest student token that begins it. A sampled student token that spans
-several teacher tokens gets their joint probability, which is taken from where the first of them went.
+The mass of each teacher token w goes to φ(w), the longest student token that begins it. A sampled student token that spans
+several teacher tokens gets their joint probability, and the first one's target gives up as much.
 """
 
 import numpy as np
@@ -17,12 +17,14 @@ from tasks.tokens.vocabulary import Vocabulary, match
 
 
 class BpmObjective(ObjectiveModule):
+    """JSD of the distributions at a unit's start, the teacher's on student tokens."""
+
     config: Bpm
 
     def __init__(self, config: Bpm, *, student: Vocabulary, teacher: Vocabulary):
         super().__init__(config)
         matching = match(teacher, student)
-        self.carry = np.where(matching.ids >= 0, matching.ids, matching.prefix)  # the stop goes to the stop
+        self.carry = np.where(matching.ids >= 0, matching.ids, matching.prefix)  # the stop is matched with the stop
         if student.same_as(teacher):
             self.carry = student.representative
         self.student = student
@@ -42,14 +44,14 @@ class BpmObjective(ObjectiveModule):
         joint = np.exp(total[last[spans]] - total[first[spans]])
         sampled = self.student.representative[pairing.student_ids[pairing.student_offsets[row[spans]] + starts[spans]]]
         opening = pairing.teacher_ids[first]  # the teacher's first token of each unit
-        given_up = self.carry[opening[spans]]
+        carried = self.carry[opening[spans]]
         hit = ids >= 0
         named = np.bincount(unit[pairing.top_ids[entries] == opening[unit]], minlength=len(row)) > 0
-        kept = (given_up >= 0) & named[spans]  # else the mass is still in the rest, and is taken from there
+        taken = (carried >= 0) & named[spans]  # else the mass is in the rest, and is taken from there
         counts, cells, masses = add_up(
-            np.concatenate([unit[hit], spans, spans[kept]]),
-            np.concatenate([ids[hit], sampled, given_up[kept]]).astype(np.int64),
-            np.concatenate([mass[hit], joint, -joint[kept]]),
+            np.concatenate([unit[hit], spans, spans[taken]]),
+            np.concatenate([ids[hit], sampled, carried[taken]]).astype(np.int64),
+            np.concatenate([mass[hit], joint, -joint[taken]]),
             len(row),
         )
         masses = np.maximum(masses, 0)  # rounding

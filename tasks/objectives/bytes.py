@@ -1,6 +1,6 @@
 """`bytes`: the divergence of both models' next-byte laws, where the teacher stands on a boundary (MATHS.md §5).
 
-Whatever their tokens are, both models say something about the next byte of the completion: see `ByteLaws`.
+Both models imply a law of the completion's next byte, whatever their tokens are: see `ByteLaws`.
 """
 
 import numpy as np
@@ -16,6 +16,8 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class BytesObjective(ObjectiveModule):
+    """JSD of both models' next-byte laws."""
+
     config: Bytes
 
     def __init__(self, config: Bytes, *, student: Vocabulary, teacher: Vocabulary):
@@ -29,17 +31,17 @@ class BytesObjective(ObjectiveModule):
         counts, classes, masses = pairing.laws or self.teacher_laws(pairing)
         row = rows_of(pairing.teacher_offsets)
         ends = byte_ends(self.teacher.lengths[pairing.teacher_ids], pairing.teacher_offsets)
-        begins = ends - self.teacher.lengths[pairing.teacher_ids]  # where the teacher stands before each of its tokens
-        token, inside = self._student_place(pairing, row, begins)
+        begins = ends - self.teacher.lengths[pairing.teacher_ids]  # the byte at which each teacher token starts
+        token, inside = self._find_student_tokens(pairing, row, begins)
         keep = token >= 0
 
-        # Where the student is inside a token, it cannot stop: the teacher's law is taken given that it does not.
+        # Inside a token the student cannot stop: there the teacher's law is conditioned on not stopping.
         owner = np.repeat(np.arange(len(row)), counts)
         wanted = keep[owner] & (classes != REST) & ~((inside[owner] > 0) & (classes == STOP))
         stop_mass = np.bincount(owner[classes == STOP], masses[classes == STOP], len(row)) * (inside > 0)
         masses = masses / np.maximum(1 - stop_mass, TINY)[owner]
         covered = np.bincount(owner[wanted], masses[wanted], len(row))
-        # Terms read the distribution that chose the last token, for its cover, and the one after it.
+        # A term reads the distribution that chose the last token, for its cover, and the one after that token.
         starts = np.where((inside == 0) & (token > 0), token - 1, token)
         with np.errstate(divide="ignore"):
             return Projection(
@@ -55,7 +57,7 @@ class BytesObjective(ObjectiveModule):
             )
 
     def teacher_laws(self, pairing: Pairing) -> tuple[np.ndarray, ...]:
-        """The law before each teacher token, covers applied: counts a token, classes, masses (sparse)."""
+        """The law before each teacher token, covers applied, sparse: counts `[tokens]`; classes and masses, flat."""
         vocabulary, ids = self.teacher, pairing.teacher_ids
         owner = np.repeat(np.arange(len(ids)), np.diff(pairing.top_offsets))
         mass = np.exp(pairing.top_logprobs)
@@ -82,21 +84,21 @@ class BytesObjective(ObjectiveModule):
         masses = np.concatenate([mass * path[owner], rest * path, mass[cover]]) / total[where]
         return add_up(where, np.concatenate([classes, np.full(len(ids), REST), cover_class]), masses, len(ids))
 
-    def _student_place(self, pairing: Pairing, row: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For byte `at` of each row: the student token that holds the next byte, and how many of its bytes come before.
+    def _find_student_tokens(self, pairing: Pairing, row: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For byte `at` of `row`: the student token that holds the next byte, and how many of its bytes come before.
 
-        A token of -1 where the student has none there. The stop stands behind the last byte, on both sides.
+        The token is -1 where the student has none there. A stop is behind the last byte, on both sides.
         """
         lengths = self.student.lengths[pairing.student_ids]
         ends = byte_ends(lengths, pairing.student_offsets)
         span = max(int(ends.max(initial=0)), int(at.max(initial=0))) + 2
         s_row = rows_of(pairing.student_offsets)
-        # A stop has no bytes: give it one, so that it holds the place behind the last.
-        found = np.searchsorted(s_row * span + ends + (lengths == 0), row * span + at, side="right")
-        held = (found < len(ends)) & (np.append(s_row, -1)[found] == row)
-        found = np.minimum(found, len(ends) - 1)
-        inside = at - (ends - lengths)[found]
-        return np.where(held, found - pairing.student_offsets[row], -1), np.where(held, inside, 0)
+        # A stop has no bytes: it gets one here, so that it holds the place behind the last byte.
+        index = np.searchsorted(s_row * span + ends + (lengths == 0), row * span + at, side="right")
+        exists = (index < len(ends)) & (np.append(s_row, -1)[index] == row)
+        index = np.minimum(index, len(ends) - 1)
+        inside = at - (ends - lengths)[index]
+        return np.where(exists, index - pairing.student_offsets[row], -1), np.where(exists, inside, 0)
 
     # -- the student's side, in the train stage ------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Ids with the same bytes, and all stops, are one event: masses of such classes, read from masses of ids."""
+"""Classes of ids: ids with the same bytes, or all stops, are one event. The mass of a class is the sum over its ids."""
 
 import numpy as np
 import torch
@@ -8,9 +8,9 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class Classes(nn.Module):
-    """The mass of whole classes, each named by its representative."""
+    """Masses of classes, each named by its representative."""
 
-    members: torch.Tensor  # [V, largest class] the ids that an id stands for, itself first, padded with -1
+    members: torch.Tensor  # int64 [V, largest class]: the ids that an id represents, itself first, padded with -1
 
     def __init__(self, vocabulary: Vocabulary):
         super().__init__()
@@ -24,7 +24,7 @@ class Classes(nn.Module):
         self.register_buffer("members", torch.tensor(members), persistent=False)
 
     def forward(self, mass: torch.Tensor, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """`[terms, K]`: of `ids` `[terms, K]`, each line in its own row `[terms]` of `mass` `[positions, V]`."""
+        """Masses of the classes of `ids`, `[terms, K]`, each term's from its `row` `[terms]` of `mass` `[positions, V]`."""
         members = self.members[ids]
         read = mass[row[:, None, None], members.clamp(min=0)]
         return (read * (members >= 0)).sum(-1)
@@ -33,10 +33,10 @@ class Classes(nn.Module):
 class Subset(nn.Module):
     """Some of a vocabulary's classes, by their representatives in order."""
 
-    ids: torch.Tensor  # [N]
-    duplicates: torch.Tensor  # ids that some of them stand for too
-    place: torch.Tensor  # and which of them does
-    held: torch.Tensor  # [V] 1 for all of these ids, else 0
+    ids: torch.Tensor  # int64 [N]: the representatives
+    duplicates: torch.Tensor  # int64: the other ids of these classes
+    place: torch.Tensor  # int64: the index in `ids` of each duplicate's representative
+    held: torch.Tensor  # float32 [V]: 1 for every id of these classes, else 0
 
     def __init__(self, vocabulary: Vocabulary, ids: np.ndarray):
         super().__init__()
@@ -50,15 +50,16 @@ class Subset(nn.Module):
         self.register_buffer("held", torch.tensor(held), persistent=False)
 
     def __len__(self) -> int:
+        """The number of classes."""
         return len(self.ids)
 
     def total(self, mass: torch.Tensor) -> torch.Tensor:
-        """Their mass together, `[positions]`."""
+        """The mass of all these classes together, `[positions]`, from `mass` `[positions, V]`."""
         with torch.autocast(mass.device.type, enabled=False):  # a sum, not a layer: bfloat16 would be too coarse
             return mass @ self.held.to(mass.dtype)
 
     @torch.no_grad()
     def top(self, mass: torch.Tensor, k: int) -> torch.Tensor:
-        """The `k` likeliest (all, if there are fewer), the likeliest first, `[positions, k]`."""
+        """The `k` likeliest classes (all, if there are fewer), the likeliest first: ids `[positions, k]`."""
         whole = mass.index_select(1, self.ids).index_add_(1, self.place, mass[:, self.duplicates])
         return self.ids[whole.topk(min(k, len(self.ids))).indices]

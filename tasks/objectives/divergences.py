@@ -4,15 +4,15 @@ from typing import Literal
 
 import torch
 
-# Log masses below this count as this: what one side calls impossible costs the other at most 20 nats, not infinity.
+# Log masses are raised to at least this, in nats: an event that is impossible on one side costs at most 20 nats, not infinity.
 FLOOR = -20.0
 
 
 def jsd(t: torch.Tensor, s: torch.Tensor, beta: float, floor: float = FLOOR) -> torch.Tensor:
-    """JSD_β(T‖S) = β·KL(T‖M) + (1-β)·KL(S‖M) with M = βT + (1-β)S, over the last dimension, in nats.
+    """JSD_β(T‖S) = β·KL(T‖M) + (1-β)·KL(S‖M) with M = βT + (1-β)S, over the last dimension: `[…]`, in nats.
 
-    `t` and `s` are log masses of the same events; -inf on both sides pads. β = 0 is forward KL(T‖S) and β = 1 reverse
-    KL(S‖T), by convention: as β → 0 it is JSD_β / β that tends to KL(T‖S). (GKD, arXiv 2306.13649)
+    `t` and `s` `[…, K]` are log masses of the same events; -inf on both sides is padding. By convention β = 0 is forward
+    KL(T‖S) and β = 1 reverse KL(S‖T), although it is JSD_β / β that tends to KL(T‖S) as β → 0. (GKD, arXiv 2306.13649)
     """
     t_mass, s_mass = t.exp(), s.exp()
     t, s = t.clamp(min=floor), s.clamp(min=floor)
@@ -25,7 +25,7 @@ def jsd(t: torch.Tensor, s: torch.Tensor, beta: float, floor: float = FLOOR) -> 
 
 
 def log_rest(s: torch.Tensor) -> torch.Tensor:
-    """log(1 - Σ exp s) over the last dimension, kept: the mass that is on none of the events."""
+    """log(1 - Σ exp s), `[…, 1]`, of log masses `s` `[…, K]`: the log mass outside the events."""
     return (1 - s.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(s.dtype).eps).log()
 
 
@@ -36,10 +36,11 @@ def bucketed_jsd(
     beta: float,
     rest: Literal["bucket", "drop", "renormalise"] = "bucket",
 ) -> torch.Tensor:
-    """JSD_β on a truncated support `[…, K]`, with one more event for the mass outside it.
+    """JSD_β on a truncated support, with one more event for the mass outside it: `[…]`, in nats.
 
-    `t_rest` `[…]` is the teacher's log mass outside; the student's is what `s` leaves of 1. With the bucket it is a
-    divergence of two distributions: never negative, a lower bound of the full one, exact where the support is all.
+    `t` and `s` `[…, K]` are log masses on the support. `t_rest` `[…]` is the teacher's log mass outside; the student's is what
+    `s` leaves of 1. With the bucket it is a divergence of two distributions: never negative, a lower bound of the full one,
+    and exact where the support is everything.
     """
     if rest == "renormalise":
         none = t.isneginf().all(-1, keepdim=True)  # no event at all: nothing to compare

@@ -1,6 +1,6 @@
-"""`gold`: units merged on both sides, and `gkd`, which it is exactly where both sides have one tokenizer.
+"""`gold`: a divergence of units that are merged on both sides. With one tokenizer it is exactly `gkd`.
 
-"Unlocking On-Policy Distillation for Any Model Family"; the merges are MATHS.md §5's.
+"Unlocking On-Policy Distillation for Any Model Family"; the merges are described in MATHS.md §5.
 """
 
 import numpy as np
@@ -19,6 +19,8 @@ IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
 
 
 class GoldObjective(ObjectiveModule):
+    """JSD on matched ids and sorted L1 on unmatched ones, per merged unit."""
+
     config: Gold
 
     def __init__(self, config: Gold, *, student: Vocabulary, teacher: Vocabulary):
@@ -54,8 +56,8 @@ class GoldObjective(ObjectiveModule):
         owner = np.repeat(np.arange(len(row)), counts)
         covered = np.bincount(owner, masses, len(row))
         classes = self.teacher_class[teacher_ids[~hit]].astype(np.int64)
-        other_counts, _, others = add_up(unit[~hit], classes, mass[~hit], len(row))
-        order = np.lexsort((-others, np.repeat(np.arange(len(row)), other_counts)))
+        unmatched_counts, _, unmatched = add_up(unit[~hit], classes, mass[~hit], len(row))
+        order = np.lexsort((-unmatched, np.repeat(np.arange(len(row)), unmatched_counts)))
         starts = unit_starts(units.student_ends, units.offsets)
         byte_starts = unit_starts(units.byte_ends, units.offsets)
         with np.errstate(divide="ignore"):
@@ -68,14 +70,14 @@ class GoldObjective(ObjectiveModule):
                 logprobs=np.log(masses),
                 rest=np.log(np.maximum(1 - covered, 0)),
                 supervised=np.bincount(row, (units.byte_ends - byte_starts) * (counts > 0), pairing.rows).astype(np.int64),
-                unmatched_counts=other_counts,
-                unmatched_logprobs=np.log(others[order]),
+                unmatched_counts=unmatched_counts,
+                unmatched_logprobs=np.log(unmatched[order]),
             )
 
     def _sum(self, pairing: Pairing, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, ...]:
-        """softmax(Σ_i log p_i) a unit. An id outside a token's top k counts there with an even share of its rest.
+        """softmax(Σ_i log p_i) per unit. An id outside a token's top k gets an even share of that token's rest.
 
-        Exact where the top k is the vocabulary. Returns teacher ids, log masses and their units.
+        Exact where the top k is the vocabulary. Returns teacher ids, log masses and their units, all flat.
         """
         tokens, unit_of_token = expand(first, last + 1)
         sizes = np.diff(pairing.top_offsets)[tokens]
@@ -95,34 +97,35 @@ class GoldObjective(ObjectiveModule):
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         if self.config.merge == "sum":
             position, unit = expand_ranges(terms.start, terms.end)
-            # Σ log p and Σ logits differ by a constant, which the softmax does not see.
+            # Σ log p and Σ logits differ by a constant, which does not change the softmax.
             mass = logits.new_zeros(len(terms.start), logits.shape[1]).index_add(0, unit, logits[position]).softmax(-1)
-            at, others = torch.arange(len(mass), device=mass.device), mass.new_zeros(len(mass))
+            at, rest_of_path = torch.arange(len(mass), device=mass.device), mass.new_zeros(len(mass))
         else:
             mass = logits.softmax(-1)
             at = terms.end - 1 if self.config.merge == "chain" else terms.start
             path = log_of(mass.gather(1, terms.actual[:, None])[:, 0])
-            others = unit_sums(path, terms) - path[at]
+            rest_of_path = unit_sums(path, terms) - path[at]  # the unit's other tokens
         ids, events = terms.ids, terms.ids.shape[1]
         unmatched = self.config.unmatched_weight if len(self.unmatched) else 0
         if unmatched:
             ids = torch.cat([ids, self.unmatched.top(mass, terms.unmatched.shape[1])[at]], 1)
         law = self.classes(mass, at, ids)
-        student = (log_of(law[:, :events]) + others[:, None]).masked_fill(terms.logprobs.isneginf(), -torch.inf)
+        student = (log_of(law[:, :events]) + rest_of_path[:, None]).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         loss = bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
         loss = self.config.matched_weight * loss
         if unmatched:
-            path_mass = others.exp()
+            path_mass = rest_of_path.exp()
             top, total = law[:, events:] * path_mass[:, None], self.unmatched.total(mass)[at] * path_mass
             loss = loss + unmatched * self._sorted_l1(top, total, terms.unmatched.exp())
         return loss
 
     @staticmethod
     def _sorted_l1(top: torch.Tensor, total: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Σ_k |s_(k) - t_(k)| of two sets of masses, the shorter padded with zeros; `teacher` comes sorted.
+        """Σ_k |s_(k) - t_(k)| of two sets of masses, the shorter one padded with zeros: `[terms]`.
 
-        Of the student's, its largest and their total: no more are larger than 0 on the other side.
+        `teacher` `[terms, K']` is sorted, the largest first. Of the student the largest masses `top` `[terms, k]` and the
+        `total` `[terms]` are enough: the teacher has no more masses above 0.
         """
         k = top.shape[1]
-        apart = (top - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
-        return apart + (total - top.sum(-1)).clamp(min=0)
+        difference = (top - teacher[:, :k]).abs().sum(-1) + teacher[:, k:].sum(-1)
+        return difference + (total - top.sum(-1)).clamp(min=0)

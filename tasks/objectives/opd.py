@@ -11,6 +11,8 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class OpdObjective(ObjectiveModule):
+    """Policy gradient with the log-ratio of a unit as its advantage."""
+
     config: Opd
     stops: torch.Tensor
 
@@ -19,29 +21,32 @@ class OpdObjective(ObjectiveModule):
         self.register_buffer("stops", torch.tensor(student.stop_ids), persistent=False)
 
     def project(self, pairing: Pairing) -> Projection:
-        """Units of the student's own samples: a row without behaviour log-probs has no policy to take the gradient of.
+        """Units of the student's samples as terms. A row without behaviour log-probs was not sampled by a policy and has none.
 
-        A control token behind the last unit is a term of its own. It spells nothing, so no unit holds it; without the term
-        the student could leave a text there at no cost.
+        A control token behind the last unit is a term of its own. It has no bytes, so it is in no unit; without the term the
+        student could leave a text there at no cost.
         """
         units = project_units(pairing, only=~np.isnan(pairing.behaviour))
-        return units if pairing.escapes is None else _with_escapes(units, pairing, *pairing.escapes)
+        return units if pairing.escapes is None else _add_escapes(units, pairing, *pairing.escapes)
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """A surrogate whose gradient is -w·A·∇log P_S, with A = log P_T - log P_S and w = min(P_S / P_behaviour, C).
+        """A surrogate `[terms]` with the gradient -w·A·∇log P_S, where A = log P_T - log P_S and w = min(P_S / P_behaviour, C).
 
-        Its value is -A, one sample of the reverse KL a unit, so that the loss that is logged means something.
+        Its value is -A in nats, one sample of the reverse KL per unit, so that the logged loss has a meaning.
         """
         logprobs = logits.log_softmax(-1)
         path = unit_logprobs(logprobs, terms, self.stops)
         advantage = (terms.logprobs[:, 0] - path).detach()
-        sampled = unit_logprobs(logprobs.detach(), terms)  # of the very ids, as the behaviour's are
+        sampled = unit_logprobs(logprobs.detach(), terms)  # of the sampled ids, as in `behaviour`: a stop is not the event here
         weight = (sampled - terms.behaviour).exp().clamp(max=self.config.clip)
         return -advantage - weight * advantage * (path - path.detach())
 
 
-def _with_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray, grades: np.ndarray) -> Projection:
-    """`units` and, last in each row that has one, the term of its control token; it speaks of no byte."""
+def _add_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray, teacher_logprobs: np.ndarray) -> Projection:
+    """`units` and, last in each row that has one, the term of its control token, which covers no byte.
+
+    `behaviour` and `teacher_logprobs` `[rows]` are the token's log-probs under its policy (NaN: none) and under the teacher.
+    """
     row = np.flatnonzero(~np.isnan(behaviour))
     at, kept = units.offsets[row + 1], np.diff(pairing.student_offsets)[row]
     more = np.zeros(len(units.offsets), np.int64)
@@ -53,7 +58,7 @@ def _with_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray, gr
         ends=np.insert(units.ends, at, kept + 1),
         counts=np.insert(units.counts, at, 1),
         ids=np.insert(units.ids, at, 0),
-        logprobs=np.insert(units.logprobs, at, grades[row]),
-        rest=np.insert(units.rest, at, np.log(-np.expm1(np.minimum(grades[row], np.log1p(-1e-12))))),
+        logprobs=np.insert(units.logprobs, at, teacher_logprobs[row]),
+        rest=np.insert(units.rest, at, np.log(-np.expm1(np.minimum(teacher_logprobs[row], np.log1p(-1e-12))))),
         behaviour=np.insert(units.behaviour, at, behaviour[row]),  # type: ignore[arg-type]
     )

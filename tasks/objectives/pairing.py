@@ -1,4 +1,4 @@
-"""From a shard's rollouts and scores to what objectives read: both sides' tokens, flat, on common units, with the signal."""
+"""Pair a shard's rollouts and scores: both sides' tokens, flat, their common units, and the teacher's signal."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +19,22 @@ from tasks.tokens.ragged import Flat, add_up, first_of, flat, offsets_of, rows_o
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """What of a shard's rollouts can be aligned: each row's ids up to its first control token."""
+    """The part of a shard's rollouts that can be aligned: each row's ids up to its first control token.
 
-    status: np.ndarray  # [rows]
-    ids: np.ndarray  # flat
-    offsets: np.ndarray  # [rows + 1]
+    Log-probs are float64 in nats.
+    """
+
+    status: np.ndarray  # [rows], strings
+    ids: np.ndarray  # int32 [tokens]
+    offsets: np.ndarray  # int64 [rows + 1]
     stopped: np.ndarray  # bool [rows]: the last of the ids is a stop
-    logprobs: np.ndarray  # behaviour, flat; NaN where the student did not sample
-    model_logprobs: np.ndarray  # the same under the student itself, at temperature 1 and over all tokens
-    escapes: np.ndarray  # [rows] behaviour of the control token that ended the ids; NaN where none did
+    logprobs: np.ndarray  # [tokens], under the policy that sampled; NaN where the student did not sample
+    model_logprobs: np.ndarray  # [tokens], under the student at temperature 1 and over all tokens; NaN as above
+    escapes: np.ndarray  # [rows], under the policy, of the control token that ended the ids; NaN where none did
 
 
 def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
-    """What stands behind a control token that the student sampled is left out: the teacher never sees that token."""
+    """Read a shard's rollouts. Tokens from the first control token on are left out: the teacher never sees that token."""
     ids, offsets = flat(rollouts["token_ids"])
     row, rows = rows_of(offsets), len(offsets) - 1
     is_stop = np.isin(ids, student.stop_ids)
@@ -55,13 +58,13 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
 
 
 def model_logprobs_of(rollouts: pa.Table) -> pa.ChunkedArray:
-    """The student's own log-probs, at temperature 1 and over all tokens: those that were drawn by, where they are these."""
+    """The student's log-probs at temperature 1 and over all tokens: `logprobs`, where samples were drawn from that law."""
     drawn = rollouts["logprobs"]
     return pc.coalesce(rollouts["model_logprobs"], drawn) if "model_logprobs" in rollouts.column_names else drawn
 
 
 def _spread(column: pa.ChunkedArray, row: np.ndarray) -> np.ndarray:
-    """A column of log-probs, flat over all tokens, whose rows are `row`; NaN in rows without any."""
+    """A column of log-probs as float64 `[tokens]`; `row` `[tokens]` is each token's row. NaN in rows without log-probs."""
     logprobs = np.full(len(row), np.nan)
     logprobs[~column.is_null().to_numpy()[row]] = flat(column)[0]
     return logprobs
@@ -77,9 +80,9 @@ def pair_rows(
     student: Side,
     teacher: Side,
 ) -> Pairing:
-    """Both sides of the rows, cut to what both spell: to the end of each row's last unit.
+    """Both sides of the rows, cut to the end of each row's last unit.
 
-    Without `scores` the rows are their own teacher, without a signal.
+    Without `scores` the student's side stands for both, and there is no signal.
     """
     s_ids, s_offsets = sampled.ids, sampled.offsets
     t_ids, t_offsets = (s_ids, s_offsets) if scores is None else flat(scores["token_ids"])
@@ -105,7 +108,7 @@ def pair_rows(
 
 
 def read_signal(signal: Signal, scores: pa.Table | None, reading: Reading) -> dict[str, Any]:
-    """The signal fields of a Pairing at the teacher tokens of `reading`; without scores nothing is known of them."""
+    """The signal fields of a Pairing at the teacher tokens of `reading`; without scores they are empty."""
     tokens = len(reading.tokens)
     fields: dict[str, Any] = {
         "teacher_logprobs": np.full(tokens, np.nan),
@@ -124,13 +127,13 @@ def read_signal(signal: Signal, scores: pa.Table | None, reading: Reading) -> di
         return fields | {
             "top_ids": events.ids, "top_logprobs": logprobs, "top_offsets": offsets_of(events.counts), "rest": rest
         }  # fmt: skip
-    everything = np.concatenate([owner, np.arange(tokens)])
+    owners = np.concatenate([owner, np.arange(tokens)])
     classes = np.concatenate([events.ids, np.full(tokens, REST)])
-    return fields | {"laws": add_up(everything, classes, np.exp(np.concatenate([logprobs, rest])), tokens)}
+    return fields | {"laws": add_up(owners, classes, np.exp(np.concatenate([logprobs, rest])), tokens)}
 
 
 def _renormalise(events: Events) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The events' owners, and log masses of events and rests that sum to 1: half precision makes them miss it a little."""
+    """The token of each event, and log masses of events and rests, scaled to sum to 1: in half precision they do not quite."""
     tokens = len(events.counts)
     owner = np.repeat(np.arange(tokens), events.counts)
     total = np.log(np.bincount(owner, np.exp(events.logprobs), tokens) + np.exp(events.rest))
@@ -146,9 +149,10 @@ def _read_escapes(
     t_counts: np.ndarray,
     teacher: Side,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs of the control token that ended each row behind its last unit, under its policy and under the teacher.
+    """Log-probs `[rows]` of the control token behind each row's last unit, under its policy and under the teacher.
 
-    The policy's is NaN where there is none. A teacher that knows the same ids has scored it; to another it is impossible.
+    The policy's is NaN where there is no such token. A teacher with the same ids has scored it; for another one it is
+    impossible, and gets the floor.
     """
     behaviour = np.where(s_counts == np.diff(sampled.offsets), sampled.escapes, np.nan)
     scored = np.full(len(behaviour), FLOOR)
@@ -162,7 +166,7 @@ def _read_escapes(
 
 
 def _text_lengths(lengths: np.ndarray, offsets: np.ndarray) -> Flat:
-    """Byte lengths up to each row's first token without bytes: its stop, or a control token."""
+    """Byte lengths up to each row's first token without bytes (its stop, or a control token), and the rows' new bounds."""
     row = rows_of(offsets)
     empty = np.cumsum(lengths == 0)
     before = np.concatenate([[0], empty])[offsets[:-1]][row]
@@ -178,7 +182,10 @@ def last_of(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def sum_units(units: Units, ends: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Σ over each unit's tokens of their log-probs, `[units]`; NaN in rows that have none."""
+    """Σ of `logprobs` `[tokens]` over each unit's tokens: float64 `[units]`, in nats; NaN in rows with a NaN.
+
+    `ends` `[units]` are that side's ends of the units, `offsets` `[rows + 1]` its rows' bounds in the tokens.
+    """
     row = rows_of(units.offsets)
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(logprobs.astype(np.float64)))])
     sums = total[offsets[row] + ends] - total[offsets[row] + unit_starts(ends, units.offsets)]

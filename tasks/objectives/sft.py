@@ -1,4 +1,4 @@
-"""`sft`: cross-entropy on the rows' own tokens."""
+"""`sft`: cross-entropy on the rows' tokens."""
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,8 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class SftObjective(ObjectiveModule):
+    """Cross-entropy, one term per token."""
+
     config: Sft
 
     def __init__(self, config: Sft, *, student: Vocabulary, teacher: Vocabulary):
@@ -40,13 +42,13 @@ class SftObjective(ObjectiveModule):
 
 
 def corrupt_tokens(rows: pa.Table, rows_share: float, tokens_share: float, seed: int) -> pa.Table:
-    """`rows` with a column `input_ids`: `token_ids` where some are replaced by others of the table.
+    """`rows` with a column `input_ids`: their `token_ids`, some replaced by other tokens of the table.
 
-    A model that has read wrong tokens in training can still grade what comes behind a student's mistake.
+    A teacher that has read wrong tokens in training can still score the text behind a student's mistake.
     """
     random = np.random.default_rng(seed)
     tokens, offsets = flat(rows["token_ids"])
     row = rows_of(offsets)
     chosen = (random.random(len(rows)) < rows_share)[row] & (random.random(len(row)) < tokens_share)
-    shown = np.where(chosen, random.permutation(tokens), tokens)
-    return rows.append_column("input_ids", ragged(shown, offsets, pa.int32()))
+    inputs = np.where(chosen, random.permutation(tokens), tokens)
+    return rows.append_column("input_ids", ragged(inputs, offsets, pa.int32()))

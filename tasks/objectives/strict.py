@@ -1,4 +1,4 @@
-"""`strict`: one-to-one units and the stop alone, on matched ids alone (arXiv 2610.08448)."""
+"""`strict`: one-to-one units and the stop only, on matched ids only (arXiv 2610.08448)."""
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
 
 class StrictObjective(ObjectiveModule):
+    """Reverse KL on the likeliest matched ids of either side."""
+
     config: Strict
 
     def __init__(self, config: Strict, *, student: Vocabulary, teacher: Vocabulary):
@@ -22,7 +24,7 @@ class StrictObjective(ObjectiveModule):
         self.classes = Classes(student)
 
     def project(self, pairing: Pairing) -> Projection:
-        """The teacher's law on matched ids, renormalised; what it has outside its top k may be matched, and is the rest."""
+        """The teacher's distribution on matched ids, renormalised. Its mass outside the top k may be matched: it is rest."""
         units = pairing.units
         row = rows_of(units.offsets)
         single = np.flatnonzero((units.kind == Kind.ONE_TO_ONE) | (units.kind == Kind.STOP))
@@ -49,15 +51,15 @@ class StrictObjective(ObjectiveModule):
             )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """Reverse KL on the likeliest ids of either side, of those that the teacher's signal names; all else is the rest.
+        """Reverse KL `[terms]`, in nats, on the likeliest ids of either side that are in the teacher's signal, and the rest.
 
-        The paper takes the student's likeliest alone. Where the teacher names none of them that would be no comparison
-        at all, and no gradient, just where both sides disagree most.
+        The paper takes the student's likeliest ids only. Where the teacher's signal has none of them the term would have no
+        gradient, just where both sides disagree most.
         """
         mass = logits.softmax(-1)
-        own = self.matched.top(mass, self.config.top)[terms.start]
+        likeliest = self.matched.top(mass, self.config.top)[terms.start]
         least = terms.logprobs.topk(min(self.config.top, terms.logprobs.shape[1])).values[:, -1:]
-        compared = (terms.logprobs >= least) | (terms.ids[:, :, None] == own[:, None, :]).any(-1)
+        compared = (terms.logprobs >= least) | (terms.ids[:, :, None] == likeliest[:, None, :]).any(-1)
         compared &= ~terms.logprobs.isneginf()
         outside = torch.cat([terms.logprobs.masked_fill(compared, -torch.inf), terms.rest[:, None]], 1).logsumexp(-1)
         student = log_of(self.classes(mass, terms.start, terms.ids)) - log_of(self.matched.total(mass))[terms.start][:, None]

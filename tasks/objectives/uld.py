@@ -11,6 +11,8 @@ from tasks.tokens.vocabulary import Vocabulary
 
 
 class UldObjective(ObjectiveModule):
+    """Sorted L1, one term per pair of positions."""
+
     config: Uld
 
     def __init__(self, config: Uld, *, student: Vocabulary, teacher: Vocabulary):
@@ -37,7 +39,7 @@ class UldObjective(ObjectiveModule):
         )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
-        """Σ_k |s_(k) - t_(k)| over the teacher's k largest, and the rests as one more pair; exact where k is all."""
+        """Σ_k |s_(k) - t_(k)|, `[terms]`, over the teacher's k largest and the rests as one more pair; exact at k = V."""
         logprobs = logits.log_softmax(-1)
         k = min(terms.logprobs.shape[1], logits.shape[1])
         likeliest = logprobs.detach().topk(k).indices

@@ -1,4 +1,4 @@
-"""What is stored of a teacher, one kind a file: how an engine stores it and how objectives read it (MATHS.md §6)."""
+"""Signals, one per file: how an engine stores them and how objectives read them (MATHS.md §6)."""
 
 from importlib import import_module
 
@@ -6,7 +6,7 @@ from tasks.signals.base import Signal
 
 
 def make_signal(kind: str = "topk", k: int = 64, top_p: float = 1.0) -> Signal:
-    """The signal `kind` of configs/signals.py: `<Kind>Signal` in the file of its name.
+    """Make the signal `kind` of configs/signals.py: `<Kind>Signal` in the file of its name.
 
     At most `k` events per token are kept, fewer once they hold the mass `top_p`.
     """

@@ -1,4 +1,4 @@
-"""The interface of a signal: what an engine gives, what a scores table holds of it, what objectives read from that."""
+"""The interface of a signal: an engine's output, the columns of a scores table, and the events that objectives read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,37 +19,37 @@ SCORE_CHUNK = 1024  # positions whose full distributions exist at once
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some flat positions with their whole distributions, which an engine in this process has.
+    """Some flat positions with their whole distributions, from an engine in this process.
 
-    `logprobs`, `actual` and `first` may hold one position more in front (`lead` 1): a token's law of bytes also reads the
-    distribution before it.
+    `logprobs`, `actual` and `first` may have one more position in front (`lead` is 1 then): a token's byte law also reads the
+    distribution before the last token.
     """
 
     hidden: torch.Tensor  # [positions, width], the last hidden states
-    logprobs: torch.Tensor  # [lead + positions, V]
-    actual: torch.Tensor  # [lead + positions], the ids that are there
+    logprobs: torch.Tensor  # float32 [lead + positions, V], in nats
+    actual: torch.Tensor  # int64 [lead + positions], the ids of the completion
     first: torch.Tensor  # bool [lead + positions]: the first token of its completion
     lead: int
     laws: Callable[[], ByteLaws]
-    model: str  # its name, for messages
+    model: str  # the model's name, for messages
 
 
 @dataclass(frozen=True)
 class Top:
-    """One completion's n tokens from an engine that gives no more than the likeliest ids: `[n, k]`, best first."""
+    """One completion's n tokens from an engine that returns only the likeliest ids."""
 
-    actual: np.ndarray  # [n] log-probs of the tokens that are there
-    ids: np.ndarray
-    logprobs: np.ndarray
+    actual: np.ndarray  # float [n]: log-probs of the completion's tokens, in nats
+    ids: np.ndarray  # int32 [n, k], best first
+    logprobs: np.ndarray  # float [n, k], in nats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is read of a scores table."""
+    """Which tokens to read from a scores table, and how."""
 
-    tokens: np.ndarray  # indices of teacher tokens, flat
-    offsets: np.ndarray  # the rows' bounds in `tokens`
-    laws: bool  # laws of bytes are wanted, where the signal has them by itself
+    tokens: np.ndarray  # int64: indices of teacher tokens, flat
+    offsets: np.ndarray  # int64 [rows + 1]: the rows' bounds in `tokens`
+    laws: bool  # whether to read byte laws, if the signal can give them
     vocabulary: Vocabulary
     head: Head | None
 
@@ -58,10 +58,10 @@ class Reading:
 class Events:
     """Sparse distributions: token j has `counts[j]` of the flat events, and the log mass `rest[j]` outside them."""
 
-    ids: np.ndarray  # int64: teacher ids, or classes of bytes where `laws`
-    logprobs: np.ndarray  # float64
-    counts: np.ndarray
-    rest: np.ndarray
+    ids: np.ndarray  # int64 [events]: teacher ids, or classes of bytes where `laws`
+    logprobs: np.ndarray  # float64 [events], in nats
+    counts: np.ndarray  # int64 [tokens]
+    rest: np.ndarray  # float64 [tokens], in nats
     laws: bool = False
 
 
@@ -70,29 +70,29 @@ class Signal:
 
     events: ClassVar[tuple[str, ...]] = ()  # columns of a scores table with several entries per token
     counts: ClassVar[str] = ""  # the column that says how many
-    top: int = 0  # how many of the likeliest ids it needs of an engine that gives no more than those
+    top: int = 0  # how many of the likeliest ids it needs from an engine that returns only those
 
     def __init__(self, k: int, top_p: float):
         self.k, self.top_p = k, top_p
 
     def store(self, chunk: Chunk) -> dict[str, torch.Tensor]:
-        """Its columns of a scores table for a chunk of positions."""
+        """The signal's columns of a scores table for a chunk of positions: flat, or `[positions, width]`."""
         return {}
 
     def store_top(self, top: Top, size: int, rows: int) -> dict[str, np.ndarray]:
-        """The same from the likeliest ids, for signals that need no whole distributions.
+        """As `store`, from the likeliest ids of one completion, for signals that need no whole distributions.
 
-        `rows` of the model's head include padding; ids from `size` on are none.
+        `rows` are the rows of the model's head; ids from `size` on are padding.
         """
         return {}
 
     def read(self, scores: pa.Table, reading: Reading) -> Events | None:
-        """The events of some tokens; None where the signal has none."""
+        """The events of the tokens of `reading`; None where the signal has none."""
         return None
 
 
 def join_chunks(chunks: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    """Columns of chunks one after another, on the CPU, in the types of a scores table."""
+    """Join the columns of chunks, as arrays on the CPU in the types of a scores table."""
     return {
         name: torch.cat([chunk[name] for chunk in chunks])
         .cpu()
@@ -103,7 +103,7 @@ def join_chunks(chunks: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
 
 
 def split_columns(signal: Signal, columns: dict[str, np.ndarray], ends: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Flat columns cut into completions that end (exclusive) at the tokens `ends`."""
+    """Cut flat columns into completions. `ends`, int64 `[completions]`, are their exclusive ends in tokens."""
     starts = np.concatenate([[0], ends[:-1]])
     bounds = dict.fromkeys(columns, (starts, ends))
     if signal.counts in columns:
@@ -113,7 +113,7 @@ def split_columns(signal: Signal, columns: dict[str, np.ndarray], ends: np.ndarr
 
 
 def read_events(scores: pa.Table, tokens: np.ndarray, columns: tuple[str, str, str], laws: bool = False) -> Events:
-    """Stored events of some tokens, from the columns of ids, log-probs and counts, and `rest`."""
+    """Stored events of `tokens`, from the `columns` of ids, log-probs and counts, and from `rest`."""
     ids, logprobs, counts = (flat(scores[name])[0] for name in columns)
     bounds = offsets_of(counts.astype(np.int64))
     entries, _ = expand(bounds[tokens], bounds[tokens + 1])
@@ -121,13 +121,13 @@ def read_events(scores: pa.Table, tokens: np.ndarray, columns: tuple[str, str, s
     return Events(ids[entries].astype(np.int64), logprobs[entries].astype(np.float64), np.diff(bounds)[tokens], rest, laws)
 
 
-Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # flat ids and log-probs, counts, log rests
+Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # flat ids and log-probs, counts, log masses of the rest
 
 
 def keep_likeliest(logprobs: torch.Tensor, k: int, top_p: float, events: int | None = None) -> Sparse:
-    """Of distributions `[positions, N]`: the events that reach `top_p`, at most `k`, and the log of what is left.
+    """The likeliest events of `logprobs` `[positions, N]`: the fewest that reach `top_p`, at most `k`, and the rest's log mass.
 
-    Only the first `events` can be named (default: all); the others are always in the rest.
+    Only the first `events` of the N can be kept (default: all); the others are always in the rest.
     """
     named = logprobs[:, :events]
     top, ids = named.topk(min(k, named.shape[1]))

@@ -1,4 +1,4 @@
-"""`bytes`: the teacher's law of the next byte at its boundaries, covers applied; it serves any student's tokenizer."""
+"""`bytes`: the teacher's next-byte law at its token boundaries, covers applied. It fits any student's tokenizer."""
 
 import pyarrow as pa
 import torch

@@ -1,4 +1,4 @@
-"""A model's head by itself: the last layer, which turns hidden states into log-probs."""
+"""A model's head without the model: the last layer, which turns hidden states into log-probs."""
 
 import json
 from dataclasses import dataclass
@@ -19,12 +19,14 @@ FILE = "head.safetensors"
 
 @dataclass(frozen=True)
 class Head:
+    """The weights of a head, and how the model scales its logits."""
+
     weight: torch.Tensor  # [V, width], without padded rows
     bias: torch.Tensor | None  # [V]
     scale: LogitScale
 
     def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 `[positions, V]` of float16 hidden states `[positions, width]`."""
+        """Log-probs, float32 `[positions, V]`, of hidden states, float16 `[positions, width]`."""
         logits = functional.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight, self.bias)
         return apply_logit_scale(logits.float(), self.scale).log_softmax(-1)
 

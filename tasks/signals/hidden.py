@@ -1,4 +1,4 @@
-"""`hidden`: the last hidden states in half precision. With the teacher's head everything follows from them, unrounded."""
+"""`hidden`: the last hidden states in float16. With the teacher's head they give whole distributions."""
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ class HiddenSignal(Signal):
 
     @torch.inference_mode()
     def read(self, scores: pa.Table, reading: Reading) -> Events:
-        """As `topk`, or where laws are wanted `bytes`, would have stored it."""
+        """The events that `topk` would have stored, or `bytes` where laws are read."""
         head = reading.head
         assert head is not None
         device = head.weight.device

@@ -1,7 +1,7 @@
-"""`sampled`: nothing beside the log-probs of the tokens that are there."""
+"""`sampled`: only the log-probs of the completion's tokens."""
 
 from tasks.signals.base import Signal
 
 
 class SampledSignal(Signal):
-    pass
+    """No columns, and no events."""

@@ -7,7 +7,7 @@ import torch
 from tasks.signals.base import Chunk, Events, Reading, Signal, Top, keep_likeliest, read_events
 
 COLUMNS = ("top_ids", "top_logprobs", "top_counts")
-SMALLEST_REST = 1e-7  # of probability: what float32 log-probs that sum to 1 can hide
+SMALLEST_REST = 1e-7  # probability: mass that rounding can hide where float32 log-probs sum to 1
 
 
 class TopkSignal(Signal):
@@ -23,17 +23,18 @@ class TopkSignal(Signal):
         return dict(zip((*COLUMNS, "rest"), sparse, strict=True))
 
     def store_top(self, top: Top, size: int, rows: int) -> dict[str, np.ndarray]:
-        """Ids until `top_p` is reached; ids that are none are in the rest.
+        """Keep ids until `top_p` is reached; padded rows of the head are in the rest.
 
-        `rest` is what the given ids leave of 1, at most what as many ids as are left could have.
+        The rest is what the returned ids leave of 1. It is at most the number of the other ids times the smallest returned
+        probability.
         """
-        given = np.exp(top.logprobs.astype(np.float64))
-        p = np.where(top.ids < size, given, 0.0)
+        returned = np.exp(top.logprobs.astype(np.float64))
+        p = np.where(top.ids < size, returned, 0.0)
         keep = (np.cumsum(p, 1) - p < self.top_p) & (p > 0)
-        left = (rows - top.ids.shape[1]) * given[:, -1]
-        outside = np.minimum(np.maximum(1 - given.sum(1), SMALLEST_REST), left)
+        most = (rows - top.ids.shape[1]) * returned[:, -1]
+        outside = np.minimum(np.maximum(1 - returned.sum(1), SMALLEST_REST), most)
         with np.errstate(divide="ignore"):
-            rest = np.log(np.where(keep, 0.0, given).sum(1) + outside)
+            rest = np.log(np.where(keep, 0.0, returned).sum(1) + outside)
         return {
             "top_ids": top.ids[keep].astype(np.int32),
             "top_logprobs": top.logprobs[keep].astype(np.float16),

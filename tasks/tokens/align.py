@@ -1,4 +1,4 @@
-"""Bring two tokenizations of the same bytes onto common units (MATHS.md §3)."""
+"""Align two tokenizations of the same bytes: cut both into common units (MATHS.md §3)."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,17 +20,20 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Units:
-    """Units of many rows, flat and ordered by row; row r's are `offsets[r]:offsets[r + 1]`. Ends are exclusive."""
+    """Units of many rows, flat and ordered by row; row r's are `offsets[r]:offsets[r + 1]`.
 
-    offsets: np.ndarray
-    student_ends: np.ndarray
-    teacher_ends: np.ndarray
-    byte_ends: np.ndarray
-    kind: np.ndarray
+    Ends are exclusive and count from the row's start.
+    """
+
+    offsets: np.ndarray  # int64 [rows + 1]
+    student_ends: np.ndarray  # int32 [units], in student tokens
+    teacher_ends: np.ndarray  # int32 [units], in teacher tokens
+    byte_ends: np.ndarray  # int32 [units]
+    kind: np.ndarray  # int8 [units]: Kind
 
 
 def byte_ends(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Cumulative byte ends of tokens within their rows, from flat token `lengths`."""
+    """Cumulative byte ends of tokens within their rows, int64 `[tokens]`, from the tokens' `lengths` and the rows' bounds."""
     total = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     ends: np.ndarray = total[1:] - np.repeat(total[offsets[:-1]], np.diff(offsets))
     return ends
@@ -53,7 +56,7 @@ def align(
     s_rows, t_rows = rows_of(student_offsets), rows_of(teacher_offsets)
     s_ends, t_ends = byte_ends(student_lengths, student_offsets), byte_ends(teacher_lengths, teacher_offsets)
     span = max(int(s_ends.max(initial=0)), int(t_ends.max(initial=0))) + 1
-    # (row, byte end) as one sorted number a token: common ends of all rows in one intersection.
+    # (row, byte end) as one sorted number per token: one intersection gives the common ends of all rows.
     _, s_at, t_at = np.intersect1d(s_rows * span + s_ends, t_rows * span + t_ends, assume_unique=True, return_indices=True)
 
     stop_rows = np.flatnonzero(stops)
@@ -61,8 +64,8 @@ def align(
     order = np.argsort(row, kind="stable")  # a row's stop unit goes behind its others
     s_counts, t_counts = np.diff(student_offsets), np.diff(teacher_offsets)
     ends = [
-        np.concatenate([own, at_stop])[order]
-        for own, at_stop in (
+        np.concatenate([inside, at_stop])[order]
+        for inside, at_stop in (
             (index_in_row(student_offsets)[s_at] + 1, s_counts[stop_rows] + 1),
             (index_in_row(teacher_offsets)[t_at] + 1, t_counts[stop_rows] + 1),
             (s_ends[s_at], np.bincount(s_rows, student_lengths, rows).astype(np.int64)[stop_rows]),
@@ -77,13 +80,13 @@ def align(
 
 
 def unit_sizes(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Tokens in each unit, from exclusive ends that count from each row's start."""
+    """Tokens in each unit, `[units]`, from exclusive `ends` that count from each row's start."""
     sizes: np.ndarray = ends - unit_starts(ends, offsets)
     return sizes
 
 
 def unit_starts(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Inclusive starts of units: the end of the unit before, 0 at a row's first."""
+    """Inclusive starts of units, `[units]`: the end of the unit before, 0 at a row's first."""
     starts = np.concatenate([ends[:0], [0], ends[:-1]])[: len(ends)]
     starts[offsets[:-1][np.diff(offsets) > 0]] = 0
     return starts

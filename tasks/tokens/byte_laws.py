@@ -1,9 +1,9 @@
 """The next-byte law of one side along its token path (MATHS.md §5).
 
-On a boundary of its own tokens a model's law is read from the first bytes of its next token; but the text so far could
-also have been on its way through a longer token, so tokens that start with the last token's bytes and go on are added
-(the *cover*). Inside a token the law is that of the tokens that share the bytes read so far and go on.
-Classes: 0…255 the next byte, 256 the stop; ids that are neither (control, padding) are the rest.
+On a boundary of a model's own tokens its law comes from the first bytes of its next token. The text so far may also be the
+start of a longer token; so longer tokens that start with the last token's bytes are added (the *cover*). Inside a token the
+law comes from the tokens that start with the bytes read so far and are longer.
+Classes: 0…255 the next byte, 256 the stop; other ids (control, padding) are the rest.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def first_classes(vocabulary: Vocabulary) -> np.ndarray:
 
 
 def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tasks.tokens.ragged.expand` for tensors."""
+    """As `tasks.tokens.ragged.expand`, for int64 tensors `[ranges]`: all indices of the ranges, and the range of each."""
     counts = (ends - starts).clamp(min=0)
     owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
     before = counts.cumsum(0) - counts
@@ -35,17 +35,17 @@ def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tenso
 class ByteLaws(nn.Module):
     """Next-byte laws from next-token distributions of one vocabulary.
 
-    Ids that share their class and their second byte (or have none) are a *cell*. What half a vocabulary can take part
-    in, first bytes and covers behind a single byte, is summed from cells; longer prefixes have few ids.
+    Ids that share their class and their second byte (or have none) are a *cell*. First bytes, and covers behind a single byte,
+    can concern half a vocabulary: they are summed from cells. Longer prefixes have few ids.
     """
 
-    cell: torch.Tensor  # [V]: of each id
-    first: torch.Tensor  # [cells]: their class
-    summands: torch.Tensor  # ids in byte order, then V + cell: what shares a prefix is a range, what equals it in front
+    cell: torch.Tensor  # [V]: the cell of each id
+    first: torch.Tensor  # [cells]: the class of each cell
+    summands: torch.Tensor  # ids in byte order, then V + cell: ids with one prefix are a range, the prefix itself comes first
     begins: torch.Tensor  # [summands]: where the bytes of each begin in `flat`
-    flat: torch.Tensor  # bytes of all ids, then the second bytes of cells
-    starts: torch.Tensor  # where those of each id begin
-    lengths: torch.Tensor
+    flat: torch.Tensor  # uint8: bytes of all ids, then the second bytes of cells
+    starts: torch.Tensor  # [V]: where the bytes of each id begin in `flat`
+    lengths: torch.Tensor  # [V]: bytes of each id
     low: torch.Tensor  # for byte r of id i, at `starts[i] + r`: the range of its first r + 1 bytes
     equal: torch.Tensor
     high: torch.Tensor
@@ -79,7 +79,7 @@ class ByteLaws(nn.Module):
     def forward(
         self, logits: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
-        """The law at each term, `[terms, 258]`: (cover + path · first) / (Σ cover + path).
+        """The law at each term, probabilities `[terms, 258]`: (cover + path · first) / (Σ cover + path).
 
         `logits` (or log-probs) `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
         `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have been read.
@@ -109,10 +109,10 @@ class ByteLaws(nn.Module):
 
 
 def boundary_laws(laws: ByteLaws, logprobs: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """The law of the next byte before each token, covers applied, `[positions, 258]`.
+    """The law of the next byte before each token, covers applied: probabilities `[positions, 258]`.
 
-    `logprobs` `[positions, V]` are those that `actual` `[positions]` were drawn from; `first`, bool `[positions]`, marks
-    tokens with none before them. A position that is not first, but the first of the chunk, gets no cover.
+    `actual`, int64 `[positions]`, were drawn from `logprobs` `[positions, V]`. `first`, bool `[positions]`, marks the first
+    token of a completion. A chunk's first position gets no cover, even where it is not the first of its completion.
     """
     end = torch.arange(1, len(actual) + 1, device=actual.device)
     start = (end - 1 - (~first).long()).clamp(min=0)

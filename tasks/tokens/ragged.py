@@ -8,23 +8,23 @@ Flat = tuple[np.ndarray, np.ndarray]  # values of all rows one after another, an
 
 
 def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """`[0, c0, c0 + c1, …]`, int64."""
+    """The bounds of rows with these `counts` `[rows]`: `[0, c0, c0 + c1, …]`, int64 `[rows + 1]`."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def rows_of(offsets: np.ndarray) -> np.ndarray:
-    """The row that each flat element belongs to."""
+    """The row of each flat element, int64."""
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
 
 
 def index_in_row(offsets: np.ndarray) -> np.ndarray:
-    """Each flat element's index in its own row."""
+    """Each flat element's index in its own row, int64."""
     index: np.ndarray = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
     return index
 
 
 def flat(column: pa.ChunkedArray) -> Flat:
-    """A list column as flat values and `[rows + 1]` bounds that start at 0; null rows are empty."""
+    """A list column as flat values and bounds, int64 `[rows + 1]`, that start at 0. Null rows are empty."""
     array = column.combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy()
     return pc.list_flatten(array).to_numpy(zero_copy_only=False), offsets_of(lengths)
@@ -36,14 +36,14 @@ def ragged(values: np.ndarray, offsets: np.ndarray, kind: pa.DataType) -> pa.Lis
 
 
 def expand(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All indices of the ranges `[start, end)` one after another, and which range each is from."""
+    """All indices of the ranges `[start, end)` one after another, and the range that each is from; both int64."""
     counts = np.maximum(ends - starts, 0)
     owner = np.repeat(np.arange(len(starts)), counts)
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + starts[owner], owner
 
 
 def add_up(owner: np.ndarray, ids: np.ndarray, masses: np.ndarray, owners: int) -> tuple[np.ndarray, ...]:
-    """Sum masses that fall on the same (owner, id). Returns counts an owner, ids, masses, in order of owner and id."""
+    """Sum masses of the same (owner, id). Returns counts `[owners]`, ids and masses, flat in order of owner and id."""
     if not len(ids):
         return np.zeros(owners, np.int64), ids, masses
     width = int(ids.max()) + 1
@@ -53,5 +53,5 @@ def add_up(owner: np.ndarray, ids: np.ndarray, masses: np.ndarray, owners: int) 
 
 def first_of(offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """bool, flat: the first `counts[r]` elements of each row."""
-    chosen: np.ndarray = index_in_row(offsets) < np.repeat(counts, np.diff(offsets))
-    return chosen
+    mask: np.ndarray = index_in_row(offsets) < np.repeat(counts, np.diff(offsets))
+    return mask

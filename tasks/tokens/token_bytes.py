@@ -46,7 +46,7 @@ class TokenBytes:
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """β with nothing for ids without bytes."""
+        """β with empty bytes for ids without bytes."""
         return [value or b"" for value in self.values]
 
     @cached_property
@@ -55,17 +55,18 @@ class TokenBytes:
         return np.fromiter(map(len, self.pieces), np.int32, len(self.values))
 
     def join(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` spell."""
         return b"".join(map(self.pieces.__getitem__, ids))
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = (), name: str = "") -> TokenBytes:
-    """β for every id that `tokenizer` knows.
+    """β of every id that `tokenizer` knows.
 
     `stop_ids` are the ids that end a completion. Raises BadInput, by `name`, for a tokenizer that is neither
     byte-level BPE nor SentencePiece-like.
     """
     backend = tokenizer.backend_tokenizer
-    to_bytes = _piece_decoder(backend, name or tokenizer.name_or_path)
+    to_bytes = _choose_decoder(backend, name or tokenizer.name_or_path)
     pieces, added = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
     size = max(*pieces.values(), *added, 0) + 1  # ids may have holes
     values: list[bytes | None] = [None] * size
@@ -88,43 +89,43 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = ()
     return TokenBytes(values, roles)
 
 
-def _piece_decoder(backend: Tokenizer, name: str) -> Callable[[str], bytes]:
+def _choose_decoder(backend: Tokenizer, name: str) -> Callable[[str], bytes]:
     parts = [part for part in (backend.decoder, backend.pre_tokenizer, backend.normalizer) if part is not None]
-    kinds = {kind for part in parts for kind in _kinds(json.loads(part.__getstate__()))}
+    kinds = {kind for part in parts for kind in _kinds_of(json.loads(part.__getstate__()))}
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
 
-        def byte_level(piece: str) -> bytes:
+        def decode_byte_level(piece: str) -> bytes:
             try:
                 return piece.translate(alphabet).encode("latin-1")
             except UnicodeEncodeError:
                 return piece.encode()  # a literal piece that never went through the byte alphabet
 
-        return byte_level
+        return decode_byte_level
     if kinds & {"Metaspace", "ByteFallback"}:
 
-        def sentencepiece(piece: str) -> bytes:
+        def decode_sentencepiece(piece: str) -> bytes:
             byte = BYTE_TOKEN.fullmatch(piece)
             return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
-        return sentencepiece
+        return decode_sentencepiece
     raise BadInput(
         f"{name}: the tokenizer is neither byte-level BPE nor SentencePiece-like ({type(backend.model).__name__}), "
         "so its tokens have no exact bytes; choose a model with such a tokenizer"
     )
 
 
-def _kinds(component: dict[str, Any]) -> set[str]:
+def _kinds_of(component: dict[str, Any]) -> set[str]:
     """The types of a normaliser, pre-tokeniser or decoder and of all its parts."""
     parts = (component[key] for key in ("decoders", "pretokenizers", "normalizers") if key in component)
-    return {component["type"]}.union(*map(_kinds, next(parts, [])))
+    return {component["type"]}.union(*map(_kinds_of, next(parts, [])))
 
 
 class Encoder:
-    """Text to ids such that the ids' bytes are the text's bytes, for text that follows a prompt.
+    """Encodes text that follows a prompt, so that the ids' bytes are the text's bytes.
 
-    A tokenizer that puts a dummy space before a text is asked behind an anchor, whose ids are then cut off.
-    Special tokens spelled out in a text are text, not special tokens.
+    A tokenizer that puts a dummy space before a text encodes it behind an anchor, whose ids are then cut off. Special tokens
+    that are spelled out in a text are encoded as text.
     """
 
     ANCHORS = ("\n", "a\n", ":")
@@ -133,10 +134,10 @@ class Encoder:
         self.backend, self.beta = tokenizer.backend_tokenizer, beta
         self.anchors: list[tuple[str, list[int]]] = [("", [])]
         if beta.join(self._ids(["a"])[0]) != b"a":
-            self.anchors = [(a, ids) for a in self.ANCHORS if (ids := self._safe_anchor(a))] or self.anchors
+            self.anchors = [(a, ids) for a in self.ANCHORS if (ids := self._encode_anchor(a))] or self.anchors
 
     def encode(self, texts: Sequence[str]) -> list[list[int] | None]:
-        """Ids of each text; None where they would not spell the text byte for byte (a normalising tokenizer)."""
+        """The ids of each text; None where no ids spell it byte for byte, as with a normalising tokenizer."""
         result: list[list[int] | None] = [None] * len(texts)
         for anchor, anchor_ids in self.anchors:  # a text may merge with one anchor, and not with the next
             missing = [i for i, ids in enumerate(result) if ids is None]
@@ -147,22 +148,22 @@ class Encoder:
         return result
 
     def check(self, name: str, probes: Sequence[str] = PROBES) -> None:
-        """Refuse a tokenizer whose β does not reproduce `probes`, with the text that broke it."""
+        """Raise BadInput, by `name` and with the first such text, where β does not reproduce one of `probes`."""
         for text, ids in zip(probes, self.encode(probes), strict=True):
             if ids is None:
                 anchor, anchor_ids = self.anchors[0]
-                got = self.beta.join(self._ids([anchor + text])[0][len(anchor_ids) :])
+                decoded = self.beta.join(self._ids([anchor + text])[0][len(anchor_ids) :])
                 raise BadInput(
                     f"{name}: the tokenizer does not keep the bytes of a text: {text!r} comes back as "
-                    f"{got.decode(errors='replace')!r}; choose a model with a lossless tokenizer"
+                    f"{decoded.decode(errors='replace')!r}; choose a model with a lossless tokenizer"
                 )
 
-    def _safe_anchor(self, anchor: str) -> list[int]:
+    def _encode_anchor(self, anchor: str) -> list[int]:
         alone, followed = self._ids([anchor, anchor + "a"])
         return alone if followed[: len(alone)] == alone and self.beta.join(followed[len(alone) :]) == b"a" else []
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        self.backend.encode_special_tokens = True  # the tokenizer's other users set what they need, too
+        self.backend.encode_special_tokens = True  # set at each call: other users of the tokenizer change these settings
         self.backend.no_padding()
         self.backend.no_truncation()
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,4 +1,4 @@
-"""Two vocabularies side by side: which ids mean the same bytes, and the byte-sorted order (MATHS.md §2)."""
+"""Vocabularies and their matching: which ids have the same bytes, and the byte-sorted order (MATHS.md §2)."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +18,13 @@ class Vocabulary:
     def __init__(self, beta: TokenBytes, stop_ids: list[int], pieces: list[str]):
         self.beta, self.stop_ids, self.size = beta, sorted(stop_ids), len(beta.values)
         self.lengths = beta.lengths
-        self.representative = self._representatives(pieces)
+        self.representative = self._choose_representatives(pieces)
 
     def same_as(self, other: "Vocabulary") -> bool:
         """Whether both use the same ids for the same bytes and roles, so that ids can be passed on as they are."""
         return self.beta == other.beta and self.stop_ids == other.stop_ids
 
-    def _representatives(self, pieces: list[str]) -> np.ndarray:
+    def _choose_representatives(self, pieces: list[str]) -> np.ndarray:
         """int32 `[V]`: the id that stands for each id's class. Stop ids are one class; ids without bytes stand alone."""
         representative = np.arange(self.size, dtype=np.int32)
         first: dict[bytes, int] = {}
@@ -54,6 +54,7 @@ class Vocabulary:
 
     @cached_property
     def starts(self) -> np.ndarray:
+        """Where each id's bytes begin in `flat`, int64 `[V]`."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[:-1]
 
     @cached_property
@@ -65,11 +66,14 @@ class Vocabulary:
 
     @cached_property
     def prefix_ranges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For byte r of id i, at `starts[i] + r`: the range of tokens that share i's first r + 1 bytes."""
+        """For byte r of id i, at `starts[i] + r`: the range of tokens that share i's first r + 1 bytes.
+
+        Three int64 arrays, low, equal and high, as long as `flat`.
+        """
         low, equal, high = (np.zeros(len(self.flat), np.int64) for _ in range(3))
         lengths = self.lengths[self.order]
         members = np.arange(len(self.order))  # places in `order` of the tokens longer than r
-        fresh = np.zeros(len(members), bool)  # does a member differ from the one before it in its first r bytes?
+        fresh = np.zeros(len(members), bool)  # whether a member differs from the one before it in its first r bytes
         for r in range(int(lengths.max(initial=0))):
             keep = lengths[members] > r
             groups = np.maximum.accumulate(np.where(fresh, np.arange(len(members)), -1))  # by the first r bytes
@@ -87,26 +91,26 @@ class Vocabulary:
         return low, equal, high
 
     def prefix_range(self, ids: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where, in `order`, the tokens lie that start with the first `count` (>= 1) bytes of `ids`.
+        """The range in `order` of the tokens that start with the first `count` (>= 1) bytes of `ids`.
 
-        Returns low, equal, high: `[low, equal)` are those bytes exactly, `[equal, high)` go on.
+        Returns low, equal, high: tokens in `[low, equal)` are exactly those bytes, tokens in `[equal, high)` are longer.
         """
         low, equal, high = self.prefix_ranges
         at = self.starts[ids] + count - 1
         return low[at], equal[at], high[at]
 
     def byte_at(self, ids: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Byte `index` of each id, uint8; the caller knows that the ids are that long."""
+        """Byte `index` of each id, uint8. Each id must be longer than its index."""
         byte: np.ndarray = self.flat[self.starts[ids] + index]
         return byte
 
 
 @dataclass(frozen=True)
 class Matching:
-    """`ids[i]`: the id of the other vocabulary that stands for the same class as i, or -1; `prefix[i]`: φ(i), or -1."""
+    """The match of each id `i` of a vocabulary in another one."""
 
-    ids: np.ndarray
-    prefix: np.ndarray
+    ids: np.ndarray  # int32 [V]: the other vocabulary's id for the class of i, or -1
+    prefix: np.ndarray  # int32 [V]: φ(i), the other vocabulary's longest token that begins i, or -1
 
 
 def match(vocabulary: Vocabulary, other: Vocabulary) -> Matching:
@@ -118,17 +122,17 @@ def match(vocabulary: Vocabulary, other: Vocabulary) -> Matching:
             continue
         ids[i] = other.by_bytes.get(value, -1)
         for length in range(len(value), 0, -1):
-            if (found := other.by_bytes.get(value[:length])) is not None:
-                prefix[i] = found
+            if (start := other.by_bytes.get(value[:length])) is not None:
+                prefix[i] = start
                 break
     ids[vocabulary.stop_ids] = other.stop_ids[0]
     return Matching(ids, prefix)
 
 
 def match_to_student(*, student: Vocabulary, teacher: Vocabulary) -> np.ndarray:
-    """int32 `[V_T]`: the student id that stands for each teacher id's class, or -1. Every stop id goes to the one stop.
+    """int32 `[V_T]`: the student id for the class of each teacher id, or -1. Every stop id maps to the student's stop.
 
-    With one vocabulary ids without bytes stand for themselves, too.
+    With one vocabulary an id without bytes maps to itself, too.
     """
     return student.representative if student.same_as(teacher) else match(teacher, student).ids
 
@@ -147,12 +151,14 @@ class Overlap:
 
 
 def count_overlap(*, student: Vocabulary, teacher: Vocabulary) -> Overlap:
+    """Count the byte strings that are tokens of the student, of the teacher, and of both."""
     return Overlap(len(student.by_bytes), len(teacher.by_bytes), len(student.by_bytes.keys() & teacher.by_bytes.keys()))
 
 
 def describe_overlap(*, student: Vocabulary, teacher: Vocabulary) -> str:
-    both = count_overlap(student=student, teacher=teacher)
+    """The overlap of two vocabularies in one line, for the log."""
+    overlap = count_overlap(student=student, teacher=teacher)
     return (
-        f"{both.shared} tokens shared by bytes: {both.shared / both.student:.1%} of the student's {both.student}, "
-        f"{both.shared / both.teacher:.1%} of the teacher's {both.teacher} (Jaccard {both.jaccard:.3f})"
+        f"{overlap.shared} tokens shared by bytes: {overlap.shared / overlap.student:.1%} of the student's {overlap.student}, "
+        f"{overlap.shared / overlap.teacher:.1%} of the teacher's {overlap.teacher} (Jaccard {overlap.jaccard:.3f})"
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
-    """`model` with adapters in its layers, which change nothing yet; they alone require a gradient.
+    """Add adapters to the layers of `model`. Only they require a gradient, and at first they do not change its output.
 
     Raises BadInput without peft, or where no layer has the name of a target.
     """

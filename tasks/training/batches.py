@@ -1,4 +1,4 @@
-"""From committed shards to tensors: rows in a seeded order, one shard in memory at a time."""
+"""Batches of tensors from committed shards: rows in a seeded order, one shard in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ ALIGNED_COLUMNS = [
 def optimizer_batches(shards: Sequence[tuple[Artifact, Artifact]], size: int, seed: int) -> Iterator[pa.Table]:
     """Batches of `size` supervised rows (the last may be smaller) from (rollouts, aligned) shards.
 
-    Shards are gone through in a random order, and rows within each; rows without a supervised unit are left out.
+    Shards come in a random order, and so do the rows within each. Rows without a term of the loss are left out.
     """
     random = np.random.default_rng(seed)
     left: pa.Table | None = None
@@ -41,7 +41,7 @@ def optimizer_batches(shards: Sequence[tuple[Artifact, Artifact]], size: int, se
 
 
 def rows_to_train(rollouts: pa.Table, aligned: pa.Table) -> pa.Table:
-    """What `collate` reads of a shard's rows that have a term of the loss."""
+    """The rows of a shard that have a term of the loss, with the columns that `collate` reads."""
     table = aligned.select(ALIGNED_COLUMNS)
     for name in ROLLOUT_COLUMNS:
         table = table.append_column(name, rollouts[name])
@@ -69,7 +69,10 @@ class MicroBatch:
     unmatched_logprobs: np.ndarray
 
     def chunks(self, positions: int) -> Iterator[tuple[slice, Terms]]:
-        """Terms in runs that read at most `positions` positions (a longer term stands alone), with that range."""
+        """Split the terms into chunks that read at most `positions` positions; a longer term is a chunk of its own.
+
+        Yields the range of positions of each chunk, and its terms.
+        """
         events, unmatched = offsets_of(self.counts), offsets_of(self.unmatched_counts)
         first = 0
         while first < len(self.starts):
@@ -106,7 +109,7 @@ class MicroBatch:
 
 
 def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
-    """Rows of an optimizer batch as one forward pass; it reads `input_ids` where they differ from the labels."""
+    """Rows of an optimizer batch as one forward pass. Its input is the column `input_ids` if there is one, else `token_ids`."""
     prompts, prompt_offsets = flat(table["prompt_token_ids"])
     tokens, token_offsets = flat(table["token_ids"])
     prompt_lengths, lengths = np.diff(prompt_offsets), np.diff(token_offsets)

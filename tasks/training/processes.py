@@ -1,4 +1,4 @@
-"""Training in several processes of this machine: torchrun starts them, and each of them runs this module."""
+"""Training in several processes on this machine. torchrun starts them, and each of them runs this module."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ from configs.schema import Recipe
 from tasks.models.reference import device_of
 from tasks.running.progress import logger
 
-LAST_WORDS = 20  # lines of each process that an error shows
-MARK = "potstill| "  # what a line of ours begins with, among all that libraries print
+LAST_WORDS = 20  # lines of each process's output that an error quotes
+MARK = "potstill| "  # prefix that tells our log lines from what libraries print
 
 
 def check_processes(recipe: Recipe) -> None:
-    """Refuse more processes than there are GPUs, where training goes to GPUs."""
+    """Refuse more processes than GPUs, where training is on GPUs."""
     wanted, device = recipe.train.processes, device_of(recipe.student)
     if device.type == "cuda" and wanted > torch.cuda.device_count():
         raise BadInput(
@@ -34,12 +34,12 @@ def check_processes(recipe: Recipe) -> None:
 
 
 def launch(job: str, folder: Path, processes: int) -> None:
-    """`tasks.training.trainer.train` on `job` (JSON) in so many processes, whose log lines become ours.
+    """Run `tasks.training.trainer.train` on `job` (JSON) in `processes` processes, and log their lines here.
 
-    Raises BadInput or Stopped where one of them does, and RuntimeError with what each said last where one fails.
+    Raises BadInput or Stopped where one of them does, and RuntimeError with the last output of each where one fails.
     """
     (folder / "job.json").write_text(job)
-    # torchrun's own meeting point is a port on every interface of the machine; a file is one that nobody else can reach.
+    # By default torchrun's processes meet at a port on every interface of the machine. Nobody else can reach a file.
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/torchrun", "--rdzv-conf=store_type=file"]
     torchrun = ["torch.distributed.run", *meeting, f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={folder}/logs"]
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
@@ -52,7 +52,7 @@ def launch(job: str, folder: Path, processes: int) -> None:
     last_words: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_WORDS))
     with subprocess.Popen(
         [sys.executable, "-m", *torchrun, "-m", "tasks.training.processes", str(folder)],
-        stdin=subprocess.PIPE,  # never written to: its end tells the processes that this one is gone
+        stdin=subprocess.PIPE,  # nothing is written to it: the processes end when it closes, that is when this one ends
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,17 +67,17 @@ def launch(job: str, folder: Path, processes: int) -> None:
             else:
                 last_words["torchrun" if rank is None else f"process {rank}"].append(text)
     for kind in (BadInput, Stopped):
-        if (said := folder / kind.__name__).exists():
-            raise kind(said.read_text())
+        if (message := folder / kind.__name__).exists():
+            raise kind(message.read_text())
     if running.returncode:
         if len(last_words) > 1:
-            del last_words["torchrun"]  # it only says which of them failed
+            del last_words["torchrun"]  # it only names the process that failed
         words = "\n".join(f"{who}:\n  " + "\n  ".join(lines) for who, lines in sorted(last_words.items()))
-        raise RuntimeError(f"training in {processes} processes failed; what was said last:\n{words}")
+        raise RuntimeError(f"training in {processes} processes failed; their last output:\n{words}")
 
 
 def main(folder: Path) -> None:
-    """One of the processes. Ends it without destructors: torch's wait for gloo's threads with the GIL that those may need."""
+    """Run one process. It ends without destructors: torch's wait for gloo's threads, and hold a GIL they may need."""
     from tasks.training.trainer import JOB, train
 
     threading.Thread(target=_end_with_the_flow, daemon=True).start()
@@ -100,7 +100,7 @@ def main(folder: Path) -> None:
 
 
 def _end_with_the_flow() -> None:
-    """A killed flow leaves no process behind that goes on training for nobody."""
+    """End this process when the flow has ended, even if the flow was killed."""
     os.read(0, 1)
     os._exit(1)
 

@@ -29,9 +29,9 @@ class Student(nn.Module):
         self.model, self.objective, self.size, self.chunk_positions = model, objective, size, chunk_positions
 
     def forward(self, ids: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Sum of the batch's terms, in nats.
+        """Sum of the batch's terms in nats, a scalar. `ids`, int64 `[rows, time]`, are the batch's.
 
-        Logits exist for one chunk of positions at a time: a chunk's are computed again in the backward pass.
+        Logits exist for one chunk of positions at a time. They are computed again in the backward pass.
         """
         hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
         chunks = list(batch.chunks(self.chunk_positions))
@@ -47,10 +47,10 @@ class Student(nn.Module):
 
 
 def load_for_training(ref: ModelRef, dropout: bool) -> PreTrainedModel:
-    """The student as it is trained: float32 weights, and no dropout unless it is asked for.
+    """Load the student for training: float32 weights, and without dropout unless `dropout` is set.
 
-    With dropout a student that is its own teacher has a loss. Layers take it from `p` of a Dropout, or from a number of their
-    own that is called so.
+    With dropout a student that is its own teacher has a loss. A layer's rate is the `p` of a Dropout, or an attribute with
+    `drop` in its name.
     """
     model = load_weights(ref, torch.float32)
     model.train()
@@ -62,7 +62,7 @@ def load_for_training(ref: ModelRef, dropout: bool) -> PreTrainedModel:
 
 
 def shard_module(module: nn.Module, model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """FSDP: weights, gradients and optimizer state lie in parts, one a process; a layer's weights are whole while it runs."""
+    """FSDP: each process holds a part of the weights, gradients and optimizer state; a layer is gathered while it runs."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     module.to(accelerator.device)
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
