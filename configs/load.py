@@ -111,8 +111,11 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
         if isinstance(model, dict) and isinstance(model.get("recipe"), str):
             model["recipe"] = resolved(model["recipe"])
     prompts = data.get("prompts")
-    if isinstance(prompts, dict) and isinstance(prompts.get("path"), str):
-        prompts["path"] = resolved(prompts["path"])
+    if isinstance(prompts, dict):
+        several = prompts.get("paths")
+        for entry in (prompts, *(several if isinstance(several, list) else [])):
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                entry["path"] = resolved(entry["path"])
 
 
 def _describe(where: str, data: dict[str, Any], error: Any) -> str:
@@ -147,7 +150,7 @@ def _variants(union: Any) -> dict[str, type[BaseModel]]:
 def _known(data: dict[str, Any], location: list[str]) -> list[str]:
     """The fields of the table at `location`, for the message about a key that is not among them."""
     model: Any = Recipe
-    for part in location:
+    for part in filter(str.isidentifier, location):  # not a place in a list
         annotation = model.model_fields[part].annotation
         if part in ("prompts", "objective"):
             model = _variants(Prompts if part == "prompts" else Objective)[data[part][_tag(part)]]
