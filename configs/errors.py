@@ -1,4 +1,4 @@
-"""The exceptions that a person is to read, so that every command can end the same way."""
+"""Exceptions whose message is written for the user. Every command ends in the same way on each of them."""
 
 
 class BadInput(Exception):
@@ -17,15 +17,15 @@ class Stopped(Exception):
 
 
 class Unavailable(Exception):
-    """Something outside this process broke: a server does not answer, an engine's process ended. Worth trying again.
+    """Something outside this process failed: a server does not answer, or an engine's process ended. Another try may succeed.
 
-    The message names it and says what its last words were. Commands print it alone and exit with 1; what is committed
-    stays, and the same command goes on from there.
+    The message names it and quotes its last output. Commands print it alone and exit with 1; what is committed stays, and
+    the same command goes on from there.
     """
 
 
 class CannotWrite(Exception):
-    """The disk became full or read-only during a run: nobody's mistake, and nothing committed is lost.
+    """The disk became full or read-only during a run. Nothing that was committed is lost.
 
-    Commands print it alone and exit with 1; once there is space, the same command goes on.
+    Commands print the message alone and exit with 1; once there is space, the same command goes on.
     """

@@ -1,4 +1,4 @@
-"""What every table of a recipe is made of."""
+"""The types that the fields and tables of a recipe are made of."""
 
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -11,31 +11,31 @@ Float = Annotated[float, pydantic.Strict()]
 Bool = Annotated[bool, pydantic.Strict()]
 
 
-def _address(url: str) -> str:
-    if "@" in url or "?" in url:  # the recipe is frozen to disk; the message must not repeat it either
+def _check_address(url: str) -> str:
+    if "@" in url or "?" in url:  # the recipe is written to disk, and the message must not repeat a secret either
         raise ValueError("a user or key in an address would be written to disk; set VLLM_API_KEY in the environment instead")
     try:
         parts = urlsplit(url)
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not any(map(str.isspace, url))
-    except ValueError:  # a port that is none, half an IPv6 address
-        right = False
-    if not right:
-        raise ValueError(f"{url!r} is no address; give one as http://host:8000")
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not any(map(str.isspace, url))
+    except ValueError:  # not a port number, or half an IPv6 address
+        valid = False
+    if not valid:
+        raise ValueError(f"{url!r} is not an address; give one such as http://host:8000")
     return url
 
 
-def _layers(targets: Any) -> Any:
+def _check_layers(targets: Any) -> Any:
     names = isinstance(targets, list | tuple) and targets and all(isinstance(name, str) for name in targets)
     if targets != "all-linear" and not names:
         raise ValueError(f"give 'all-linear' or names of layers, such as ['q_proj', 'v_proj'] (found {targets!r})")
     return targets
 
 
-Url = Annotated[str, pydantic.AfterValidator(_address)]
-Layers = Annotated[list[str] | str, pydantic.BeforeValidator(_layers)]
+Url = Annotated[str, pydantic.AfterValidator(_check_address)]
+Layers = Annotated[list[str] | str, pydantic.BeforeValidator(_check_layers)]
 
 
 class Table(BaseModel):
-    """A TOML table: immutable, and a key that nothing reads is an error."""
+    """A table of a recipe. It is immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""Read a recipe from TOML, apply `--set a.b=c`, and say in one line what is wrong with it."""
+"""Read a recipe from TOML, apply `--set a.b=c`, and report each mistake in one line."""
 
 import tomllib
 from pathlib import Path
@@ -11,16 +11,20 @@ from configs.errors import BadInput
 from configs.objectives import Objective
 from configs.schema import Prompts, Recipe
 
-# Where and on how much a run is made is no part of what it is: a server may move in the middle of it.
+# Fields that say where and on how many devices a run is computed. They are not in its keys: a server may move during a run.
 MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing", "train.micro_batch_size"}
 MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe at `path` with `overrides` (each `a.b=value`, the value in TOML's notation) applied.
+# Fields that came later: no part of a key while they have their default, so that runs from before go on.
+LATER = {"train.dropout"}
 
-    `recipe` and `path` fields are relative to the recipe's file; they come back relative to the working directory where
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Load the recipe at `path` and apply `overrides` (each `a.b=value`, the value in TOML's notation).
+
+    `recipe` and `path` fields are relative to the recipe's file. They are returned relative to the working directory where
     they lie in it, else absolute. Models are hub ids or paths from the working directory, and stay as they are.
     Raises BadInput with the field, what was found and what would be right.
     """
@@ -40,40 +44,42 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
-    """`data` as a Recipe; BadInput, naming `where` and every wrong field, if it is not one."""
+    """Turn `data` into a Recipe. Raises BadInput with `where` and every wrong field if it is not one."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise BadInput("\n".join(_describe(where, data, item) for item in error.errors())) from None
+        raise BadInput("\n".join(_describe_error(where, data, item) for item in error.errors())) from None
 
 
 def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
-    """What the recipe at `path`, which makes a model, takes from the one that asks for it: the root and the seed."""
+    """Overrides for the recipe at `path`, which makes a model for `recipe`: both share the root and the seed."""
     name = load_recipe(path).name
     return (f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, every default written out."""
+    """Format the resolved recipe as TOML, with every default written out."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
-    """A table of the recipe as keys name it: without what changes no result but its rounding."""
+    """The fields of one table of the recipe that go into keys: those that can change a result beyond its rounding."""
+    table = getattr(recipe, name)
     machinery = {field.removeprefix(f"{name}.") for field in MACHINERY if field.startswith(f"{name}.")}
-    fields: dict[str, Any] = getattr(recipe, name).model_dump(mode="json", exclude=machinery)
-    return fields
+    fields: dict[str, Any] = table.model_dump(mode="json", exclude=machinery)
+    defaults = {key: type(table).model_fields[key].default for key in fields if f"{name}.{key}" in LATER}
+    return {key: value for key, value in fields.items() if key not in defaults or value != defaults[key]}
 
 
 def list_differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for each field that differs: `train.batch_size is 64 there, 128 here`.
+    """One line for each field that differs: `train.batch_size is 64 in the run, 128 in this recipe`.
 
-    A run may go on with more machinery, or less, and with wider gates: fields that change no result but its rounding are
-    left out.
+    Gates and fields that change a result by rounding at most (`MACHINERY`, `compute`) are left out: they may change while a
+    run goes on.
     """
     left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates", "compute"})) for recipe in (old, new))
     return [
-        f"{key} is {left.get(key, 'absent')!r} there, {right.get(key, 'absent')!r} here"
+        f"{key} is {left.get(key, 'absent')!r} in the run, {right.get(key, 'absent')!r} in this recipe"
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key) and key not in MACHINERY
     ]
@@ -88,11 +94,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise BadInput(f"--set {override}: {part} is a value in this recipe, not a table")
-    table[parts[-1]] = _value(value.strip())
+            raise BadInput(f"--set {override}: {part} is a value in this recipe, not a table; set {part} itself")
+    table[parts[-1]] = _parse_value(value.strip())
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -100,25 +106,28 @@ def _value(text: str) -> Any:
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make paths that stand beside the recipe hold from here; relative, so that a checkout can move with its runs."""
+    """Make paths that are relative to the recipe's folder relative to the working directory.
 
-    def resolved(place: str) -> str:
-        full, here = (folder / place).resolve(), Path.cwd().resolve()
+    They are not absolute, so that a checkout can move together with its runs.
+    """
+
+    def resolve(path: str) -> str:
+        full, here = (folder / path).resolve(), Path.cwd().resolve()
         return str(full.relative_to(here) if full.is_relative_to(here) else full)
 
     for role in ("student", "teacher"):
         model = data.get(role)
         if isinstance(model, dict) and isinstance(model.get("recipe"), str):
-            model["recipe"] = resolved(model["recipe"])
+            model["recipe"] = resolve(model["recipe"])
     prompts = data.get("prompts")
     if isinstance(prompts, dict):
         several = prompts.get("paths")
         for entry in (prompts, *(several if isinstance(several, list) else [])):
             if isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                entry["path"] = resolved(entry["path"])
+                entry["path"] = resolve(entry["path"])
 
 
-def _describe(where: str, data: dict[str, Any], error: Any) -> str:
+def _describe_error(where: str, data: dict[str, Any], error: Any) -> str:
     tags = {"prompts": Prompts, "objective": Objective}
     location = [str(part) for part in error["loc"]]
     if len(location) > 1 and location[0] in tags:
@@ -126,34 +135,34 @@ def _describe(where: str, data: dict[str, Any], error: Any) -> str:
     field = ".".join(location)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"{where}: {field}: unknown key; known here: {', '.join(_known(data, location[:-1]))}"
+        return f"{where}: {field}: unknown key; known here: {', '.join(_fields_of(data, location[:-1]))}"
     if kind == "union_tag_invalid":
-        return f"{where}: {field}.{_tag(field)}: unknown '{error['ctx']['tag']}'; one of {error['ctx']['expected_tags']}"
+        return f"{where}: {field}.{_tag_of(field)}: unknown '{error['ctx']['tag']}'; one of {error['ctx']['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"{where}: {field}.{_tag(field)}: missing; one of {', '.join(_variants(tags[field]))}"
+        return f"{where}: {field}.{_tag_of(field)}: missing; one of {', '.join(_variants_of(tags[field]))}"
     if kind == "missing":
-        return f"{where}: {field}: missing"
+        return f"{where}: {field}: missing; set it"
     found = "" if kind == "value_error" else f" (found {error['input']!r})"
     message = message.replace("valid tuple", "list")  # what TOML calls it
     return f"{where}: {field + ': ' if field else ''}{message}{found}"
 
 
-def _tag(field: str) -> str:
+def _tag_of(field: str) -> str:
     return "source" if field == "prompts" else "name"
 
 
-def _variants(union: Any) -> dict[str, type[BaseModel]]:
+def _variants_of(union: Any) -> dict[str, type[BaseModel]]:
     models = get_args(get_args(union)[0])
     return {get_args((m.model_fields.get("source") or m.model_fields["name"]).annotation)[0]: m for m in models}
 
 
-def _known(data: dict[str, Any], location: list[str]) -> list[str]:
-    """The fields of the table at `location`, for the message about a key that is not among them."""
+def _fields_of(data: dict[str, Any], location: list[str]) -> list[str]:
+    """The fields of the table at `location`, for the message about an unknown key."""
     model: Any = Recipe
     for part in filter(str.isidentifier, location):  # not a place in a list
         annotation = model.model_fields[part].annotation
         if part in ("prompts", "objective"):
-            model = _variants(Prompts if part == "prompts" else Objective)[data[part][_tag(part)]]
+            model = _variants_of(Prompts if part == "prompts" else Objective)[data[part][_tag_of(part)]]
         else:
             model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
     return list(model.model_fields)

@@ -1,6 +1,6 @@
 """The objectives that a recipe may name, with their options and needs (MATHS.md §5). Each is declared once.
 
-How an objective is computed is `tasks/objectives/NAME.py`.
+`tasks/objectives/NAME.py` computes an objective.
 """
 
 from functools import reduce
@@ -18,7 +18,7 @@ PATH: frozenset[Quantity] = frozenset(("path",))
 
 
 class ObjectiveConfig(Table):
-    """`[objective]` of a recipe. A subclass with a `name` is an objective; what it needs is said by class variables."""
+    """`[objective]` of a recipe. A subclass with a `name` is an objective; its class variables declare what it needs."""
 
     name: str
     reads: ClassVar[frozenset[Quantity]]  # of the teacher; one of them is enough
@@ -34,17 +34,17 @@ class ObjectiveConfig(Table):
             OBJECTIVES[names[0]] = cls
 
 
-class Divergence(ObjectiveConfig):
-    """What objectives that compare two distributions by JSD have in common."""
+class JsdConfig(ObjectiveConfig):
+    """Base of the objectives that compare two distributions by JSD."""
 
     beta: Float = Field(1.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
 
 
-class Gkd(Divergence):
-    """Same tokenizer: the divergence at every position."""
+class Gkd(JsdConfig):
+    """The divergence at every position, for one tokenizer on both sides."""
 
     name: Literal["gkd"]
-    rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description="what becomes of mass outside the top k")
+    rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description="how mass outside the top k is treated")
 
     reads = IDS
     one_tokenizer = True
@@ -55,14 +55,14 @@ class Uld(ObjectiveConfig):
     """Sorted L1 over positions paired by index."""
 
     name: Literal["uld"]
-    cross_entropy: Float = Field(0.0, ge=0, description="weight of cross-entropy on the rollout's own tokens")
+    cross_entropy: Float = Field(0.0, ge=0, description="weight of the cross-entropy on the rollout's tokens")
 
     reads = IDS
     needs_matches = True
 
 
-class Gold(Divergence):
-    """Units merged on both sides; a divergence on matched entries, sorted L1 on unmatched ones."""
+class Gold(JsdConfig):
+    """Units merged on both sides: a divergence on matched entries, sorted L1 on unmatched ones."""
 
     name: Literal["gold"]
     merge: Literal["chain", "sum", "observed"] = "chain"
@@ -75,7 +75,7 @@ class Gold(Divergence):
     needs_one_to_one = True
 
 
-class Bytes(Divergence):
+class Bytes(JsdConfig):
     """The divergence of both models' next-byte laws where the teacher stands on a boundary."""
 
     name: Literal["bytes"]
@@ -84,10 +84,10 @@ class Bytes(Divergence):
 
 
 class Strict(ObjectiveConfig):
-    """One-to-one units and the stop; both laws on matched ids alone, reverse KL on the likeliest."""
+    """One-to-one units and the stop: both distributions on matched ids only, reverse KL on the likeliest of them."""
 
     name: Literal["strict"]
-    top: Int = Field(16, ge=1, le=1024, description="likeliest ids of either side that are compared")
+    top: Int = Field(16, ge=1, le=1024, description="how many of the likeliest ids of each side are compared")
 
     reads = IDS
     needs_matches = True
@@ -95,7 +95,7 @@ class Strict(ObjectiveConfig):
 
 
 class Alm(ObjectiveConfig):
-    """A unit's probability on both sides, as two coins."""
+    """JSD of a unit's probability on both sides, each taken as a coin (p, 1 - p)."""
 
     name: Literal["alm"]
     beta: Float = Field(0.0, ge=0, le=1, description="JSD's β: 0 forward KL(T‖S), 1 reverse KL(S‖T)")
@@ -104,7 +104,7 @@ class Alm(ObjectiveConfig):
     reads = PATH
 
 
-class Bpm(Divergence):
+class Bpm(JsdConfig):
     """The teacher's mass at a unit's start, carried onto student tokens by their bytes."""
 
     name: Literal["bpm"]
@@ -123,12 +123,12 @@ class Opd(ObjectiveConfig):
 
 
 class Sft(ObjectiveConfig):
-    """Cross-entropy on the rows' own tokens; no teacher signal."""
+    """Cross-entropy on the rows' tokens, without a teacher's signal."""
 
     name: Literal["sft"]
     corrupt_rows: Float = Field(0.0, ge=0, le=1, description="share of rows whose input is corrupted")
     corrupt_tokens: Float = Field(
-        0.3, ge=0, le=1, description="share of completion tokens replaced in such a row's input; the labels stay"
+        0.3, ge=0, le=1, description="share of completion tokens replaced in the input of a corrupted row; the labels stay"
     )
 
     reads = PATH

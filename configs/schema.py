@@ -127,6 +127,7 @@ class Train(Table):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
+    dropout: Bool = Field(False, description="use the dropout of the model's config; else there is none in training")
     gradient_checkpointing: Bool = Field(False, description="less memory: layers are computed again in the backward pass")
     processes: Int = Field(1, ge=1, le=1024, description="that share each batch: one a GPU, or a part of the CPU's cores")
     sharding: Literal["none", "full"] = Field(

@@ -1,13 +1,13 @@
-"""What can be stored of a teacher at every token, beside the log-prob of the token itself (MATHS.md §6). Each is declared once.
+"""The signals of a teacher: what is stored at every token, beside its log-prob (MATHS.md §6). Each is declared once.
 
-How a signal is stored and read is `tasks/signals/NAME.py`; its columns are in `storage/schemas.py`.
+`tasks/signals/NAME.py` stores and reads a signal; its columns are in `storage/schemas.py`.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-# What an objective can be computed from: the log-probs of the tokens that are there, distributions over the teacher's
-# ids, or laws of the next byte.
+# What an objective can be computed from: log-probs of the actual tokens, distributions over the teacher's ids, or next-byte
+# laws.
 Quantity = Literal["path", "ids", "laws"]
 
 
@@ -17,10 +17,10 @@ class SignalKind:
 
     name: str
     gives: frozenset[Quantity]
-    whole: bool = False  # made from whole distributions or hidden states, which the engine 'transformers' alone has
-    cut: bool = False  # score.k and score.top_p decide what is stored; else what is read later
+    whole: bool = False  # made from whole distributions or hidden states, which only the engine 'transformers' has
+    cut: bool = False  # score.k and score.top_p decide what is stored; otherwise what is read later
     counts_ids: bool = False  # score.k counts ids of the teacher's vocabulary
-    needs_head: bool = False  # to be read it needs the teacher's head, which is kept once a run
+    needs_head: bool = False  # reading it needs the teacher's head, which is kept once per run
 
 
 SIGNALS = {
@@ -40,5 +40,5 @@ else:
 
 
 def signals_for(reads: frozenset[Quantity]) -> list[str]:
-    """Names of the signals that an objective which `reads` one of these quantities can be computed from."""
+    """Names of the signals from which an objective that `reads` one of these quantities can be computed."""
     return [name for name, kind in SIGNALS.items() if kind.gives & reads]

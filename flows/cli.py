@@ -199,6 +199,7 @@ def inspect(
             print_table(title, rows)
     else:
         print_table("Rounds", format_rounds(summarise_rounds(run)))
+        print_table("Prompts", show.list_prompts(run))
         print_table("Tables", show.list_tables(run))
 
 

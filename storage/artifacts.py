@@ -1,4 +1,4 @@
-"""What is committed, one file or folder at a time: the reference to it, and how it is written and read."""
+"""Committed files and folders: the reference to one of them, and how it is written and read."""
 
 import os
 import tempfile
@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.filesystems import filesystem, settle
+from storage.filesystems import filesystem, move_into_place
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A committed file or folder: the small reference that passes between tasks."""
+    """The reference to a committed file or folder that passes between tasks."""
 
     path: str
     digest: str
@@ -22,7 +22,7 @@ class Artifact:
 
 
 def write_parquet(table: pa.Table, target: Path | pa.NativeFile) -> None:
-    """zstd Parquet with the settings that fit token tables: numbers split by byte, strings by dictionary."""
+    """Write zstd Parquet with settings that fit token tables: numbers split by byte, strings by dictionary."""
     numbers = [
         field.name + (".list.element" if nested else "")
         for field in table.schema
@@ -39,8 +39,8 @@ def write_parquet(table: pa.Table, target: Path | pa.NativeFile) -> None:
     )
 
 
-def parquet_bytes(table: pa.Table) -> int:
-    """How many bytes a table takes on disk; nothing is written."""
+def measure_parquet(table: pa.Table) -> int:
+    """The bytes that a table takes on disk. Nothing is written."""
     sink = pa.BufferOutputStream()
     write_parquet(table, sink)
     size: int = sink.getvalue().size
@@ -48,14 +48,14 @@ def parquet_bytes(table: pa.Table) -> int:
 
 
 def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
-    """A committed table, whole: one shard."""
+    """Read a committed table, or the `columns` of it, into memory: one shard."""
     fs, path = filesystem(artifact.path)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=columns)
 
 
 def local_folder(artifact: Artifact) -> str:
-    """A committed folder as a local path; fetched once where the run lies on a remote filesystem."""
+    """The local path of a committed folder. It is fetched once where the run lies on a remote filesystem."""
     fs, path = filesystem(artifact.path)
     if isinstance(fs, LocalFileSystem):
         return path
@@ -64,5 +64,5 @@ def local_folder(artifact: Artifact) -> str:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fs.get(path, f"{folder}/fetched", recursive=True)
-            settle(Path(folder) / "fetched", target)
+            move_into_place(Path(folder) / "fetched", target)
     return str(target)

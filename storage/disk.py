@@ -1,4 +1,4 @@
-"""What a local disk can and cannot do."""
+"""Operations on a local disk, and the reasons why it refuses them."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def link(source: str, target: str | Path) -> object:
-    """A hard link: committed files are never changed. A copy where the disk cannot link."""
+    """Make a hard link, since committed files are never changed; a copy where the disk cannot link."""
     try:
         os.link(source, target)
     except OSError:
@@ -19,10 +19,10 @@ def link(source: str, target: str | Path) -> object:
     return target
 
 
-def sync(made: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file, or all of a folder, from memory onto the disk."""
-    for path in [made] if made.is_file() else [*made.rglob("*"), made]:
-        descriptor = os.open(path, os.O_RDONLY)
+    for entry in [path] if path.is_file() else [*path.rglob("*"), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -38,19 +38,19 @@ def sync_entry(folder: Path) -> None:
         os.close(descriptor)
 
 
-def size(path: str | Path) -> int:
+def size_of(path: str | Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     files = [Path(path)] if os.path.isfile(path) else [f for f in Path(path).rglob("*") if f.is_file()]
     return sum(file.stat().st_size for file in files)
 
 
-def existing(path: Path) -> Path:
-    """The path, or what of it there is already."""
+def find_existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def unwritable(folder: Path) -> str | None:
-    """Why no folder can be made in `folder`; tried out, because a superuser's permissions always say yes."""
+def explain_unwritable(folder: Path) -> str | None:
+    """Why no folder can be made in `folder`; None where one can. It is tried: permissions never refuse a superuser."""
     if not folder.is_dir():
         return "is a file"
     if not os.access(folder, os.W_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
@@ -62,13 +62,13 @@ def unwritable(folder: Path) -> str | None:
     return None
 
 
-def refusal(error: Exception, folder: Path) -> str | None:
-    """Why the disk below `folder` takes no more, where that is what `error` comes from; else None.
+def explain_write_error(error: Exception, folder: Path) -> str | None:
+    """Why the disk below `folder` takes no more, if that is the cause of `error`; else None.
 
-    Libraries written in Rust raise errors of their own, which name the system's error in their text alone.
+    Libraries written in Rust raise errors of their own, which give the system's error number in their text only.
     """
-    named = re.findall(r"(?:errno|os error|code:) (\d+)", str(error), re.IGNORECASE)
-    for number in (getattr(error, "errno", None), *map(int, named)):
+    numbers = re.findall(r"(?:errno|os error|code:) (\d+)", str(error), re.IGNORECASE)
+    for number in (getattr(error, "errno", None), *map(int, numbers)):
         if number in FULL:
             return os.strerror(number)
-    return unwritable(folder) if isinstance(error, PermissionError) else None
+    return explain_unwritable(folder) if isinstance(error, PermissionError) else None

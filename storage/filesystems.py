@@ -1,4 +1,4 @@
-"""What lies behind a URI."""
+"""The filesystem behind a URI."""
 
 import os
 import posixpath
@@ -8,22 +8,22 @@ import fsspec
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem and the path in it; listings are not cached, because other machines write there too."""
-    found: tuple[fsspec.AbstractFileSystem, str] = fsspec.url_to_fs(uri, use_listings_cache=False)
-    return found
+    """The filesystem of a URI and the path in it. Listings are not cached, because other machines write there too."""
+    parts: tuple[fsspec.AbstractFileSystem, str] = fsspec.url_to_fs(uri, use_listings_cache=False)
+    return parts
 
 
-def settle(made: Path, target: Path) -> None:
-    """Rename a folder into place where its name says what is in it: another process that was first has made the same."""
+def move_into_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, whose name is a digest of its content. If `target` is there already, it is the same."""
     try:
-        os.replace(made, target)
+        os.replace(folder, target)
     except OSError:
         if not target.is_dir():
             raise
 
 
-def unreachable(fs: fsspec.AbstractFileSystem, run: str) -> str | None:
-    """Why a remote filesystem takes no run at the path `run`; tried out where there is none yet."""
+def explain_unreachable(fs: fsspec.AbstractFileSystem, run: str) -> str | None:
+    """Why a remote filesystem takes no run at the path `run`; None where it does. A new run's path is probed by a write."""
     probe = posixpath.join(run, "_tmp", "probe")
     try:
         if not fs.exists(posixpath.join(run, "run.toml")):

@@ -1,4 +1,4 @@
-"""A folder on any filesystem that is written by one process at a time, whole file by whole file."""
+"""A folder on any filesystem. One process at a time writes to it, and each file appears whole."""
 
 import os
 import posixpath
@@ -18,13 +18,13 @@ from storage.lock import check_local, check_remote, local_lock, remote_lock
 
 
 class Folder:
-    """The folder `name` under `root`, a local folder or any fsspec URI. Half-made things lie in `_tmp` in it."""
+    """The folder `name` under `root`, a local folder or any fsspec URI. Unfinished files lie in `_tmp` in it."""
 
     def __init__(self, root: str, name: str):
         try:
             self.fs, base = filesystem(root)
         except ImportError as error:
-            raise BadInput(f"root: {root} cannot be used: {error}; for s3:// that is: pip install -e '.[s3]'") from None
+            raise BadInput(f"root: {root} cannot be used: {error}; s3:// needs: pip install -e '.[s3]'") from None
         except ValueError as error:
             raise BadInput(f"root: {root} cannot be used: {error}; give a folder, or a URI such as s3://bucket/runs") from None
         self.uri, self.root = root, base.rstrip("/")
@@ -33,18 +33,18 @@ class Folder:
         self.address = self.address_of(self.path)
 
     def address_of(self, path: str) -> str:
-        """What others call a path: polars, the user, another process."""
+        """A path as polars, the user and other processes use it: with its protocol where it is not local."""
         return path if self.local else self.fs.unstrip_protocol(path)
 
     def free(self) -> int | None:
-        """Bytes that the disk has left; None where it is no disk."""
-        return shutil.disk_usage(disk.existing(Path(self.path))).free if self.local else None
+        """Free bytes of the disk; None on object storage."""
+        return shutil.disk_usage(disk.find_existing(Path(self.path))).free if self.local else None
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
-        """A folder for half-made things: on the run's own disk where it has one, so that a rename is atomic."""
+        """A folder for unfinished files: on the run's disk if it has one, so that a rename is atomic."""
         parent = None
         if self.local:
             parent = Path(self.path) / "_tmp"
@@ -59,31 +59,31 @@ class Folder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Says in one message what a full disk, or one that became read-only, makes libraries say in many ways."""
+        """Turn the many errors that libraries raise on a full or read-only disk into one CannotWrite."""
         try:
             yield
         except Exception as error:
-            if not self.local or (reason := disk.refusal(error, Path(self.root))) is None:
+            if not self.local or (reason := disk.explain_write_error(error, Path(self.root))) is None:
                 raise
             raise CannotWrite(
-                f"{self.path}: cannot be written: {reason}; what is committed stays, "
-                "and the same command goes on from there once that is put right"
+                f"{self.path}: cannot be written: {reason}; what is committed stays. "
+                "Make the disk writable again or free some space; then the same command goes on from there"
             ) from error
 
-    def commit(self, made: Path, place: str) -> None:
-        """Move what was made in a `workspace` to `place` in the folder: there it is whole, or not at all."""
+    def commit(self, source: Path, place: str) -> None:
+        """Move a finished file or folder from a `workspace` to `place`. A reader sees it whole or not at all."""
         target = posixpath.join(self.path, place)
         if self.local:
-            disk.sync(made)
+            disk.sync(source)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             if os.path.isdir(target):
-                os.rename(target, tempfile.mkdtemp(dir=made.parent))  # goes with the workspace
-            os.replace(made, target)
+                os.rename(target, tempfile.mkdtemp(dir=source.parent))  # is removed with the workspace
+            os.replace(source, target)
             disk.sync_entry(Path(target).parent)
         else:
             if self.fs.isdir(target):
                 self.fs.rm(target, recursive=True)  # put would go inside it
-            self.fs.put(str(made), target, recursive=made.is_dir())
+            self.fs.put(str(source), target, recursive=source.is_dir())
 
     def write_text(self, place: str, text: str) -> None:
         """Write a small file of the run atomically."""
@@ -93,13 +93,14 @@ class Folder:
             self.commit(file, place)
 
     def read_text(self, place: str) -> str:
+        """Read a small file of the run."""
         text: str = self.fs.cat_file(posixpath.join(self.path, place)).decode()
         return text
 
     # -- reading ---------------------------------------------------------------------------------------------------------
 
     def digest(self, path: str) -> str:
-        """The digest of a file or folder, wherever it lies."""
+        """The digest of a file or folder, on a local disk or on object storage."""
         if self.local:
             return digest_local(path)
         if not self.fs.isdir(path):
@@ -108,7 +109,7 @@ class Folder:
         return digest_json({posixpath.relpath(file, path): self.digest(file) for file in self.fs.find(path)})
 
     def copy(self, source: str, target: Path) -> None:
-        """A file or folder of this filesystem, linked or copied to a local place on the same disk as `workspace`."""
+        """Link or copy a file or folder of this filesystem to a local path on the same disk as `workspace`."""
         if not self.local:
             self.fs.get(source, str(target), recursive=self.fs.isdir(source))
         elif os.path.isdir(source):
@@ -120,9 +121,9 @@ class Folder:
 
     @contextmanager
     def lock(self, log: Callable[[str], None] = print, wait: bool = False) -> Iterator[None]:
-        """Be the only process that works on the run; BadInput, or with `wait` patience, where another one does.
+        """Hold the run's lock. Where another process holds it, raise BadInput, or with `wait` wait for its end.
 
-        What a killed process left half-made is removed.
+        Unfinished files of a killed process are removed.
         """
         if not self.local:
             with remote_lock(self.fs, self._lock_path, self.path):
@@ -138,7 +139,7 @@ class Folder:
             yield
 
     def check_free(self) -> None:
-        """BadInput where another process works on the run. Writes nothing."""
+        """Raise BadInput where another process works on the run. Writes nothing."""
         if self.local:
             check_local(Path(self._lock_path), self.path)
         else:

@@ -1,4 +1,4 @@
-"""Digests and keys: what a result is, and what it was made from."""
+"""Digests of results and of their inputs: what artifacts are named and keyed by."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def digest_json(value: Any) -> str:
 
 
 def digest_table(table: pa.Table) -> str:
-    """sha256 of a table's columns and values, whatever its chunks."""
+    """sha256 of a table's columns and values, independent of its chunks."""
     whole, sink = table.replace_schema_metadata(None).combine_chunks(), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, whole.schema) as writer:
         writer.write_table(whole)
@@ -28,7 +28,7 @@ def digest_table(table: pa.Table) -> str:
 
 def digest_file(path: str | Path) -> str:
     """sha256 of a local file's content."""
-    return _digest_file(os.fspath(path), _stamp(Path(path)))
+    return _digest_file(os.fspath(path), _stamp_of(Path(path)))
 
 
 def digest_folder(path: str | Path) -> str:
@@ -42,20 +42,20 @@ def digest_local(path: str | Path) -> str:
     return digest_folder(path) if os.path.isdir(path) else digest_file(path)
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp_of(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=16_384)
 def _digest_file(path: str, stamp: tuple[int, int, int]) -> str:
-    """Gigabytes are read once a process, and again only when a file's size or time changed."""
+    """Cached per process: gigabytes are read again only when a file's size or time has changed."""
     with open(path, "rb") as file:
         return digest_stream(file)
 
 
 def digest_stream(file: IO[bytes]) -> str:
-    """sha256 of what is left to read of an open file."""
+    """sha256 of an open file, from its current position on."""
     sha = hashlib.sha256()
     while chunk := file.read(CHUNK):
         sha.update(chunk)

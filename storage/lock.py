@@ -1,4 +1,4 @@
-"""One process at a time works on a run; the others are told which one does."""
+"""One process at a time works on a run. The others say which process that is."""
 
 import fcntl
 import json
@@ -20,40 +20,40 @@ POLL_SECONDS = 1.0
 
 @contextmanager
 def local_lock(file: Path, what: str, log: Callable[[str], None], wait: bool) -> Iterator[None]:
-    """Hold `file` under an OS lock, which ends with its process however that ends: nothing is left to clean up by hand.
+    """Hold `file` under a lock of the operating system. It ends with the process, so nothing needs cleaning up by hand.
 
-    The file says who holds it (pid, host, since when), and is gone afterwards. Where another process has it: BadInput,
-    or with `wait` one line and patience. On a network disk the lock holds between machines as far as its `flock` does;
-    on a disk without any a line says so, and the run goes on unguarded.
+    The file names its holder (pid, host, since when) and is removed afterwards. Where another process holds it, raise
+    BadInput, or with `wait` log one line and wait. On a network disk the lock holds between machines as far as the disk's
+    `flock` does. On a disk without locks a line says so, and the run goes on without one.
     """
-    told = False
+    announced = False
     while (descriptor := _acquire(file, what, log)) is None:
         if not wait:
-            raise BadInput(_taken(what, _read(file)))
-        if not told:
-            log(f"{what}: waiting for {_describe(_read(file))}")
-        told = True
+            raise BadInput(_explain_holder(what, _read_holder(file)))
+        if not announced:
+            log(f"{what}: waiting for {_describe_holder(_read_holder(file))}")
+        announced = True
         time.sleep(POLL_SECONDS)
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+        os.pwrite(descriptor, json.dumps(_identify_process()).encode(), 0)
         yield
     finally:
         with suppress(OSError):
             file.unlink()
         os.close(descriptor)
-        with suppress(OSError):  # where nothing was made, nothing is left
+        with suppress(OSError):  # remove the folders if they are empty
             file.parent.rmdir()
             file.parent.parent.rmdir()
 
 
 def device_lock(name: str, log: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Wait until no other process of this user holds a device, then hold it: a lock in the user's own folder."""
+    """Wait until no other process of this user holds a device, then hold it. The lock lies in the user's own folder."""
     return local_lock(cached_assets_path("potstill", "locks") / name, name, log, wait=True)
 
 
 def _acquire(file: Path, what: str, log: Callable[[str], None]) -> int | None:
-    """The open and locked file; None where another process has it."""
+    """Open and lock the file; None where another process holds it."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -66,14 +66,14 @@ def _acquire(file: Path, what: str, log: Callable[[str], None]) -> int | None:
             os.close(descriptor)
             return None
         except OSError as error:
-            log(f"{what}: this disk has no locks ({error.strerror}); do not start the run twice at a time")
+            log(f"{what}: this disk has no locks ({error.strerror}); do not start this run in two processes at once")
         if _is_open_at(descriptor, file):
             return descriptor
-        os.close(descriptor)  # its last holder removed it between opening and locking
+        os.close(descriptor)  # its last holder removed the file after it was opened here and before it was locked
 
 
 def check_local(file: Path, what: str) -> None:
-    """BadInput where another process holds `file`. Writes nothing."""
+    """Raise BadInput where another process holds `file`. Writes nothing."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
@@ -81,23 +81,23 @@ def check_local(file: Path, what: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BadInput(_taken(what, _read(file))) from None
+        raise BadInput(_explain_holder(what, _read_holder(file))) from None
     except OSError:
-        pass  # no locks here: `local_lock` will say so
+        pass  # the disk has no locks: `local_lock` logs it
     finally:
         os.close(descriptor)
 
 
 @contextmanager
 def remote_lock(fs: Any, path: str, what: str) -> Iterator[None]:
-    """Leave a note at `path` that says who works on a run; BadInput where someone else's note lies there.
+    """Write a note at `path` that names this process; raise BadInput where another process's note lies there.
 
-    Object stores have no locks. Two processes that start within the same second may both pass (they then make the same
-    things twice: results do not depend on who makes them). A note of a dead process of this machine is taken over; of
-    another machine's process nothing is known, so the message names the note, to be deleted by hand.
+    Object stores have no locks. Two processes that start within the same second may both pass; then both do the same work,
+    with the same results. A note of a dead process of this machine is replaced. Whether a process of another machine still
+    runs is not known, so the message names the note, to be deleted by hand.
     """
     check_remote(fs, path, what)
-    fs.pipe_file(path, json.dumps(_me()).encode())
+    fs.pipe_file(path, json.dumps(_identify_process()).encode())
     try:
         yield
     finally:
@@ -106,41 +106,43 @@ def remote_lock(fs: Any, path: str, what: str) -> Iterator[None]:
 
 
 def check_remote(fs: Any, path: str, what: str) -> None:
+    """Raise BadInput where another process's note lies at `path`. Writes nothing."""
     try:
-        holder = _parse(fs.cat_file(path))
+        holder = _parse_holder(fs.cat_file(path))
     except FileNotFoundError:
         return
     if holder.get("host") != socket.gethostname():
-        raise BadInput(f"{_taken(what, holder)}; if it is dead, delete {fs.unstrip_protocol(path)}")
+        raise BadInput(f"{_explain_holder(what, holder)}; if it is dead, delete {fs.unstrip_protocol(path)}")
     if holder["pid"] != os.getpid() and _is_alive(holder["pid"]):
-        raise BadInput(_taken(what, holder))
+        raise BadInput(_explain_holder(what, holder))
 
 
-def _me() -> dict[str, Any]:
+def _identify_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().astimezone().isoformat(" ", "seconds")}
 
 
-def _taken(what: str, holder: dict[str, Any]) -> str:
-    return f"{what}: {_describe(holder)} is working on this run; wait until it has ended, or give this one another name"
+def _explain_holder(what: str, holder: dict[str, Any]) -> str:
+    name = _describe_holder(holder)
+    return f"{what}: {name} is working on this run; wait until it has ended, or give your run another name (--set name=…)"
 
 
-def _describe(holder: dict[str, Any]) -> str:
-    known = {"pid": "?", "host": "?", "since": "just now"} | holder
-    return f"process {known['pid']} on {known['host']} (since {known['since']})"
+def _describe_holder(holder: dict[str, Any]) -> str:
+    holder = {"pid": "?", "host": "?", "since": "just now"} | holder
+    return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_holder(file: Path) -> dict[str, Any]:
     try:
-        return _parse(file.read_bytes())
+        return _parse_holder(file.read_bytes())
     except OSError:
         return {}
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def _parse_holder(data: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(data))
     except (ValueError, TypeError):
-        return {}  # it is being written just now
+        return {}  # its holder is writing it just now
 
 
 def _is_open_at(descriptor: int, file: Path) -> bool:
@@ -156,5 +158,5 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # someone else's
+        pass  # it is another user's process
     return True

@@ -1,4 +1,4 @@
-"""What a notebook imports: a run's tables as polars frames."""
+"""A run's tables as polars frames, for notebooks and for the views."""
 
 from glob import has_magic
 
@@ -12,13 +12,13 @@ FOLDERS = {"vocab", "prompts", "accounts"}
 
 
 def scan(run: str, table: str) -> pl.LazyFrame:
-    """A table of a run (or of several: `runs/*`) as a LazyFrame.
+    """Scan a table of a run, or of several (`runs/*`), as a LazyFrame.
 
-    `run` is a run's folder or URI. Tables of rounds have a `round` column; with a pattern for `run`, a `run` column
-    says where a row is from; `vocab` has a `side` column. Raises ValueError for an unknown table.
+    `run` is a run's folder or URI. Tables of rounds get a `round` column, and `vocab` gets a `side` column. With a pattern
+    for `run`, a `run` column names each row's run. Raises ValueError for an unknown table.
     """
     if table not in SCHEMAS:
-        raise ValueError(f"unknown table '{table}'; one of {', '.join(SCHEMAS)}")
+        raise ValueError(f"unknown table '{table}'; give one of {', '.join(SCHEMAS)}")
     run = run.rstrip("/")
     per_round = table not in FOLDERS
     frame = pl.scan_parquet(
@@ -39,18 +39,21 @@ def scan(run: str, table: str) -> pl.LazyFrame:
 
 
 def unpack_topk(scores: pl.LazyFrame) -> pl.LazyFrame:
-    """`scores` with one row a teacher token: `position`, `token_id`, `logprob`, `rest`, and lists `ids`, `logprobs`."""
+    """`scores` with one row per teacher token: `position`, `token_id`, `logprob`, `rest`, and lists `ids`, `logprobs`.
+
+    Log-probs and the log mass `rest` are float32, in nats.
+    """
     return _unpack(scores, "top", {"ids": ("top_ids", pl.Int32), "logprobs": ("top_logprobs", pl.Float32)})
 
 
 def unpack_laws(scores: pl.LazyFrame) -> pl.LazyFrame:
-    """The same for `score.signal = "bytes"`: lists `classes` (the next byte, 256 for the stop) and `logprobs`."""
+    """As `unpack_topk`, for `score.signal = "bytes"`: lists `classes` (the next byte, 256 for the stop) and `logprobs`."""
     return _unpack(scores, "law", {"classes": ("law_classes", pl.Int32), "logprobs": ("law_logprobs", pl.Float32)})
 
 
 def _unpack(scores: pl.LazyFrame, signal: str, cut: dict[str, tuple[str, type[pl.DataType]]]) -> pl.LazyFrame:
-    given = scores.collect_schema()
-    keys = [name for name in ("run", "round", "rollout_id") if name in given]
+    columns = scores.collect_schema()
+    keys = [name for name in ("run", "round", "rollout_id") if name in columns]
 
     def unpack(rows: pl.DataFrame) -> pl.DataFrame:
         tokens = rows.select(
@@ -60,14 +63,14 @@ def _unpack(scores: pl.LazyFrame, signal: str, cut: dict[str, tuple[str, type[pl
             pl.col("logprobs").alias("logprob"),
             "rest",
         ).explode("position", "token_id", "logprob", "rest")
-        # All tokens' entries lie one after another, in the tokens' order: the counts say where each token's end.
+        # The entries of all tokens lie one after another, in the tokens' order; the counts say where each token's entries end.
         offsets = np.append(0, rows[f"{signal}_counts"].explode().to_numpy().cumsum(dtype=np.int64))
         for name, (column, kind) in cut.items():
             entries = rows[column].explode().cast(kind).to_arrow()
             tokens = tokens.with_columns(pl.Series(name, pa.LargeListArray.from_arrays(offsets, entries)))
         return tokens
 
-    schema = {name: given[name] for name in keys}
+    schema = {name: columns[name] for name in keys}
     schema |= {"position": pl.Int64(), "token_id": pl.Int32(), "logprob": pl.Float32(), "rest": pl.Float32()}
     schema |= {name: pl.List(kind) for name, (_, kind) in cut.items()}
     return scores.filter(pl.col("status") == "ok").map_batches(unpack, schema=pl.Schema(schema), streamable=True)

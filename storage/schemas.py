@@ -48,7 +48,7 @@ COMPLETIONS = pa.schema(
         "policy": pa.string(),  # digest of the teacher
         "text": pa.string(),
         "finish_reason": pa.string(),  # stop, length
-        "engine": pa.string(),  # that sampled it, with its version
+        "engine": pa.string(),  # the engine that sampled it, with its version
     }
 )
 
@@ -63,6 +63,9 @@ ROLLOUTS = pa.schema(
         "prompt_token_ids": _ids,
         "token_ids": _ids,  # as sampled, stop included
         "logprobs": _logprobs,  # of token_ids under the behaviour policy; null where the student did not sample
+        # Only where rollouts are drawn at another temperature than 1, or with top_p or top_k: of token_ids under the student
+        # itself, the stop as one event. Else `logprobs` are those, and a table has no such column.
+        "model_logprobs": _logprobs,
         "text": pa.string(),
         "finish_reason": pa.string(),  # stop, length
         "seed": pa.int64(),
@@ -76,15 +79,15 @@ SCORES = pa.schema(
         "teacher": pa.string(),
         "token_ids": _ids,  # the teacher's own, stop included
         "logprobs": _logprobs,
-        # The signal: the columns of one of these, by the recipe's score.signal; the others are null. `sampled` has none.
+        # The signal: the columns of the recipe's score.signal; the others are null. `sampled` has none.
         "top_ids": _ids,  # topk: flat; top_counts says how many belong to each token
         "top_logprobs": pa.list_(pa.float16()),
         "top_counts": pa.list_(pa.int16()),
-        "law_classes": pa.list_(pa.int16()),  # bytes: the next byte, or 256 for the stop; flat, law_counts a token
+        "law_classes": pa.list_(pa.int16()),  # bytes: the next byte, or 256 for the stop; flat, law_counts per token
         "law_logprobs": pa.list_(pa.float16()),
         "law_counts": pa.list_(pa.int16()),
         "rest": _logprobs,  # topk, bytes: log mass outside the events
-        "hidden": pa.large_list(pa.float16()),  # hidden: last hidden states, flat, the model's width a token
+        "hidden": pa.large_list(pa.float16()),  # hidden: last hidden states, flat, the model's width per token
         "status": pa.string(),  # ok, or why the row was not scored
     }
 )
@@ -92,11 +95,11 @@ SCORES = pa.schema(
 ALIGNED = pa.schema(
     {
         "rollout_id": pa.string(),
-        "student_ends": _ids,  # exclusive ends in student tokens, one a unit, the stop unit last
+        "student_ends": _ids,  # exclusive ends in student tokens, one per unit, the stop unit last
         "teacher_ends": _ids,
         "byte_ends": _ids,
         "kind": pa.list_(pa.int8()),  # tasks/tokens/align.py: Kind
-        "student_logprobs": _logprobs,  # a unit's log-prob under the behaviour policy; null where there was none
+        "student_logprobs": _logprobs,  # a unit's under the student itself, whichever law it was drawn by; null: not sampled
         "teacher_logprobs": _logprobs,
         "status": pa.string(),
         "supervised_bytes": pa.int32(),  # these four sum to the completion's bytes
@@ -104,12 +107,12 @@ ALIGNED = pa.schema(
         "dropped_bytes": pa.int32(),
         "tail_bytes": pa.int32(),
         "units": pa.int32(),  # terms of the loss
-        "canonical": pa.bool_(),  # the ids are what encoding the text gives
-        # The objective's projection of the teacher: one entry a term, in order (tasks/objectives/base.py).
+        "canonical": pa.bool_(),  # whether the ids are the encoding of the text
+        # The objective's projection of the teacher: one entry per term, in order (tasks/objectives/base.py).
         "term_starts": _ids,  # student tokens whose next-token distributions the term reads
         "term_ends": _ids,  # exclusive
-        "term_inside": _ids,  # bytes of the last of them that were read before; null: not used
-        "term_behaviour": _logprobs,  # of the term under the policy that sampled it; null: not used
+        "term_inside": _ids,  # bytes of the last of them that were read before; null where not used
+        "term_behaviour": _logprobs,  # the term's log-prob under the policy that sampled it; null where not used
         "target_counts": _ids,
         "target_ids": _ids,  # flat events: student ids, or classes of bytes
         "target_logprobs": _logprobs,
@@ -123,7 +126,7 @@ STEPS = pa.schema(
     {
         "step": pa.int32(),  # counted over the whole run
         "round": pa.int32(),
-        "loss": pa.float64(),  # nats a unit
+        "loss": pa.float64(),  # nats per unit
         "grad_norm": pa.float64(),
         "learning_rate": pa.float64(),
         "rows": pa.int32(),
@@ -147,9 +150,9 @@ EVALS = pa.schema(
         "finish_reason": pa.string(),
         "tokens": pa.int32(),
         "bytes": pa.int32(),
-        "logprob": pa.float64(),  # of the completion under the model that wrote it
+        "logprob": pa.float64(),  # of the completion under the model that wrote it, at temperature 1 and over all tokens
         "teacher_logprob": pa.float64(),  # under the teacher; null where the text is not all that was sampled
-        "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats a byte
+        "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats per byte
     }
 )
 

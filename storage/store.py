@@ -1,13 +1,13 @@
-"""A run's folder: where things lie, and how they are committed.
+"""A run's folder: where its artifacts lie, and how they are committed.
 
-Everything a stage makes goes through `Run.build_table` and `Run.build_files`: what was made from the same inputs, here
-or in another run under the same root, is not made again. A file is written under `_tmp/`, closed, fsynced and renamed
-into place, and its manifest last; so a data folder holds finished Parquet only, and a reader who goes by manifests sees
-whole artifacts only.
+Everything that a stage makes goes through `Run.build_table` and `Run.build_files`. Work that was done on the same inputs,
+in this run or in another under the same root, is not done again. A file is written under `_tmp/`, closed, fsynced and
+renamed into place, and its manifest is written last. So a data folder holds finished Parquet only, and a reader who follows
+the manifests sees whole artifacts only.
 
-What is committed is taken for what it says only after its digest was computed again: once a process, before it is an
-input of anything (a second or less a gigabyte, where making one takes an hour). What was truncated, altered or lost is
-made again. On a remote filesystem, which guards its content itself, the size alone is compared.
+The digest of a committed artifact is computed again before a process first uses it (at most a second per gigabyte; making
+one takes an hour). A truncated, altered or missing artifact is made again. On object storage, which guards its content
+itself, only the size is compared.
 """
 
 import json
@@ -26,17 +26,18 @@ from configs.load import dump_recipe, list_differences, validate_recipe
 from configs.schema import Recipe
 from storage import disk
 from storage.artifacts import Artifact, write_parquet
-from storage.filesystems import unreachable
+from storage.filesystems import explain_unreachable
 from storage.folder import Folder
 from storage.lineage import digest_json, digest_local, versions
 
 
 def round_slot(number: int, *parts: str) -> str:
-    """`round=0003/rollouts/part-00000` and the like."""
+    """The slot of an artifact of a round, such as `round=0003/rollouts/part-00000`."""
     return posixpath.join(f"round={number:04d}", *parts)
 
 
 def part(number: int) -> str:
+    """The name of a shard's file, without its ending: `part-00000`."""
     return f"part-{number:05d}"
 
 
@@ -44,17 +45,17 @@ class Run(Folder):
     """One run's folder under a root, on any fsspec filesystem.
 
     A *slot* is where an artifact lives, relative to the run and without its ending:
-    `round=0001/scores/part-00000` is that file with `.parquet`, and `_manifests/….json` beside it.
+    `round=0001/scores/part-00000` is that file with `.parquet`, and its manifest is `_manifests/….json`.
     """
 
     def __init__(self, root: str, name: str):
         super().__init__(root, name)
         self.name = name
 
-    # -- what is there --------------------------------------------------------------------------------------------
+    # -- reading --------------------------------------------------------------------------------------------------
 
     def find(self, slot: str, key: str | None = None) -> Artifact | None:
-        """The artifact committed at `slot`, if it is there and (when given) was made under `key`."""
+        """The artifact committed at `slot`; None where there is none, or it was made under another key than `key`."""
         manifest = self.manifest(slot)
         if manifest is None or (key is not None and manifest["key"] != key):
             return None
@@ -64,9 +65,9 @@ class Run(Folder):
         return Artifact(self.address_of(path), manifest["digest"], manifest["rows"])
 
     def manifest(self, slot: str) -> dict[str, Any] | None:
-        """What was committed at `slot`; None where nothing was, or where the manifest cannot be read."""
+        """The manifest of `slot`; None where there is none, or where it cannot be read."""
         try:
-            return _parsed(self.fs.cat_file(self._manifest_path(slot)))
+            return _parse_manifest(self.fs.cat_file(self._manifest_path(slot)))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -82,8 +83,8 @@ class Run(Folder):
             if (manifest := self.manifest(slot)) is not None:
                 yield slot, manifest
 
-    def damage(self, slot: str, read: bool = True) -> str | None:
-        """What is wrong with what was committed at `slot`; None: it is what its manifest says.
+    def find_damage(self, slot: str, read: bool = True) -> str | None:
+        """What is wrong with the artifact at `slot`; None where it is as its manifest says.
 
         Without `read` the size is compared, not the content.
         """
@@ -96,7 +97,7 @@ class Run(Folder):
         try:
             if not self.fs.exists(path):
                 return "it is missing"
-            size = disk.size(path) if self.local else self.fs.du(path)
+            size = disk.size_of(path) if self.local else self.fs.du(path)
             if size != manifest.get("bytes", size):
                 return f"it has {size} bytes, and had {manifest['bytes']}"
             if read and self.digest(path) != manifest["digest"]:
@@ -106,18 +107,18 @@ class Run(Folder):
         return None
 
     def rounds_done(self) -> int:
-        """How many rounds are complete: a round is, when the student it trained has been evaluated."""
+        """How many rounds are complete. A round is complete when the student that it trained has been evaluated."""
         number = 0
         while self.find(round_slot(number + 1, "evals", "student")) is not None:
             number += 1
         return number
 
-    # -- making things --------------------------------------------------------------------------------------------
+    # -- building -------------------------------------------------------------------------------------------------
 
     def build_table(
         self, slot: str, inputs: dict[str, Any], make: Callable[[], pa.Table], log: Callable[[str], None] = print
     ) -> Artifact:
-        """The table that `make` gives for `inputs`, committed at `slot`; taken over where the same was made before.
+        """Commit the table that `make` returns at `slot`. It is not called where the same inputs gave a table before.
 
         `inputs` is JSON and names everything that can change the result (digests, options, versions of code).
         """
@@ -136,13 +137,13 @@ class Run(Folder):
         make: Callable[[Path], dict[str, int]],
         log: Callable[[str], None] = print,
     ) -> dict[str, Artifact]:
-        """As `build_table`, for what one piece of work makes at once.
+        """As `build_table`, for several artifacts of one piece of work: `slots` maps their names to their slots.
 
-        `make` gets an empty local folder, writes the files and folders named by `slots`, and returns the rows in each.
+        `make` gets an empty local folder, writes the files and folders of these names, and returns the rows of each.
         """
         key = digest_json(inputs)
-        found = {name: self._whole(slot, key, log) or self._take_over(slot, key, log) for name, slot in slots.items()}
-        complete = {name: artifact for name, artifact in found.items() if artifact is not None}
+        existing = {name: self._find_intact(slot, key, log) or self._take_over(slot, key, log) for name, slot in slots.items()}
+        complete = {name: artifact for name, artifact in existing.items() if artifact is not None}
         if len(complete) == len(slots):
             return complete
         started = time.monotonic()
@@ -150,33 +151,33 @@ class Run(Folder):
             rows = make(folder)
             seconds = round(time.monotonic() - started, 3)
             for name, slot in slots.items():
-                made = folder / name
+                output = folder / name
                 manifest = {
                     "key": key,
-                    "path": slot + made.suffix * made.is_file(),
-                    "digest": digest_local(made),
-                    "bytes": disk.size(made),
+                    "path": slot + output.suffix * output.is_file(),
+                    "digest": digest_local(output),
+                    "bytes": disk.size_of(output),
                     "rows": rows[name],
                     "seconds": seconds,
                 }
-                self._commit_slot(slot, made, {**manifest, "inputs": inputs, "versions": versions()})
+                self._commit_slot(slot, output, {**manifest, "inputs": inputs, "versions": versions()})
         log(f"{', '.join(slots.values())}: {max(rows.values())} rows, {seconds:.1f} s")
         return {name: artifact for name, slot in slots.items() if (artifact := self.find(slot, key))}
 
-    def _whole(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
-        """As `find`; what is damaged is told and not found."""
+    def _find_intact(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
+        """As `find`, but a damaged artifact is logged, and None is returned for it."""
         if not self.fs.exists(self._manifest_path(slot)):
             return None
         manifest = self.manifest(slot)
         if manifest is not None and manifest["key"] != key:
             return None
-        if problem := self.damage(slot, read=self.local):
+        if problem := self.find_damage(slot, read=self.local):
             log(f"{slot}: damaged ({problem}); it is made again")
             return None
         return self.find(slot, key)
 
     def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
-        """Link (or copy) what another run under this root committed at the same slot under the same key."""
+        """Link or copy the artifact that another run under this root committed at the same slot under the same key."""
         entries = self.fs.ls(self.root, detail=True) if self.fs.exists(self.root) else []
         for path in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
             other = Run(self.uri, posixpath.basename(path))
@@ -188,7 +189,7 @@ class Run(Folder):
                 try:
                     self.copy(source, copy)
                 except (FileNotFoundError, shutil.Error):
-                    continue  # it is missing there, or replaced just now
+                    continue  # it is missing there, or is being replaced
                 if digest_local(copy) != manifest["digest"]:
                     log(f"{slot}: damaged in {other.name}; not taken over")
                     continue
@@ -197,35 +198,35 @@ class Run(Folder):
             return self.find(slot, key)
         return None
 
-    def _commit_slot(self, slot: str, made: Path, manifest: dict[str, Any]) -> None:
+    def _commit_slot(self, slot: str, source: Path, manifest: dict[str, Any]) -> None:
         if self.fs.exists(self._manifest_path(slot)):
-            self.fs.rm_file(self._manifest_path(slot))  # it does not speak of what comes
-        self.commit(made, manifest["path"])
+            self.fs.rm_file(self._manifest_path(slot))  # it describes the artifact that is replaced
+        self.commit(source, manifest["path"])
         self.write_text(posixpath.join("_manifests", slot + ".json"), json.dumps(manifest, indent=1))
 
     def _manifest_path(self, slot: str) -> str:
         return posixpath.join(self.path, "_manifests", slot + ".json")
 
-    # -- whose it is ----------------------------------------------------------------------------------------------
+    # -- the recipe -----------------------------------------------------------------------------------------------
 
     def frozen_recipe(self) -> Recipe | None:
-        """The recipe this run was started with; None where there is no run yet."""
+        """The recipe that this run was started with; None where there is no run yet."""
         path = posixpath.join(self.path, "run.toml")
         if not self.fs.exists(path):
             return None
         try:
             return validate_recipe(tomllib.loads(self.read_text("run.toml")), path)
         except tomllib.TOMLDecodeError as error:
-            raise BadInput(f"{path}: not valid TOML: {error}; put it back, or choose another name or root") from None
+            raise BadInput(f"{path}: not valid TOML: {error}; restore this file, or choose another name or root") from None
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse a run folder that belongs to another recipe, or a root that cannot be written. Leaves nothing behind."""
-        if not self.local and (reason := unreachable(self.fs, self.path)):
+        if not self.local and (reason := explain_unreachable(self.fs, self.path)):
             raise BadInput(f"{self.uri}: cannot be written ({reason}); check its name, the credentials and the endpoint")
-        inside = self.fs.ls(self.path, detail=False) if self.fs.isdir(self.path) else []
-        left = posixpath.join(self.path, "_tmp")  # by a run that was killed at its start
+        entries = self.fs.ls(self.path, detail=False) if self.fs.isdir(self.path) else []
+        unfinished = posixpath.join(self.path, "_tmp")  # left by a run that was killed at its start
         frozen = self.frozen_recipe()
-        if frozen is None and any(path.rstrip("/") != left for path in inside):
+        if frozen is None and any(path.rstrip("/") != unfinished for path in entries):
             raise BadInput(f"{self.path}: not a run folder (no run.toml in it); choose another name or root")
         if frozen is not None and (lines := list_differences(frozen, recipe)):
             raise BadInput(
@@ -234,19 +235,19 @@ class Run(Folder):
                 + "; give this recipe another name (--set name=…) or go on with the old one"
             )
         if self.local:
-            existing = disk.existing(Path(self.path))
-            if reason := disk.unwritable(existing):
+            existing = disk.find_existing(Path(self.path))
+            if reason := disk.explain_unwritable(existing):
                 raise BadInput(f"{self.root}: cannot be written ({existing} {reason}); set root to a folder of yours")
 
     def freeze(self, recipe: Recipe) -> None:
-        """Write `run.toml`: once, and again when what may change does."""
-        self.check_recipe(recipe)  # again: now nobody else can start the run
+        """Write `run.toml` at the start of the run, and again when a field that may change has changed."""
+        self.check_recipe(recipe)  # again, because the lock is held now
         if self.frozen_recipe() != recipe:
             self.write_text("run.toml", dump_recipe(recipe))
 
 
-def _parsed(data: bytes) -> dict[str, Any] | None:
-    """A manifest; None where it was cut or altered so that it is none."""
+def _parse_manifest(data: bytes) -> dict[str, Any] | None:
+    """Parse a manifest; None where it is truncated or altered."""
     try:
         manifest = json.loads(data)
         whole = all(isinstance(manifest[name], str) for name in ("key", "path", "digest")) and isinstance(manifest["rows"], int)

@@ -82,6 +82,7 @@ def align_rollouts(
     status = np.where(np.isin(status, ["empty", "no_unit"]) & (np.diff(projection.offsets) > 0), "ok", status)
 
     covered, ok = last_of(units.byte_ends, units.offsets), status == "ok"
+    student_sums = sum_units(units, units.student_ends, sampled.model_logprobs, sampled.offsets)
     teacher_sums = sum_units(units, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets)
     columns = {
         "rollout_id": rollouts["rollout_id"],
@@ -89,7 +90,7 @@ def align_rollouts(
         "teacher_ends": ragged(units.teacher_ends, units.offsets, pa.int32()),
         "byte_ends": ragged(units.byte_ends, units.offsets, pa.int32()),
         "kind": ragged(units.kind, units.offsets, pa.int8()),
-        "student_logprobs": _nullable(pairing.behaviour, units),
+        "student_logprobs": _nullable(student_sums, units),
         "teacher_logprobs": _nullable(teacher_sums, units),
         "status": pa.array(status),
         "supervised_bytes": np.where(ok, projection.supervised, 0),

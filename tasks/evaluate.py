@@ -17,12 +17,13 @@ from tasks.engines.base import Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import side, teacher_ids
+from tasks.rows.messages import load_messages
 from tasks.rows.scorers import make_scorer
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
-from tasks.tokens.token_bytes import split_completion
+from tasks.tokens.token_bytes import spell_answer, split_completion
 
 CODE = 1
 
@@ -53,16 +54,25 @@ def evaluate_model(
         "role": role,
         "round": number,
     }
+    if teacher is not None and drawn_otherwise(recipe, model):
+        inputs["divergence"] = "both at temperature 1"
 
     def make() -> pa.Table:
         rows = read_table(prompts).to_pylist()
         records = evaluate_prompts(recipe, number, role, model, rows)
         if teacher is not None:
-            messages = {row["prompt_id"]: row["messages"] for row in rows}
+            messages = dict(
+                zip([row["prompt_id"] for row in rows], load_messages(row["messages"] for row in rows), strict=True)
+            )
             _add_teacher_logprobs(recipe, records, messages, model=model, teacher=teacher)
         return pa.Table.from_pylist(records, EVALS)
 
     return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
+
+
+def drawn_otherwise(recipe: Recipe, model: ModelRef) -> bool:
+    """Whether log-probs as drawn are not the model's own: another law was drawn from, or a stop is one of several ids."""
+    return not Sampling.of(recipe.rollout).plain or len(side(model).stop_ids) > 1
 
 
 def evaluate_prompts(
@@ -71,7 +81,7 @@ def evaluate_prompts(
     """One greedy and `evaluate.samples` sampled completions of every prompt, graded."""
     config, text_side = recipe.rollout, side(model)
     stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
-    rendered = [text_side.render(row["messages"]) for row in rows]
+    rendered = [text_side.render(messages) for messages in load_messages(row["messages"] for row in rows)]
     generator = get_engine(model, config.batch_size, recipe.score.batch_tokens)
     records = []
     with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:
@@ -80,9 +90,11 @@ def evaluate_prompts(
             for sample in range(samples):
                 # The same seeds in every round: the figures differ by the model alone.
                 seeds = [derive_seed(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
-                for row, completion in zip(rows, generator.generate(rendered, seeds, sampling, advance), strict=True):
-                    text, whole = split_completion(text_side.beta, completion.ids, stops)
-                    value = score(text, row)
+                completions = generator.generate(rendered, seeds, sampling, advance)
+                for row, ids, completion in zip(rows, rendered, completions, strict=True):
+                    whole = split_completion(text_side.beta, completion.ids, stops)[1]
+                    text, answer = spell_answer(text_side.beta, completion.ids, stops)
+                    value = max(score(text, row), score(answer, row))
                     records.append(
                         {
                             "model": role,
@@ -98,6 +110,7 @@ def evaluate_prompts(
                             "tokens": len(completion.ids),
                             "bytes": len(text.encode()),
                             "logprob": float(np.sum(completion.logprobs, dtype=np.float64)),
+                            "prompt_token_ids": ids,
                             "token_ids": completion.ids,
                             "whole": whole,
                         }
@@ -108,8 +121,17 @@ def evaluate_prompts(
 def _add_teacher_logprobs(
     recipe: Recipe, records: list[dict[str, Any]], messages: dict[str, Any], *, model: ModelRef, teacher: ModelRef
 ) -> None:
-    """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte."""
+    """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte.
+
+    Both models' log-probs are their own, at temperature 1 and over all tokens, a stop being one event (MATHS.md §7): where the
+    model's were drawn otherwise they are computed here.
+    """
     t_side = side(teacher)
+    if drawn_otherwise(recipe, model):
+        engine = get_engine(model, recipe.rollout.batch_size, recipe.score.batch_tokens)
+        asked, written = ([record[name] for record in records] for name in ("prompt_token_ids", "token_ids"))
+        for record, scored in zip(records, engine.score(asked, written, make_signal("sampled")), strict=True):
+            record["logprob"] = float(scored.logprobs.sum(dtype=np.float64))
     ids = teacher_ids(records, t_side, side(model).vocabulary.same_as(t_side.vocabulary))
     # A text that is cut before the student's last token has no counterpart on the teacher's side.
     able = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]

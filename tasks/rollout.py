@@ -16,10 +16,12 @@ from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
+from tasks.rows.messages import load_messages
 from tasks.rows.plan import Row, plan_rows
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
+from tasks.signals import make_signal
 from tasks.tokens.token_bytes import split_completion
 
 CODE = 1
@@ -56,7 +58,7 @@ def make_rollouts(
 ) -> pa.Table:
     """Fill in the completions of `rows` from where each comes from: the student, references, or the teacher's `completions`."""
     chosen = prompts.take(np.array([row.prompt for row in rows]))
-    messages, references = chosen["messages"].to_pylist(), chosen["reference"].to_pylist()
+    messages, references = load_messages(chosen["messages"].to_pylist()), chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(m) for m in messages]
     sampling = Sampling.of(config)
@@ -68,6 +70,10 @@ def make_rollouts(
             generator, seeds = get_engine(student, config.batch_size), [rows[i].seed for i in on_policy]
             sampled = generator.generate([rendered[i] for i in on_policy], seeds, sampling, advance)
             filled = {i: _from_sample(completion, text_side) for i, completion in zip(on_policy, sampled, strict=True)}
+        if not sampling.plain:  # what is reported compares both models' own laws (MATHS.md §7)
+            scores = generator.score([rendered[i] for i in on_policy], [c.ids for c in sampled], make_signal("sampled"))
+            for i, scored in zip(on_policy, scores, strict=True):
+                filled[i]["model_logprobs"] = scored.logprobs
     written = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
@@ -77,7 +83,7 @@ def make_rollouts(
             filled[i] = _from_text(source["text"], source["finish_reason"] == "stop", text_side, config.max_new_tokens)
             filled[i] |= {"policy": source["policy"], "engine": source["engine"]}
 
-    return pa.Table.from_pylist(
+    table = pa.Table.from_pylist(
         [
             {
                 "rollout_id": row.rollout_id,
@@ -95,6 +101,7 @@ def make_rollouts(
         ],
         ROLLOUTS,
     )
+    return table.drop_columns(["model_logprobs"]) if sampling.plain else table
 
 
 def _from_sample(completion: Completion, text_side: Side) -> dict[str, Any]:

@@ -24,6 +24,11 @@ class Sampling:
         """As a recipe's rollouts are sampled."""
         return cls(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
 
+    @property
+    def plain(self) -> bool:
+        """Whether log-probs of what is drawn are the model's own, at temperature 1 and over all tokens (MATHS.md §7)."""
+        return self.temperature in (0, 1) and self.top_p == 1 and not self.top_k
+
 
 @dataclass(frozen=True)
 class Completion:

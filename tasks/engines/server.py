@@ -50,8 +50,7 @@ class ServerEngine(RemoteEngine):
     ) -> list[Completion]:
         """A request has one seed, so each completion is a request of its own."""
         self.check()
-        plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and not sampling.top_k
-        if prompts and not plain and sampling.temperature:
+        if prompts and not sampling.plain and sampling.temperature:
             self._check_draws(prompts[0])
         wanted: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:

@@ -100,7 +100,15 @@ class TransformersEngine:
             here = logprobs[lead:]
             path = here.gather(1, actual[at][:, None])[:, 0]
             chosen.append(torch.where(torch.isin(actual[at], stops), here[:, stops].logsumexp(-1), path).cpu().numpy())
-            chunk = Chunk(hidden[at], logprobs, actual[window], first[window], lead, lambda: self.laws, self.side.ref.path)
+            chunk = Chunk(
+                hidden=hidden[at],
+                logprobs=logprobs,
+                actual=actual[window],
+                first=first[window],
+                lead=lead,
+                laws=lambda: self.laws,
+                model=self.side.ref.path,
+            )
             chunks.append(signal.store(chunk))
         return np.concatenate(chosen), join_chunks(chunks)
 

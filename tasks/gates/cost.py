@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import torch
 
-from storage.artifacts import parquet_bytes
+from storage.artifacts import measure_parquet
 from storage.store import Run
 from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
@@ -23,7 +23,7 @@ def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterat
     recipe, rows = sample.recipe, len(tables[0])
     total = recipe.rounds * recipe.rollout.prompts * recipe.rollout.samples
     weights = {role: weights_of(ref) for role, ref in sample.sides().items()}
-    per_row = sum(map(parquet_bytes, tables)) / rows
+    per_row = sum(map(measure_parquet, tables)) / rows
     disk = (total * per_row + recipe.rounds * 12 * weights["student"]) / GIB  # float32 weights, and two moments
     free = Run(recipe.root, recipe.name).free()
     yield Gate(

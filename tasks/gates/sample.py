@@ -8,6 +8,7 @@ from configs.schema import Recipe
 from tasks.engines.base import Engine
 from tasks.engines.choose import get_engine
 from tasks.models.reference import ModelRef
+from tasks.rows.messages import Message, load_messages
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,8 @@ class Sample:
     teacher: ModelRef | None
 
     @property
-    def messages(self) -> list[list[dict[str, str]]]:
-        messages: list[list[dict[str, str]]] = self.prompts["messages"].to_pylist()
-        return messages
+    def messages(self) -> list[list[Message]]:
+        return load_messages(self.prompts["messages"].to_pylist())
 
     def sides(self) -> dict[str, ModelRef]:
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})

@@ -12,6 +12,7 @@ from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
+from tasks.objectives.pairing import model_logprobs_of
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.align import Kind
@@ -58,7 +59,8 @@ def teacher_engine_gate(sample: Sample, teacher: ModelRef) -> Gate:
 def noise_gate(sample: Sample, rollouts: pa.Table, once: pa.Table, alone: pa.Table) -> Gate:
     """How far the teacher's scores of a row are from those of the row alone, over how far they are from the student's."""
     rows = [i for i, status in enumerate(once["status"].to_pylist()) if status == "ok"]
-    first, second, student = (_row_sums(table["logprobs"])[rows] for table in (once, alone, rollouts))
+    columns = (once["logprobs"], alone["logprobs"], model_logprobs_of(rollouts))
+    first, second, student = (_row_sums(column)[rows] for column in columns)
     if not rows or not (signal := float(np.abs(first - student).mean())):
         return Gate("noise", None, sample.recipe.gates.noise, detail="teacher and student agree on everything")
     noise = float(np.abs(first - second).mean())

@@ -9,7 +9,7 @@ from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from configs.errors import BadInput
-from storage.filesystems import settle
+from storage.filesystems import move_into_place
 from storage.lineage import digest_file
 from tasks.running.progress import logger
 
@@ -28,7 +28,7 @@ def convert_once(path: str) -> str:
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as half_made:
             convert(file, Path(half_made) / "model")
-            settle(Path(half_made) / "model", folder)
+            move_into_place(Path(half_made) / "model", folder)
         logger.info("%s: made into a folder once, %s", path, folder)
     return str(folder)
 

@@ -30,10 +30,10 @@ class Pairing:
     top_ids: np.ndarray  # teacher ids, flat; the signal of teacher token j is top_offsets[j]:top_offsets[j + 1]
     top_logprobs: np.ndarray  # float64; with `rest` they sum to 1 exactly
     top_offsets: np.ndarray
-    rest: np.ndarray
+    rest: np.ndarray  # log mass outside top_ids, one per teacher token; all 0 where the signal is `laws`, which hold their own
     units: Units
     behaviour: np.ndarray  # log-prob of each unit under the policy that sampled it; NaN where none did
-    escapes: tuple[np.ndarray, np.ndarray] | None = None  # [rows] of the control token behind the units: see tasks.align
+    escapes: tuple[np.ndarray, np.ndarray] | None = None  # [rows] of the control token behind the units: pairing.py
     laws: tuple[np.ndarray, ...] | None = None  # of the next byte before each teacher token: counts, classes, masses
 
     @property
@@ -41,7 +41,7 @@ class Pairing:
         return len(self.stops)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Projection:
     """Terms of all rows with their targets, flat; row r's terms are `offsets[r]:offsets[r + 1]`."""
 
@@ -51,10 +51,10 @@ class Projection:
     counts: np.ndarray  # explicit events of each term's target
     ids: np.ndarray  # those events, flat: student ids or classes of bytes
     logprobs: np.ndarray
-    rest: np.ndarray  # log mass outside them
-    supervised: np.ndarray  # [rows] bytes that a term speaks of
+    rest: np.ndarray  # log mass outside them; what that is depends on the objective (MATHS.md §4)
+    supervised: np.ndarray  # [rows] bytes that a term covers
     inside: np.ndarray | None = None  # bytes of the last token that are already read (`bytes` only)
-    behaviour: np.ndarray | None = None  # of each term under the policy that sampled it (`opd` only)
+    behaviour: np.ndarray | None = None  # of each term under the policy that sampled it (`opd` reads it)
     unmatched_counts: np.ndarray | None = None  # sorted log masses that have no event (`gold` only)
     unmatched_logprobs: np.ndarray | None = None
 
@@ -158,13 +158,13 @@ def project_units(pairing: Pairing, only: np.ndarray | None = None) -> Projectio
     path = np.minimum(path[chosen], 0)
     with np.errstate(divide="ignore"):
         return Projection(
-            offsets_of(np.bincount(row[chosen], minlength=pairing.rows)),
-            unit_starts(units.student_ends, units.offsets)[chosen],
-            units.student_ends[chosen],
-            np.ones(len(chosen), np.int64),
-            np.zeros(len(chosen), np.int64),
-            path,
-            np.log(-np.expm1(path)),
-            np.bincount(row[chosen], sizes[chosen], pairing.rows).astype(np.int64),
+            offsets=offsets_of(np.bincount(row[chosen], minlength=pairing.rows)),
+            starts=unit_starts(units.student_ends, units.offsets)[chosen],
+            ends=units.student_ends[chosen],
+            counts=np.ones(len(chosen), np.int64),
+            ids=np.zeros(len(chosen), np.int64),
+            logprobs=path,
+            rest=np.log(-np.expm1(path)),
+            supervised=np.bincount(row[chosen], sizes[chosen], pairing.rows).astype(np.int64),
             behaviour=pairing.behaviour[chosen],
         )

@@ -58,14 +58,14 @@ class BpmObjective(ObjectiveModule):
         sizes = units.byte_ends - unit_starts(units.byte_ends, units.offsets)
         with np.errstate(divide="ignore"):
             return Projection(
-                units.offsets,
-                starts,
-                starts + 1,
-                counts,
-                cells,
-                np.log(masses),
-                np.log(np.maximum(1 - covered, 0)),
-                np.bincount(row, sizes * (counts > 0), pairing.rows).astype(np.int64),
+                offsets=units.offsets,
+                starts=starts,
+                ends=starts + 1,
+                counts=counts,
+                ids=cells,
+                logprobs=np.log(masses),
+                rest=np.log(np.maximum(1 - covered, 0)),
+                supervised=np.bincount(row, sizes * (counts > 0), pairing.rows).astype(np.int64),
             )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:

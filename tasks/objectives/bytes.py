@@ -43,14 +43,14 @@ class BytesObjective(ObjectiveModule):
         starts = np.where((inside == 0) & (token > 0), token - 1, token)
         with np.errstate(divide="ignore"):
             return Projection(
-                offsets_of(np.bincount(row[keep], minlength=pairing.rows)),
-                starts[keep],
-                token[keep] + 1,
-                np.bincount(owner[wanted], minlength=len(row))[keep],
-                classes[wanted],
-                np.log(masses[wanted]),
-                np.log(np.maximum(1 - covered, 0))[keep],
-                np.bincount(row[keep & (self.teacher.lengths[pairing.teacher_ids] > 0)], minlength=pairing.rows),
+                offsets=offsets_of(np.bincount(row[keep], minlength=pairing.rows)),
+                starts=starts[keep],
+                ends=token[keep] + 1,
+                counts=np.bincount(owner[wanted], minlength=len(row))[keep],
+                ids=classes[wanted],
+                logprobs=np.log(masses[wanted]),
+                rest=np.log(np.maximum(1 - covered, 0))[keep],
+                supervised=np.bincount(row[keep & (self.teacher.lengths[pairing.teacher_ids] > 0)], minlength=pairing.rows),
                 inside=inside[keep],
             )
 

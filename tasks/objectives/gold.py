@@ -13,7 +13,7 @@ from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import unit_starts
 from tasks.tokens.byte_laws import expand_ranges
 from tasks.tokens.ragged import add_up, expand, rows_of
-from tasks.tokens.vocabulary import Vocabulary, match
+from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
 IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
 
@@ -23,7 +23,7 @@ class GoldObjective(ObjectiveModule):
 
     def __init__(self, config: Gold, *, student: Vocabulary, teacher: Vocabulary):
         super().__init__(config)
-        self.to_student = student.representative if student.same_as(teacher) else match(teacher, student).ids
+        self.to_student = match_to_student(student=student, teacher=teacher)
         self.teacher_class = teacher.representative
         self.teacher_size = teacher.size
         matched = np.zeros(student.size, bool)
@@ -33,6 +33,7 @@ class GoldObjective(ObjectiveModule):
         self.classes = Classes(student)
 
     def project(self, pairing: Pairing) -> Projection:
+        """Units as terms. All of the teacher's stop ids become one event, the student's stop (`to_student`)."""
         units = pairing.units
         row = rows_of(units.offsets)
         first = pairing.teacher_offsets[row] + unit_starts(units.teacher_ends, units.offsets)
@@ -59,14 +60,14 @@ class GoldObjective(ObjectiveModule):
         byte_starts = unit_starts(units.byte_ends, units.offsets)
         with np.errstate(divide="ignore"):
             return Projection(
-                units.offsets,
-                starts,
-                units.student_ends,
-                counts,
-                target_ids,
-                np.log(masses),
-                np.log(np.maximum(1 - covered, 0)),
-                np.bincount(row, (units.byte_ends - byte_starts) * (counts > 0), pairing.rows).astype(np.int64),
+                offsets=units.offsets,
+                starts=starts,
+                ends=units.student_ends,
+                counts=counts,
+                ids=target_ids,
+                logprobs=np.log(masses),
+                rest=np.log(np.maximum(1 - covered, 0)),
+                supervised=np.bincount(row, (units.byte_ends - byte_starts) * (counts > 0), pairing.rows).astype(np.int64),
                 unmatched_counts=other_counts,
                 unmatched_logprobs=np.log(others[order]),
             )

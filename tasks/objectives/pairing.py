@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tasks.models.text import Side
 from tasks.objectives.base import Pairing
@@ -16,7 +17,7 @@ from tasks.tokens.byte_laws import REST
 from tasks.tokens.ragged import Flat, add_up, first_of, flat, offsets_of, rows_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampled:
     """What of a shard's rollouts can be aligned: each row's ids up to its first control token."""
 
@@ -25,6 +26,7 @@ class Sampled:
     offsets: np.ndarray  # [rows + 1]
     stopped: np.ndarray  # bool [rows]: the last of the ids is a stop
     logprobs: np.ndarray  # behaviour, flat; NaN where the student did not sample
+    model_logprobs: np.ndarray  # the same under the student itself, at temperature 1 and over all tokens
     escapes: np.ndarray  # [rows] behaviour of the control token that ended the ids; NaN where none did
 
 
@@ -38,18 +40,31 @@ def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
     control = (student.vocabulary.lengths[ids] == 0) & ~(is_stop & last)
     keep = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row] == 0
     empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
-    logprobs = np.full(len(ids), np.nan)
-    logprobs[~rollouts["logprobs"].is_null().to_numpy()[row]] = flat(rollouts["logprobs"])[0]
+    logprobs, model_logprobs = (_spread(column, row) for column in (rollouts["logprobs"], model_logprobs_of(rollouts)))
     escapes, escaped = np.full(rows, np.nan), np.flatnonzero(control)[::-1]
     escapes[row[escaped]] = logprobs[escaped]  # backwards: a row's first control token is written last
     return Sampled(
-        np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
-        ids[keep],
-        offsets_of(np.bincount(row[keep], minlength=rows)),
-        np.bincount(row, is_stop & last & keep, rows) > 0,
-        logprobs[keep],
-        escapes,
+        status=np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
+        ids=ids[keep],
+        offsets=offsets_of(np.bincount(row[keep], minlength=rows)),
+        stopped=np.bincount(row, is_stop & last & keep, rows) > 0,
+        logprobs=logprobs[keep],
+        model_logprobs=model_logprobs[keep],
+        escapes=escapes,
     )
+
+
+def model_logprobs_of(rollouts: pa.Table) -> pa.ChunkedArray:
+    """The student's own log-probs, at temperature 1 and over all tokens: those that were drawn by, where they are these."""
+    drawn = rollouts["logprobs"]
+    return pc.coalesce(rollouts["model_logprobs"], drawn) if "model_logprobs" in rollouts.column_names else drawn
+
+
+def _spread(column: pa.ChunkedArray, row: np.ndarray) -> np.ndarray:
+    """A column of log-probs, flat over all tokens, whose rows are `row`; NaN in rows without any."""
+    logprobs = np.full(len(row), np.nan)
+    logprobs[~column.is_null().to_numpy()[row]] = flat(column)[0]
+    return logprobs
 
 
 def pair_rows(
@@ -75,7 +90,7 @@ def pair_rows(
     units = align(*_text_lengths(s_lengths, s_offsets), *_text_lengths(t_lengths, t_offsets), stops)
     s_counts, t_counts = last_of(units.student_ends, units.offsets), last_of(units.teacher_ends, units.offsets)
     t_keep, t_kept = first_of(t_offsets, t_counts), offsets_of(t_counts)
-    reading = Reading(np.flatnonzero(t_keep), t_kept, wants_laws, teacher.vocabulary, head)
+    reading = Reading(tokens=np.flatnonzero(t_keep), offsets=t_kept, laws=wants_laws, vocabulary=teacher.vocabulary, head=head)
     return Pairing(
         student_ids=s_ids[first_of(s_offsets, s_counts)],
         student_offsets=offsets_of(s_counts),

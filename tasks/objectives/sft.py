@@ -21,14 +21,14 @@ class SftObjective(ObjectiveModule):
         ids, offsets = pairing.student_ids, pairing.student_offsets
         position = index_in_row(offsets)
         return Projection(
-            offsets,
-            position,
-            position + 1,
-            np.ones(len(ids), np.int64),
-            ids,
-            np.zeros(len(ids)),
-            np.full(len(ids), -np.inf),
-            np.bincount(rows_of(offsets), self.lengths[ids], pairing.rows).astype(np.int64),
+            offsets=offsets,
+            starts=position,
+            ends=position + 1,
+            counts=np.ones(len(ids), np.int64),
+            ids=ids,
+            logprobs=np.zeros(len(ids)),
+            rest=np.full(len(ids), -np.inf),
+            supervised=np.bincount(rows_of(offsets), self.lengths[ids], pairing.rows).astype(np.int64),
         )
 
     def prepare(self, rows: pa.Table, seed: int) -> pa.Table:

@@ -9,7 +9,7 @@ from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind, unit_starts
 from tasks.tokens.ragged import add_up, expand, offsets_of, rows_of
-from tasks.tokens.vocabulary import Vocabulary, match
+from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
 
 class StrictObjective(ObjectiveModule):
@@ -17,7 +17,7 @@ class StrictObjective(ObjectiveModule):
 
     def __init__(self, config: Strict, *, student: Vocabulary, teacher: Vocabulary):
         super().__init__(config)
-        self.to_student = student.representative if student.same_as(teacher) else match(teacher, student).ids
+        self.to_student = match_to_student(student=student, teacher=teacher)
         self.matched = Subset(student, np.unique(self.to_student[self.to_student >= 0]))
         self.classes = Classes(student)
 
@@ -38,14 +38,14 @@ class StrictObjective(ObjectiveModule):
         sizes = (units.byte_ends - unit_starts(units.byte_ends, units.offsets))[single]
         with np.errstate(divide="ignore"):
             return Projection(
-                offsets_of(np.bincount(row[single], minlength=pairing.rows)),
-                starts,
-                starts + 1,
-                counts,
-                target_ids,
-                np.log(masses / total[owner]),
-                np.log(rest / total),
-                np.bincount(row[single], sizes * (counts > 0), pairing.rows).astype(np.int64),
+                offsets=offsets_of(np.bincount(row[single], minlength=pairing.rows)),
+                starts=starts,
+                ends=starts + 1,
+                counts=counts,
+                ids=target_ids,
+                logprobs=np.log(masses / total[owner]),
+                rest=np.log(rest / total),
+                supervised=np.bincount(row[single], sizes * (counts > 0), pairing.rows).astype(np.int64),
             )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:

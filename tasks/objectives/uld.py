@@ -26,14 +26,14 @@ class UldObjective(ObjectiveModule):
         ends = byte_ends(self.lengths[pairing.student_ids], pairing.student_offsets)
         last = np.maximum(pairing.student_offsets[:-1] + pairs - 1, 0)
         return Projection(
-            offsets,
-            position,
-            position + 1,
-            np.diff(pairing.top_offsets)[teacher],
-            pairing.top_ids[entries],
-            pairing.top_logprobs[entries],
-            pairing.rest[teacher],
-            np.where(pairs > 0, np.append(ends, 0)[last], 0),
+            offsets=offsets,
+            starts=position,
+            ends=position + 1,
+            counts=np.diff(pairing.top_offsets)[teacher],
+            ids=pairing.top_ids[entries],
+            logprobs=pairing.top_logprobs[entries],
+            rest=pairing.rest[teacher],
+            supervised=np.where(pairs > 0, np.append(ends, 0)[last], 0),
         )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Messages in one form, however a data set writes them: `role`, text `content`, and what turns with tools have beside it."""
 
 import json
+from collections.abc import Iterable
 from decimal import Decimal
 from math import isnan
 from typing import Any
@@ -101,10 +102,12 @@ def store_messages(messages: list[Message]) -> list[Message]:
     return [{**m, "tool_calls": json.dumps(m["tool_calls"])} if "tool_calls" in m else m for m in messages]
 
 
-def load_messages(stored: list[Message]) -> list[Message]:
-    """Messages as a template reads them: what is absent is left out, `tool_calls` are objects."""
-    present = ({key: value for key, value in message.items() if value is not None} for message in stored)
-    return [{**m, "tool_calls": json.loads(m["tool_calls"])} if "tool_calls" in m else m for m in present]
+def load_messages(stored: Iterable[list[Message]]) -> list[list[Message]]:
+    """Prompts of the table as a template reads them: what is absent is left out, `tool_calls` are objects."""
+    present = [[{key: value for key, value in m.items() if value is not None} for m in messages] for messages in stored]
+    for message in (m for messages in present for m in messages if "tool_calls" in m):
+        message["tool_calls"] = json.loads(message["tool_calls"])
+    return present
 
 
 def _message(message: Any, column: str, whole: Any) -> Message:

@@ -46,7 +46,7 @@ class Round:
     start: ModelRef  # the student before round 1, which adapters are laid over
     prompts: Artifact  # prompts/train
     vocabularies: Vocabularies
-    trainer: Artifact | None = None  # what the last round's trainer left: optimizer, scheduler, adapters
+    trainer: Artifact | None = None  # what the last round's trainer left: optimizer, step, adapters
     head: Artifact | None = None  # the teacher's, where the signal needs it
 
     @property

@@ -17,7 +17,7 @@ from tasks.tokens.vocabulary import Vocabulary
 SCORE_CHUNK = 1024  # positions whose full distributions exist at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chunk:
     """Some flat positions with their whole distributions, which an engine in this process has.
 
@@ -43,7 +43,7 @@ class Top:
     logprobs: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """What is read of a scores table."""
 

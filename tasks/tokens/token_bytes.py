@@ -178,7 +178,23 @@ def split_completion(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -
     pieces = [beta.values[i] for i in body]
     whole = None not in pieces
     data = b"".join(piece for piece in (pieces if whole else pieces[: pieces.index(None)]) if piece)
+    text = _decode(data)
+    return text, whole and len(text.encode()) == len(data)
+
+
+def spell_answer(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -> tuple[str, str]:
+    """What an evaluation grades of sampled `ids`: all of the text, and the text behind the last control token.
+
+    Control tokens inside an answer (of thinking, of channels) are left out; the stop at the end is no part of it. Both texts
+    end before bytes that are not valid UTF-8.
+    """
+    body = list(ids[:-1] if ids and ids[-1] in stop_ids else ids)
+    last = max((i + 1 for i, token in enumerate(body) if beta.values[token] is None), default=0)
+    return _decode(beta.join(body)), _decode(beta.join(body[last:]))
+
+
+def _decode(data: bytes) -> str:
     try:
-        return data.decode(), whole
+        return data.decode()
     except UnicodeDecodeError as error:
-        return data[: error.start].decode(), False
+        return data[: error.start].decode()

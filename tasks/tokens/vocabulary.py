@@ -125,6 +125,14 @@ def match(vocabulary: Vocabulary, other: Vocabulary) -> Matching:
     return Matching(ids, prefix)
 
 
+def match_to_student(*, student: Vocabulary, teacher: Vocabulary) -> np.ndarray:
+    """int32 `[V_T]`: the student id that stands for each teacher id's class, or -1. Every stop id goes to the one stop.
+
+    With one vocabulary ids without bytes stand for themselves, too.
+    """
+    return student.representative if student.same_as(teacher) else match(teacher, student).ids
+
+
 @dataclass(frozen=True)
 class Overlap:
     """How many byte strings are tokens of each vocabulary, and of both."""

@@ -34,5 +34,5 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
 
 
 def check_lora(ref: ModelRef, lora: Lora) -> None:
-    """As `adapted`, from the model's config alone."""
+    """Refuse adapters that the model has no layers for, from its config alone."""
     add_adapters(empty_model(ref), lora)

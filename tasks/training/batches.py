@@ -48,7 +48,7 @@ def rows_to_train(rollouts: pa.Table, aligned: pa.Table) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["units"], 0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Rows of one forward pass. Positions are the completion tokens of all rows, flat; terms index into them."""
 
@@ -122,19 +122,19 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
     has_unmatched = table["unmatched_counts"].null_count == 0
     inside, behaviour = table["term_inside"], table["term_behaviour"]
     return MicroBatch(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(row).to(device),
-        torch.from_numpy(place).to(device),
-        torch.tensor(tokens, dtype=torch.long, device=device),
-        len(prompts) + len(tokens),
-        starts + shift,
-        flat(table["term_ends"])[0] + shift,
-        flat(inside)[0] if inside.null_count == 0 else zeros,
-        flat(table["target_counts"])[0].astype(np.int64),
-        flat(table["target_ids"])[0],
-        flat(table["target_logprobs"])[0],
-        flat(table["target_rest"])[0],
-        flat(behaviour)[0] if behaviour.null_count == 0 else np.zeros(len(starts), np.float32),
-        flat(table["unmatched_counts"])[0].astype(np.int64) if has_unmatched else zeros,
-        flat(table["unmatched_logprobs"])[0] if has_unmatched else none,
+        ids=torch.from_numpy(ids).to(device),
+        row=torch.from_numpy(row).to(device),
+        time=torch.from_numpy(place).to(device),
+        actual=torch.tensor(tokens, dtype=torch.long, device=device),
+        tokens=len(prompts) + len(tokens),
+        starts=starts + shift,
+        ends=flat(table["term_ends"])[0] + shift,
+        inside=flat(inside)[0] if inside.null_count == 0 else zeros,
+        counts=flat(table["target_counts"])[0].astype(np.int64),
+        target_ids=flat(table["target_ids"])[0],
+        target_logprobs=flat(table["target_logprobs"])[0],
+        rest=flat(table["target_rest"])[0],
+        behaviour=flat(behaviour)[0] if behaviour.null_count == 0 else np.zeros(len(starts), np.float32),
+        unmatched_counts=flat(table["unmatched_counts"])[0].astype(np.int64) if has_unmatched else zeros,
+        unmatched_logprobs=flat(table["unmatched_logprobs"])[0] if has_unmatched else none,
     )

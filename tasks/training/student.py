@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from configs.schema import Recipe
 from tasks import objectives
-from tasks.models.reference import ModelRef, device_of
+from tasks.models.reference import ModelRef, device_of, dtype_of
 from tasks.models.text import side
-from tasks.models.weights import hidden_states, load_float32, logits_of
+from tasks.models.weights import hidden_states, load_weights, logits_of
 from tasks.objectives.base import ObjectiveModule
 from tasks.training.batches import MicroBatch, collate, rows_to_train
 
@@ -46,6 +46,21 @@ class Student(nn.Module):
         return torch.stack(losses).sum()
 
 
+def load_for_training(ref: ModelRef, dropout: bool) -> PreTrainedModel:
+    """The student as it is trained: float32 weights, and no dropout unless it is asked for.
+
+    With dropout a student that is its own teacher has a loss. Layers take it from `p` of a Dropout, or from a number of their
+    own that is called so.
+    """
+    model = load_weights(ref, torch.float32)
+    model.train()
+    for layer in () if dropout else model.modules():
+        for name, value in vars(layer).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(layer).__name__)):
+                setattr(layer, name, 0.0)
+    return model
+
+
 def shard_module(module: nn.Module, model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     """FSDP: weights, gradients and optimizer state lie in parts, one a process; a layer's weights are whole while it runs."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -57,14 +72,14 @@ def shard_module(module: nn.Module, model: PreTrainedModel, accelerator: Acceler
 
 
 def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student: ModelRef, teacher: ModelRef | None) -> float:
-    """Loss per unit of rows, in nats, as training would see them before its first step; NaN where no row has a unit."""
+    """Loss per term of rows, in nats, in the state that trains, before its first step; NaN where no row has a term."""
     table = rows_to_train(rollouts, aligned)
     s_side, t_side, config = side(student), side(teacher or student), recipe.train
     objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
-    module = Student(load_float32(student), objective, len(s_side.beta.values), config.chunk_positions).eval()
-    module, loss = module.to(device_of(student)), 0.0
-    with torch.no_grad():
+    model, device = load_for_training(student, config.dropout), device_of(student)
+    module, loss = Student(model, objective, len(s_side.beta.values), config.chunk_positions).to(device), 0.0
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype_of(student) == torch.bfloat16):
         for start in range(0, len(table), config.micro_batch_size):
-            batch = collate(table.slice(start, config.micro_batch_size), s_side.pad_id, device_of(student))
+            batch = collate(table.slice(start, config.micro_batch_size), s_side.pad_id, device)
             loss += float(module(batch.ids, batch))
     return loss / units if (units := pc.sum(table["units"]).as_py()) else float("nan")

@@ -34,12 +34,11 @@ from storage.schemas import STEPS
 from tasks import objectives
 from tasks.models.reference import ModelRef, device_of, dtype_of
 from tasks.models.text import side
-from tasks.models.weights import load_weights
 from tasks.running.progress import logger, progress
 from tasks.running.seeds import derive_seed
 from tasks.training.adapters import add_adapters
 from tasks.training.batches import collate, optimizer_batches
-from tasks.training.student import Student, shard_module
+from tasks.training.student import Student, load_for_training, shard_module
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -95,7 +94,7 @@ class Trainer:
                 f"train.processes = {config.processes}, but {self.accelerator.num_processes} take part: "
                 "start potstill itself, not torchrun or accelerate launch"
             )
-        model = load_weights(student, torch.float32).train()
+        model = load_for_training(student, config.dropout)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.adapters = add_adapters(model, recipe.student.lora) if recipe.student.lora is not None else None

@@ -73,7 +73,7 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
 def find_damage(run: str) -> list[dict[str, Any]]:
     """Everything committed whose digest, computed again, is not the manifest's; and every manifest that is none."""
     here = open_run(run)
-    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.damage(slot))]
+    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.find_damage(slot))]
 
 
 def count_artifacts(run: str) -> int:

@@ -83,7 +83,7 @@ def steps(root: Path) -> list[dict]:
 
 
 def damages(root: Path) -> dict[str, str]:
-    return {f"{run.name}/{slot}": problem for run in runs(root) for slot in run.slots() if (problem := run.damage(slot))}
+    return {f"{run.name}/{slot}": problem for run in runs(root) for slot in run.slots() if (problem := run.find_damage(slot))}
 
 
 def halves(root: Path) -> list[str]:

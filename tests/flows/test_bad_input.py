@@ -201,7 +201,7 @@ def test_prompts_without_references_for_a_new_student(potstill, recipe, root, tm
 def test_a_run_of_another_recipe(potstill, tiny):
     before = files(tiny.parent)
     ended = potstill("run", TINY, "--set", f"root={tiny.parent}", "--set", "train.batch_size=32")
-    refused(ended, str(tiny), "train.batch_size is 16 there, 32 here", "--set name=")
+    refused(ended, str(tiny), "train.batch_size is 16 in the run, 32 in this recipe", "--set name=")
     assert files(tiny.parent) == before
 
 

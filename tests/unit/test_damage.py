@@ -49,11 +49,11 @@ def test_a_damaged_table_is_made_again(root, how):
     run, lines = Run(root, "a"), []
     first = run.build_table(SLOT, {"x": 1}, table, lines.append)
     DAMAGE[how](Path(first.path))
-    assert run.damage(SLOT)
+    assert run.find_damage(SLOT)
     lines.clear()
     assert run.build_table(SLOT, {"x": 1}, table, lines.append) == first  # the same digest: later stages stay
     assert read_table(first).equals(table())
-    assert run.damage(SLOT) is None
+    assert run.find_damage(SLOT) is None
     assert "damaged" in lines[0]
     assert SLOT in lines[0]
     assert len(lines) == 2
@@ -66,7 +66,7 @@ def test_a_manifest_that_is_none(root, text):
     (Path(run.path) / "_manifests" / f"{SLOT}.json").write_text(text, encoding="latin-1")
     assert run.find(SLOT) is None
     assert list(run.manifests()) == []
-    assert run.damage(SLOT) == "its manifest cannot be read"
+    assert run.find_damage(SLOT) == "its manifest cannot be read"
     lines.clear()
     assert run.build_table(SLOT, {"x": 1}, table, lines.append) == first
     assert "its manifest cannot be read" in lines[0]
@@ -97,7 +97,7 @@ def test_a_damaged_folder_is_made_again(root, how):
     DAMAGE[how](Path(first["trainer"].path) / "weights")
     assert run.build_files(FOLDERS, {"x": 1}, make, lambda _: None) == first
     assert len(calls) == 2
-    assert all(run.damage(slot) is None for slot in FOLDERS.values())
+    assert all(run.find_damage(slot) is None for slot in FOLDERS.values())
 
 
 def test_a_remake_that_differs_reaches_later_stages(root):
@@ -138,24 +138,24 @@ def test_damage_of_a_linked_file_is_found_on_both_sides(root):
     first = Run(root, "a").build_table(SLOT, {"x": 1}, table, lambda _: None)
     second = Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)
     flip(Path(first.path))
-    assert Run(root, "a").damage(SLOT)
-    assert Run(root, "b").damage(SLOT)
+    assert Run(root, "a").find_damage(SLOT)
+    assert Run(root, "b").find_damage(SLOT)
     Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)
     assert not os.path.samefile(first.path, second.path)
-    assert Run(root, "b").damage(SLOT) is None
+    assert Run(root, "b").find_damage(SLOT) is None
 
 
 def test_damage_on_a_remote_filesystem():
     run = Run(f"memory://{uuid.uuid4().hex}/runs", "a")
     first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
     fs, path = fsspec.url_to_fs(first.path)
-    assert run.damage(SLOT) is None
+    assert run.find_damage(SLOT) is None
     whole = fs.cat_file(path)
     fs.pipe_file(path, whole[:-1])
-    assert run.damage(SLOT, read=False) == f"it has {len(whole) - 1} bytes, and had {len(whole)}"
+    assert run.find_damage(SLOT, read=False) == f"it has {len(whole) - 1} bytes, and had {len(whole)}"
     assert read_table(run.build_table(SLOT, {"x": 1}, table, lambda _: None)).equals(table())
     fs.pipe_file(path, b"x" * len(whole))
-    assert run.damage(SLOT) == "its content was altered"
+    assert run.find_damage(SLOT) == "its content was altered"
 
 
 def test_a_clock_that_goes_backwards(root, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_full_disk_in_the_words_of_every_library(root, error):
 
 def test_other_errors_stay_what_they_are(root):
     for error in (RuntimeError("28 things"), FileNotFoundError(2, "no such file"), PermissionError(13, "someone else's model")):
-        assert disk.refusal(error, Path(root).parent) is None
+        assert disk.explain_write_error(error, Path(root).parent) is None
 
 
 def test_manifests_say_how_large_a_thing_is(root):

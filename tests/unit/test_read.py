@@ -83,7 +83,7 @@ def test_a_column_that_came_later_is_null_in_older_files(root):
 
 
 def test_unknown_table(root):
-    with pytest.raises(ValueError, match="unknown table 'rollout'; one of") as caught:
+    with pytest.raises(ValueError, match="unknown table 'rollout'; give one of") as caught:
         scan(f"{root}/a", "rollout")
     assert all(name in str(caught.value) for name in SCHEMAS)
 

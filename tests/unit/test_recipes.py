@@ -230,9 +230,9 @@ def test_a_frozen_recipe_is_the_recipe(path):
 def test_differences_name_both_values(plain):
     old, new = load_recipe(plain), load_recipe(plain, ["train.batch_size=128", "objective={name='gold'}"])
     lines = list_differences(old, new)
-    assert "train.batch_size is 64 there, 128 here" in lines
-    assert "objective.name is 'bytes' there, 'gold' here" in lines
-    assert "objective.merge is 'absent' there, 'chain' here" in lines
+    assert "train.batch_size is 64 in the run, 128 in this recipe" in lines
+    assert "objective.name is 'bytes' in the run, 'gold' in this recipe" in lines
+    assert "objective.merge is 'absent' in the run, 'chain' in this recipe" in lines
     assert len(lines) == 6  # name, merge, rest and two weights beside the batch size
 
 
@@ -272,7 +272,7 @@ def test_recipes_cannot_be_changed(plain):
         (["teacher.engine=server"], ["teacher", "engine = 'server' needs urls", "http://127.0.0.1:8000"]),
         (['teacher.urls=["http://a:1"]'], ["teacher", "urls is for engine = 'server', and engine is 'transformers'"]),
         (["teacher.engine=vllm", 'teacher.urls=["http://a:1"]'], ["urls is for engine = 'server', and engine is 'vllm'"]),
-        (["teacher.engine=server", 'teacher.urls=["a:1"]'], ["urls.0: 'a:1' is no address", "http://host:8000"]),
+        (["teacher.engine=server", 'teacher.urls=["a:1"]'], ["urls.0: 'a:1' is not an address", "http://host:8000"]),
         (["teacher.vllm_python=python"], ["vllm_python is for engine = 'vllm'"]),
         (["teacher.vllm_memory=0.5"], ["vllm_memory is for engine = 'vllm'"]),
         (["teacher.engine=vllm", "teacher.vllm_memory=1.5"], ["teacher.vllm_memory", "1.5"]),
@@ -303,4 +303,6 @@ def test_where_an_engine_is_found_may_change_in_the_middle_of_a_run(plain):
     server = ["teacher.engine=server", 'teacher.urls=["http://a:1"]']
     moved = load_recipe(plain, ["teacher.engine=server", 'teacher.urls=["http://b:2"]', "student.engine=vllm"])
     assert list_differences(load_recipe(plain, [*server, "student.engine=vllm", "student.vllm_python=python"]), moved) == []
-    assert list_differences(load_recipe(plain, server), moved) == ["student.engine is 'transformers' there, 'vllm' here"]
+    assert list_differences(load_recipe(plain, server), moved) == [
+        "student.engine is 'transformers' in the run, 'vllm' in this recipe"
+    ]

@@ -319,8 +319,8 @@ def test_a_run_of_another_recipe_is_refused(root):
     with pytest.raises(BadInput) as caught:
         Run(root, recipe.name).check_recipe(other)
     text = str(caught.value)
-    assert "train.learning_rate is 0.001 there, 0.5 here" in text
-    assert "objective.name is 'bytes' there, 'gold' here" in text
+    assert "train.learning_rate is 0.001 in the run, 0.5 in this recipe" in text
+    assert "objective.name is 'bytes' in the run, 'gold' in this recipe" in text
     assert "--set name=" in text
 
 
