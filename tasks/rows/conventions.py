@@ -121,20 +121,23 @@ CONVENTIONS = (
     pair("problem-answer", "problem and answer", "problem", "answer"),
     pair("prompt-response", "prompt and response", "prompt", "response"),
     pair("prompt-answer", "prompt and answer", "prompt", "answer"),
+    pair("prompt-solution", "prompt and solution", "prompt", "solution"),
 )
 
 
-def choose_convention(columns: set[str], name: str | None, given: Columns, templated: bool) -> Convention:
+def choose_convention(columns: set[str], filled: set[str], *, name: str | None, given: Columns, templated: bool) -> Convention:
     """The convention that rows with these columns are in, or that the recipe names. Raises Refused.
 
-    One whose columns contain all that another reads is the better one of the two. With a template of its own a recipe
-    needs no convention: the template names the columns.
+    Columns with a value in some row (`filled`) say more than those without one. A convention whose columns contain all
+    that another reads is the better one of the two. With a template of its own a recipe needs no convention: the
+    template names the columns.
     """
     if given.prompt is not None:
         return _by_columns(given.prompt, given.reference)
-    fits = [c for c in CONVENTIONS if columns.issuperset(c.needs)]
     if name is not None:
-        return _named(name, fits, columns)
+        return _by_name(name, columns)
+    columns = filled if any(filled.issuperset(c.needs) for c in CONVENTIONS) else columns
+    fits = [c for c in CONVENTIONS if columns.issuperset(c.needs)]
     best = [c for c in fits if not any(c.reads(columns) < other.reads(columns) for other in fits)]
     if len(best) == 1:
         return best[0]
@@ -151,11 +154,11 @@ def choose_convention(columns: set[str], name: str | None, given: Columns, templ
     )
 
 
-def _named(name: str, fits: list[Convention], columns: set[str]) -> Convention:
+def _by_name(name: str, columns: set[str]) -> Convention:
     known = {c.name: c for c in CONVENTIONS}
     if name not in known:
         raise Refused(f"prompts.convention = '{name}' is not known; one of {', '.join(known)}")
-    if known[name] not in fits:
+    if not columns.issuperset(known[name].needs):
         raise Refused(
             f"prompts.convention = '{name}' needs the columns {', '.join(known[name].needs)}; there are {sorted(columns)}"
         )

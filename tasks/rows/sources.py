@@ -156,13 +156,15 @@ def _table_rows(
     for place, row in rows:
         if not isinstance(row, dict):
             raise BadInput(f"{field}: {place} is {row!r:.60}; give objects with `messages` or `prompt`")
-    convention: Convention | None = None
+    if not rows:
+        return
+    convention = _recognise(config, field, rows, source)
     for place, row in rows:
         try:
-            convention = convention or _recognise(config, [row for _, row in rows])
             reading = _read(config, convention, row)
+            if convention.needs:
+                check_prompt(reading.messages, convention.needs[0])
             messages = _fill_template(config.template, row, reading.messages, place)
-            check_prompt(messages, convention.needs[0] if convention.needs else "prompt")
         except Refused as error:
             raise BadInput(f"{field}: {place}: {error}") from None
         consumed = {*convention.needs, *convention.may}
@@ -171,13 +173,20 @@ def _table_rows(
         yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight)
 
 
-def _recognise(config: TablePrompts, rows: list[Row]) -> Convention:
-    columns = {key for row in rows for key in row}
-    filled = {key for row in rows for key, value in row.items() if value is not None}
-    for name, column in config.columns.model_dump(exclude_none=True).items():
-        if columns.isdisjoint({column, column.partition(".")[0]}):
-            raise Refused(f"prompts.columns.{name} = '{column}': there is no such column; there are {sorted(columns)}")
-    return choose_convention(filled or columns, config.convention, config.columns, config.template != PLAIN)
+def _recognise(config: TablePrompts, field: str, rows: list[Placed], source: str) -> Convention:
+    """The convention of all rows; the fault of one that nobody named is shown at the first row."""
+    columns = {key for _, row in rows for key in row}
+    filled = {key for _, row in rows for key, value in row.items() if value is not None}
+    named = config.columns.model_dump(exclude_none=True)
+    try:
+        for name, column in named.items():
+            if columns.isdisjoint({column, column.partition(".")[0]}):
+                raise Refused(f"prompts.columns.{name} = '{column}': there is no such column; there are {sorted(columns)}")
+        templated = config.template != PLAIN
+        return choose_convention(columns, filled, name=config.convention, given=config.columns, templated=templated)
+    except Refused as error:
+        place = source if named or config.convention else rows[0][0]
+        raise BadInput(f"{field}: {place}: {error}") from None
 
 
 def _read(config: TablePrompts, convention: Convention, row: Row) -> Reading:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import floor, inf
 from typing import Any
 
@@ -28,7 +29,7 @@ class SourceRow:
     tools: str | None = None  # JSON
     weight: float | None = None  # of its source
 
-    @property
+    @cached_property
     def prompt_id(self) -> str:
         """What the prompt is, whatever its answer."""
         asked: Any = self.messages if self.tools is None else [self.messages, self.tools]
