@@ -25,7 +25,8 @@ def describe_account(field: str, records: list[dict[str, Any]]) -> list[str]:
     """`prompts.path: a.jsonl: read as ShareGPT: 1,200 rows: 1,000 to train on, 128 held out, 72 duplicates`."""
     lines = []
     for row in summarise_account(records):
-        parts = [f"{row[outcome]:,} {outcome}" for outcome in OUTCOMES if row.get(outcome)]
+        counts = {outcome: row[outcome] for outcome in OUTCOMES if row.get(outcome)}
+        parts = [f"{n:,} {outcome.replace('duplicates', 'duplicate') if n == 1 else outcome}" for outcome, n in counts.items()]
         lack = f"; {row[LACKING]:,} of the prompts used have no reference" if row[LACKING] else ""
         told = f"{field}: {row['source']}: read as {row['read as']}: {row['rows']:,} rows: {', '.join(parts)}"
         lines.append(told + lack)

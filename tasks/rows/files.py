@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob, has_magic
 from pathlib import Path
@@ -15,6 +16,8 @@ import polars as pl
 import pyarrow as pa
 
 from configs.errors import BadInput
+
+BROKEN = (OSError, EOFError, ValueError, RecursionError, csv.Error, lzma.LZMAError, zlib.error, pl.exceptions.PolarsError)
 
 Rows = Iterable[tuple[int, Any]]  # each with its number: a line of JSON lines, otherwise a row, counted from 1
 
@@ -50,7 +53,16 @@ def read_file(path: Path, field: str = "prompts.path") -> list[tuple[int, Any]]:
         return list(READERS[ending](path))
     except FileNotFoundError:
         raise BadInput(f"{field}: {path}: no such file; give a {ENDINGS} file") from None
-    except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, pl.exceptions.PolarsError, RecursionError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        csv.Error,
+        lzma.LZMAError,
+        zlib.error,
+        pl.exceptions.PolarsError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadInput(f"{field}: {path}: cannot be read as {ending[1:]}: {reason}") from None
 

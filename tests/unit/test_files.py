@@ -194,6 +194,7 @@ def test_shares_hold_where_a_path_has_too_few(tmp_path: Path) -> None:
         ("p.json", b"[" * 200_000, ["cannot be read as json"]),
         ("p.jsonl.gz", b"no", ["cannot be read as jsonl", "gzip"]),
         ("p.jsonl.gz", gzip.compress(LINES.encode())[:-9], ["cannot be read as jsonl", "ended before"]),
+        ("p.jsonl.gz", gzip.compress(LINES.encode())[:20] + bytes(30), ["cannot be read as jsonl"]),
         ("p.jsonl.zst", b"no", ["cannot be read as jsonl"]),
         ("p.jsonl.zst", PACK["zst"](LINES.encode())[:-9], ["cannot be read as jsonl"]),
         ("p.jsonl.xz", b"no", ["cannot be read as jsonl"]),
