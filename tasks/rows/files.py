@@ -23,15 +23,19 @@ Rows = Iterable[tuple[int, Any]]  # each with its number: a line of JSON lines, 
 
 
 def find_files(pattern: str, field: str) -> list[Path]:
-    """The files that a path, a folder or a pattern names, in order. Raises BadInput where there are none."""
+    """The files that a path, a folder or a pattern names, in order. Raises BadInput where there are none.
+
+    Of a folder all files of one kind, at any depth: the first of `IN_FOLDERS` that it has.
+    """
     path = Path(pattern)
     if path.is_file():
         return [path]
     if path.is_dir():
-        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path)))
-        if found := [p for p in inside if _ending(p) in READERS]:
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not is_hidden(p.relative_to(path))]
+        kinds = ([p for p in inside if _ending(p) == ending] for ending in IN_FOLDERS)
+        if found := next(filter(None, kinds), None):
             return found
-        raise BadInput(f"{field}: {pattern}: a folder without {ENDINGS} files; give a file, a folder of them or a pattern")
+        raise BadInput(f"{field}: {pattern}: a folder without {', '.join(IN_FOLDERS)} files; give a file or a pattern")
     if has_magic(pattern):
         if found := [p for p in map(Path, sorted(glob(pattern, recursive=True))) if p.is_file()]:
             return found
@@ -151,4 +155,5 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".zst": _unpack_frames("zstd"),
     ".lz4": _unpack_frames("lz4"),
 }
+IN_FOLDERS = (".parquet", ".jsonl", ".csv")  # a .json beside the data says something about it
 ENDINGS = ".jsonl, .json, .csv or .parquet"

@@ -149,7 +149,7 @@ RECIPES = [
     (["prompts.template={{answer"], ["prompts.template: '{answer'", "expected '}'", "fields here:", "word"]),
     (["prompts.template={{nothing}}"], ["prompts.template: '{nothing}'", "fields here:", "word"]),
     (["prompts.options.min_word_len=9", "prompts.options.max_word_len=3"], ["prompts.options", "max_word_len must be >="]),
-    (["prompts={{source='file', path='{place}'}}"], ["prompts.path: {place}: a folder without .jsonl"]),
+    (["prompts={{source='file', path='{place}'}}"], ["prompts.path: {place}: a folder without .parquet"]),
 ]
 
 

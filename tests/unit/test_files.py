@@ -117,6 +117,8 @@ def folder(tmp_path: Path) -> Path:
     (place / ".cache" / "c.jsonl").write_text("x")
     (place / "_SUCCESS").write_text("")
     (place / "README.md").write_text("x")
+    (place / "dataset_info.json").write_text("{}")
+    (place / "more.jsonl").write_text(LINES)
     return place
 
 
@@ -125,6 +127,13 @@ def test_a_folder(folder: Path) -> None:
     split = deal_prompts(FilePrompts(source="file", path=str(folder), eval=2), 0)
     assert (len(split.train), len(split.eval)) == (4, 2)
     assert {row["source"] for row in split.account().to_pylist()} == {str(folder)}
+
+
+def test_a_folder_without_parquet(folder: Path) -> None:
+    for file in folder.rglob("*.parquet"):
+        file.unlink()
+    (folder / "part=b" / "more.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    assert [file.name for file in find_files(str(folder), "x")] == ["more.jsonl", "more.jsonl.gz"]
 
 
 def test_patterns(folder: Path) -> None:
@@ -147,7 +156,7 @@ def test_every_file_is_in_the_key(folder: Path) -> None:
     pl.DataFrame(ROWS[3:]).write_parquet(folder / "part=b" / "0.parquet")
     after = digest_files(config)
     assert (after[0], after[1] == before[1]) == (before[0], False)
-    (folder / "z.jsonl").write_text(LINES)
+    pl.DataFrame(ROWS).write_parquet(folder / "z.parquet")
     assert len(digest_files(config)) == 3
 
 
@@ -216,7 +225,7 @@ def test_places_without_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no such file; give a .jsonl, .json, .csv or .parquet file" in refuse(tmp_path / "p.jsonl")
     assert f"{tmp_path}/*.csv: matches no file; give a pattern that does" in refuse(f"{tmp_path}/*.csv")
-    assert "a folder without .jsonl, .json, .csv or .parquet files" in refuse(tmp_path / "empty")
+    assert "a folder without .parquet, .jsonl, .csv files; give a file or a pattern" in refuse(tmp_path / "empty")
 
 
 def test_the_file_of_a_bad_row_is_named(folder: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "p.jsonl").mkdir()
-    assert "a folder without .jsonl, .json, .csv or .parquet files" in refused(from_file(tmp_path / "p.jsonl"))
+    assert "a folder without .parquet, .jsonl, .csv files" in refused(from_file(tmp_path / "p.jsonl"))
 
 
 @pytest.mark.parametrize("ending", ["tsv", "txt", "parquet.gz"])
