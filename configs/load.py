@@ -74,10 +74,10 @@ def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
 def list_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line for each field that differs: `train.batch_size is 64 in the run, 128 in this recipe`.
 
-    Gates and fields that change a result by rounding at most (`MACHINERY`, `compute`) are left out: they may change while a
-    run goes on.
+    Gates, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`) are left
+    out: they may change while a run goes on.
     """
-    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"gates", "compute"})) for recipe in (old, new))
+    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"root", "gates", "compute"})) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} in the run, {right.get(key, 'absent')!r} in this recipe"
         for key in sorted(left.keys() | right.keys())

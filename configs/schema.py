@@ -118,7 +118,11 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 class Train(Table):
     batch_size: Int = Field(64, ge=1, description="rollouts an optimizer step")
-    micro_batch_size: Int = Field(64, ge=1, description="rollouts a forward pass")
+    micro_batch_size: Int = Field(
+        default_factory=lambda train: min(64, train.get("batch_size", 64)),
+        ge=1,
+        description="rollouts per forward pass; left out: 64, or the whole of a smaller batch",
+    )
     epochs: Int = Field(1, ge=1, description="passes over a round's rollouts")
     learning_rate: Float = Field(1e-5, gt=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="over all rounds of the recipe")

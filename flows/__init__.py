@@ -1,8 +1,10 @@
 """What runs, in which order."""
 
 import os
+import tempfile
+from pathlib import Path
 
-# Read by Prefect when it is imported. A value that the user's environment has wins.
+# Prefect reads these when it is imported. A value from the user's environment has priority.
 for _name, _value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -13,3 +15,16 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
 }.items():
     os.environ.setdefault(_name, _value)
+
+
+def _writable_home() -> tempfile.TemporaryDirectory[str] | None:
+    """A temporary PREFECT_HOME where the user's own cannot be written, as in a container with a read-only home."""
+    try:
+        (Path.home() / ".prefect").mkdir(parents=True, exist_ok=True)
+        return None
+    except (OSError, RuntimeError):  # RuntimeError: no home at all
+        return tempfile.TemporaryDirectory(prefix="potstill-prefect-", ignore_cleanup_errors=True)
+
+
+if "PREFECT_HOME" not in os.environ and (_home := _writable_home()) is not None:
+    os.environ["PREFECT_HOME"] = _home.name

@@ -1,4 +1,4 @@
-"""One recipe under several objectives and seeds: the runs, which share what they can, and how they differ."""
+"""One recipe under several objectives and seeds: its runs, which share finished work, and how their students differ."""
 
 from typing import Annotated, Any
 
@@ -19,15 +19,15 @@ from tasks.views.compare import compare_runs
 @flow(name="compare", validate_parameters=True)
 def compare(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
-    objectives: Annotated[tuple[str, ...], Field(description="names, each with options where wanted: gold:merge=sum")],
-    seeds: Annotated[tuple[int, ...], Field(description="of the runs of each objective; none: the recipe's own")] = (),
-    rounds: Annotated[int | None, Field(ge=1, description="compare after so many rounds; default: the recipe's")] = None,
+    objectives: Annotated[tuple[str, ...], Field(description="two or more names, with options if any: gold:merge=sum")],
+    seeds: Annotated[tuple[int, ...], Field(description="seeds of each objective's runs; empty: the recipe's seed")] = (),
+    rounds: Annotated[int | None, Field(ge=1, description="rounds after which to compare; default: the recipe's")] = None,
     overrides: Annotated[tuple[str, ...], Field(description="recipe fields to set, each as a.b=c")] = (),
 ) -> list[dict[str, Any]]:
     """One row per objective, with its difference to the first on the same held-out prompts and seeds (tasks/views/compare.py).
 
-    A run of each objective and seed is made, or gone on with, under the recipe's root; from the second on they take over
-    the rollouts and scores of a seed's first round. Every run stays, to be inspected like any other.
+    Each objective and seed has a run of its own under the recipe's root, which is made or continued. Runs of one seed share
+    the rollouts and scores of round 1. Every run stays and can be inspected like any other.
     """
     recipe = load_recipe(config, overrides)
     variants = plan_runs(config, objectives, seeds, overrides)
@@ -35,21 +35,22 @@ def compare(
     for variant in (variant for runs in variants.values() for variant in runs):
         distill(config, rounds=number, overrides=variant)
     rows = compare_runs({name: [_open_run(config, v).address for v in runs] for name, runs in variants.items()}, number)
-    create_table_artifact(rows, key=slug(recipe.name, "compare"), description=f"after round {number}")
+    units = "difference: of accuracy; divergence: nats per byte; seconds: of training"
+    create_table_artifact(rows, key=slug(recipe.name, "compare"), description=f"after round {number} ({units})")
     return rows
 
 
 def plan_runs(
     config: str, objectives: tuple[str, ...], seeds: tuple[int, ...], overrides: tuple[str, ...]
 ) -> dict[str, list[tuple[str, ...]]]:
-    """The overrides of each objective's runs, one per seed. BadInput, before anything is made, where one cannot work."""
+    """The overrides of each objective's runs, one tuple per seed. Raises BadInput where a run cannot work; writes nothing."""
     recipe = load_recipe(config, overrides)
     seeds = seeds or (recipe.seed,)
     if len(objectives) < 2:
         raise BadInput(f"objectives: {', '.join(objectives) or 'none'}: give two or more to compare, such as bytes,gold")
-    for what, given in (("objectives", objectives), ("seeds", seeds)):
-        if len(set(given)) < len(given):
-            raise BadInput(f"{what}: {', '.join(map(str, given))}: one is there twice; name each once")
+    for what, values in (("objectives", objectives), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise BadInput(f"{what}: {', '.join(map(str, values))}: one of them is there twice; name each once")
     variants = {
         objective: [(*overrides, *_override_objective(recipe, objective), *_override_run(recipe, objective, s)) for s in seeds]
         for objective in objectives
@@ -62,7 +63,7 @@ def plan_runs(
 
 
 def _override_objective(recipe: Recipe, objective: str) -> tuple[str, ...]:
-    """Overrides that choose an objective: the recipe's own keeps its options, another one has its defaults."""
+    """Overrides that choose an objective. The recipe's objective keeps its options; another one starts from its defaults."""
     name, *options = objective.split(":")
     chosen = () if name == recipe.objective.name else (f'objective={{name="{name}"}}',)
     return (*chosen, *(f"objective.{option}" for option in options))

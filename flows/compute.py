@@ -1,4 +1,4 @@
-"""Where a run's tasks are worked on, for how long, and on whose accelerators."""
+"""Where a run's tasks are computed, how long they may take, and which accelerators they hold."""
 
 import socket
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from tasks.running.progress import logger
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_held: set[str] = set()  # accelerators that this process has
+_held: set[str] = set()  # names of the accelerators that this process holds
 
 
 def check_compute(compute: Compute) -> None:
-    """Refuse a runner whose packages are missing, or a cluster that nothing answers for: Ray itself would try for minutes."""
+    """Refuse a runner whose packages are missing, or a cluster that does not answer: Ray itself would try for minutes."""
     if compute.runner != "ray":
         return
     if find_spec("prefect_ray") is None:
@@ -40,17 +40,17 @@ def check_compute(compute: Compute) -> None:
 
 
 class RunShards(Protocol):
-    """Calls a stage once per shard; its results are in the shards' order."""
+    """Calls a stage once per shard and returns the results in the shards' order."""
 
     def __call__(self, task: Task[[Round, Shard], Shard], round: Round, shards: tuple[Shard, ...], /) -> tuple[Shard, ...]: ...
 
 
 @contextmanager
 def shard_runner(compute: Compute) -> Iterator[RunShards]:
-    """Yields what calls a stage for all shards of a round.
+    """Yield the function that calls a stage for all shards of a round.
 
-    With Ray the calls run side by side, as many as the cluster has room for; a worker's exception is raised here. Results
-    are bit-equal where a worker has as many threads (Ray: as `cpus`) as this process, else equal to rounding.
+    With Ray as many calls run at once as the cluster has room for. A worker's exception is raised here. Results are
+    bit-equal where a worker has as many threads (`cpus` of them) as this process, else equal to rounding.
     """
     if compute.runner == "local":
         yield lambda task, round, shards: tuple(run_in_time(compute, task, round, shard) for shard in shards)
@@ -71,7 +71,7 @@ def shard_runner(compute: Compute) -> Iterator[RunShards]:
 
 
 def run_in_time(compute: Compute, task: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a task returns. One that takes longer than `compute.task_timeout` is stopped; an engine's is tried again."""
+    """Call a task. It is stopped after `compute.task_timeout`; a task that uses an engine is then tried again."""
     with _explain_timeout(compute, task.name):
         return task.with_options(timeout_seconds=compute.task_timeout)(*args, **kwargs)
 
@@ -83,16 +83,16 @@ def _explain_timeout(compute: Compute, name: str) -> Iterator[None]:
     except TaskRunTimeoutError:
         raise Unavailable(
             f"{name}: not done in compute.task_timeout = {compute.task_timeout:g} seconds; "
-            "see what its engine waits for, or give it more"
+            "check what its engine is waiting for, or raise compute.task_timeout"
         ) from None
 
 
 @contextmanager
 def hold_accelerators(recipe: Recipe) -> Iterator[None]:
-    """Compute on the accelerators of this machine that a recipe names while no other run of this user does.
+    """Hold the accelerators of this machine that a recipe names, once no other run of this user computes on them.
 
-    They are held under locks of the operating system, which end with the process: a crash leaves none taken. A run
-    within a run (a teacher that is made first) computes on what the outer one holds.
+    The locks are the operating system's and end with the process, so a crash leaves no accelerator locked. A run within a
+    run (a teacher that is made first) uses the accelerators that the outer run holds.
     """
     names = sorted(accelerators_of(recipe) - _held) if recipe.compute.exclusive else []
     with ExitStack() as locks:
@@ -104,7 +104,7 @@ def hold_accelerators(recipe: Recipe) -> Iterator[None]:
 
 
 def accelerators_of(recipe: Recipe) -> set[str]:
-    """Those of this machine that a recipe computes on, by names that another process would give them too."""
+    """Names of the accelerators of this machine that a recipe computes on. They are the same in every process."""
     used = accelerator_names(recipe.student, recipe.train.processes)
     if recipe.teacher is not None and recipe.teacher.engine != "server":
         used |= accelerator_names(recipe.teacher)

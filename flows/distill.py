@@ -1,4 +1,4 @@
-"""The rounds: each samples from the student that the last one trained."""
+"""The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
 from flows.publish import Publication
-from flows.refuse import check_pair, check_recipe
+from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from storage.artifacts import Artifact
 from storage.store import Run, round_slot
 from tasks.align import align_shard
@@ -39,37 +39,38 @@ def _name_flow_run() -> str:
 @flow(name="distill", flow_run_name=_name_flow_run, validate_parameters=True)
 def distill(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
-    rounds: Annotated[int | None, Field(ge=0, description="go on until the run has so many; default: the recipe's")] = None,
-    at_most: Annotated[int | None, Field(ge=1, description="add at most so many rounds now; for a schedule")] = None,
+    rounds: Annotated[int | None, Field(ge=0, description="rounds the run shall have in all; default: the recipe's")] = None,
+    at_most: Annotated[int | None, Field(ge=1, description="rounds to add now at most; for a schedule")] = None,
     overrides: Annotated[tuple[str, ...], Field(description="recipe fields to set, each as a.b=c")] = (),
 ) -> dict[str, Any]:
-    """Run, or go on with, the run of a recipe. What is committed is not made again; a complete run is left as it is."""
+    """Run a recipe, or continue its run. Committed work is not done again; a complete run is left as it is."""
     recipe = load_recipe(config, overrides)
     check_recipe(recipe)
-    nested = runtime.flow_run.parent_flow_run_id is not None  # a model that two runs need is made by one of them
+    nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
     with hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
         return run_rounds(recipe, rounds, at_most)
 
 
 def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
-    """Prompts, models, vocabularies and the evaluation before any training; then one round after the other."""
+    """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
     teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
-    given = None if recipe.student.scratch else make_model(recipe, recipe.student)
-    check_pair(recipe, student=given, teacher=teacher)
+    existing = None if recipe.student.scratch else make_model(recipe, recipe.student)
+    check_pair(recipe, student=existing, teacher=teacher)
+    check_weights_unchanged(run, student=existing, teacher=teacher)
     run.freeze(recipe)
 
     done = run.rounds_done()
     target = recipe.rounds if rounds is None else rounds
     target = target if at_most is None else min(target, done + at_most)
     prompts = make_prompts(recipe)
-    student = start = given or refer_to(recipe.student, make_scratch(recipe, prompts.train))
+    student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
     published, trainer = Publication(run, done, target), None
     for number in range(1, target + 1):
-        compute = recipe.compute if number > done else Compute()  # what is committed is only looked up
+        compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
         trained = run_round(
             Round(
                 recipe=recipe,
@@ -91,7 +92,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
 
 
 def run_round(round: Round, compute: Compute) -> Trained:
-    """One round: rollouts, scores, alignment, training; stage by stage, so that one model is loaded at a time."""
+    """Run one round: rollouts, scores, alignment, training. Each stage does all shards, so one model is loaded at a time."""
     recipe, teacher = round.recipe, round.teacher
     shards = tuple(Shard(number) for number in range(count_shards(recipe.rollout)))
     with shard_runner(compute) as run_shards:
@@ -108,15 +109,15 @@ def run_round(round: Round, compute: Compute) -> Trained:
 
 
 def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teacher: ModelRef | None) -> None:
-    """Round 0: the student before any training, and the teacher, which should be better. Raises Stopped where it is not."""
-    first = run_in_time(recipe.compute, evaluate_model, recipe, 0, "student", prompts, model=student, teacher=teacher)
+    """Round 0: evaluate the student before any training, and the teacher. Raises Stopped where the teacher is no better."""
+    student_evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "student", prompts, model=student, teacher=teacher)
     if teacher is not None:
-        best = run_in_time(recipe.compute, evaluate_model, recipe, 0, "teacher", prompts, model=teacher, teacher=teacher)
-        check_lead(recipe, teacher=best, student=first)
+        evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "teacher", prompts, model=teacher, teacher=teacher)
+        check_lead(recipe, teacher=evals, student=student_evals)
 
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:
-    """The model that `config` names; one that another recipe makes is made first, by the same flow."""
+    """The model that `config` names. A model that another recipe makes is made first, by the same flow."""
     if config.recipe is None:
         assert config.model is not None
         return make_reference(config, config.model)
@@ -129,5 +130,5 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
 
 
 def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
-    """A committed checkpoint, used as `config` says."""
+    """The reference to a committed checkpoint, used as `config` says."""
     return make_reference(config, checkpoint.path, checkpoint.digest)

@@ -1,4 +1,4 @@
-"""Everything that would make a run fail, or not be worth its time, found before it starts."""
+"""The preflight flow: it finds what would make a run fail, or waste its time, before the run starts."""
 
 from typing import Annotated, Any
 
@@ -17,12 +17,12 @@ from tasks.preflight import try_recipe
 @flow(name="preflight", validate_parameters=True)
 def preflight(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
-    prompts: Annotated[int, Field(ge=1, description="how many prompts to try")] = 64,
+    prompts: Annotated[int, Field(ge=1, description="number of prompts to try")] = 64,
     overrides: Annotated[tuple[str, ...], Field(description="recipe fields to set, each as a.b=c")] = (),
 ) -> list[dict[str, Any]]:
     """The gates of a recipe as rows: `gate`, `value`, `limit`, `result`, `detail`, and `advice` where one is breached.
 
-    Models that another recipe makes are made first, as the run would. Of the run itself nothing is written.
+    Models that another recipe makes are made first, as in the run. Nothing is written into the run's own folder.
     """
     recipe = load_recipe(config, overrides)
     check_recipe(recipe)

@@ -15,9 +15,9 @@ from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
 from tasks.views.report import write_report
-from tasks.views.rounds import format_rounds, summarise_rounds, to_markdown
+from tasks.views.rounds import format_markdown, format_rounds, summarise_rounds
 
-HEADLINE = ("sampled", "greedy", "recovered", "divergence")
+HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
 
 
 class Publication:
@@ -28,17 +28,18 @@ class Publication:
         self.bar = create_progress_artifact(100 * done / max(target, done, 1), key=slug(run.name, "progress"))
 
     def add_round(self, number: int) -> None:
-        """After a round: the table of rounds, the progress, one line in the log."""
+        """Publish a finished round: the table of rounds, the progress, one line in the log."""
         rows = format_rounds(summarise_rounds(self.run.address))
-        create_table_artifact(rows, key=slug(self.run.name, "rounds"), description=f"after round {number}")
+        description = f"after round {number} (accuracies with 95% intervals; divergence: nats per byte)"
+        create_table_artifact(rows, key=slug(self.run.name, "rounds"), description=description)
         update_progress_artifact(self.bar, 100 * number / self.target)  # type: ignore[arg-type]
-        figures = [f"{key} {rows[-1][key]}" for key in HEADLINE if rows[-1].get(key) is not None]
+        figures = [f"{key} {rows[-1][key]}{unit}" for key, unit in HEADLINE.items() if rows[-1].get(key) is not None]
         logger.info("round %d: %s", number, ", ".join(figures))
 
     def finish(self, student: Artifact) -> dict[str, Any]:
-        """A summary, and the report where a round was added. What the flow returns: where all lies, and the rounds."""
+        """Publish the summary, and the report if a round was added. Returns the flow's result: run, rounds, last student."""
         table = summarise_rounds(self.run.address)
-        create_markdown_artifact(to_markdown(table, self.run.address), key=slug(self.run.name, "summary"))
+        create_markdown_artifact(format_markdown(table, self.run.address), key=slug(self.run.name, "summary"))
         if self.target > self.done:
             create_link_artifact(write_report(self.run), link_text="report", key=slug(self.run.name, "report"))
         return {
@@ -50,5 +51,5 @@ class Publication:
 
 
 def slug(*parts: str) -> str:
-    """A key of an artifact in Prefect: lower-case letters, digits and dashes."""
+    """The key of an artifact in Prefect: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is written, with one message that says what would be right."""
+"""Refuse a recipe that cannot work before anything is written, with one message that says what would be right."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from configs.load import inherit_overrides, load_recipe
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
-from storage.store import Run
+from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.models.reference import ModelRef, check_machine, make_reference
 from tasks.models.text import side
@@ -21,9 +21,9 @@ ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
 
 def check_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
-    """Refuse a run's folder, machinery, prompts or models that cannot work, as far as they exist already.
+    """Refuse a run's folder, devices, prompts or models that cannot work, as far as they exist already.
 
-    `above` are the recipes that ask for this one's model.
+    `above` are the recipes that need this one's model.
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
     configs = {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
@@ -35,23 +35,23 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
     check_scorer(recipe.evaluate)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
-    found: dict[str, ModelRef] = {}
+    refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
         if config.recipe is not None:
             if config.recipe in above:
-                raise BadInput(f"{role}.recipe: {config.recipe} asks for itself; name a recipe that makes its own model")
+                raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
             check_recipe(load_recipe(config.recipe, inherit_overrides(recipe, config.recipe)), (*above, config.recipe))
         if config.model is not None:
-            found[role] = ref = make_reference(config, config.model)
+            refs[role] = ref = make_reference(config, config.model)
             if config.engine != "server":
                 check_weights(ref)
             if config.lora is not None:
                 check_lora(ref, config.lora)
-    check_pair(recipe, student=found.get("student"), teacher=found.get("teacher"))
+    check_pair(recipe, student=refs.get("student"), teacher=refs.get("teacher"))
 
 
 def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
-    """Refuse models that exist but do not fit the recipe or each other; None where a model is still to be made."""
+    """Refuse models that do not fit the recipe or each other. None stands for a model that is still to be made."""
     for ref in (student, teacher):
         if ref is not None:
             side(ref).encoder.check(ref.path)
@@ -67,5 +67,17 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
     if not side(student).vocabulary.same_as(side(teacher).vocabulary):
         raise BadInput(
             f"objective.name = '{recipe.objective.name}' needs one tokenizer on both sides; "
-            f"those of {student.path} and {teacher.path} differ; choose objective.name = 'bytes' or 'gold'"
+            f"the tokenizers of {student.path} and {teacher.path} differ; choose objective.name = 'bytes' or 'gold'"
         )
+
+
+def check_weights_unchanged(run: Run, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
+    """Refuse to go on with a run whose models were replaced: what is committed would be made anew over it."""
+    for role, ref in (("student", student), ("teacher", teacher)):
+        manifest = run.manifest(round_slot(0, "evals", role))
+        before = manifest["inputs"]["model"]["digest"] if manifest else None
+        if ref is not None and before not in (None, ref.digest):
+            raise BadInput(
+                f"{run.path}: this run began with another {role}: the weights of {ref.path} are {ref.digest[:12]}, and were "
+                f"{before[:12]}; put them back, or give this recipe another name (--set name=…)"
+            )

@@ -1,4 +1,4 @@
-"""The command at a terminal: tables on standard output, our log on standard error, and how a command ends."""
+"""The command at a terminal: tables on standard output, the log on standard error, and how a command ends."""
 
 import logging
 import os
@@ -14,16 +14,33 @@ out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: from a scheduler, a container's stop, a machine's shutdown."""
+    """SIGTERM, as a scheduler, a container's stop or a machine's shutdown sends it."""
 
 
-def catch_sigterm() -> None:
-    """Let SIGTERM end a command as Ctrl-C does."""
+def catch_stops() -> None:
+    """Let SIGTERM end a command as Ctrl-C does, wherever it arrives.
+
+    Python swallows what is raised in a destructor or a weak reference's callback, as the garbage collector runs them: a stop
+    that arrived there is raised again a moment later.
+    """
 
     def terminate(*_: Any) -> None:
         raise Terminated
 
+    def raise_again(swallowed: Any) -> None:
+        stop = swallowed.exc_value
+        if not isinstance(stop, KeyboardInterrupt):
+            sys.__unraisablehook__(swallowed)
+            return
+
+        def stop_now(*_: Any) -> None:
+            raise stop
+
+        signal.signal(signal.SIGALRM, stop_now)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = raise_again
 
 
 def end(message: str, status: int) -> NoReturn:
@@ -33,7 +50,7 @@ def end(message: str, status: int) -> NoReturn:
 
 
 def log_plainly() -> None:
-    """Our lines on standard error; of Prefect's only what it cannot go on with."""
+    """Log Potstill's lines to standard error, and of Prefect's only critical errors."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -42,13 +59,22 @@ def log_plainly() -> None:
     logger.propagate = False
 
 
+# A model can write sequences that a terminal obeys: they are shown, but for line ends and tabs.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def escape_controls(text: str) -> str:
+    """The text with control characters as `\\x1b`."""
+    return text.translate(CONTROLS)
+
+
 def print_line(text: str) -> None:
-    """A line as it is, however long: a path in it can be copied."""
+    """Print a line without wrapping it, so that a path in it can be copied."""
     out.print(text, soft_wrap=True, highlight=False)
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows that have the same columns, as a table."""
+    """Print rows that have the same columns as a table."""
     if not rows:
         out.print(f"{title}: none")
         return
@@ -57,5 +83,5 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         numeric = all(isinstance(row[column], int | float | None) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))  # text, not markup
+        table.add_row(*(Text("" if value is None else escape_controls(str(value))) for value in row.values()))  # no markup
     out.print(table)

@@ -102,6 +102,8 @@ class Run(Folder):
                 return f"it has {size} bytes, and had {manifest['bytes']}"
             if read and self.digest(path) != manifest["digest"]:
                 return "its content was altered"
+            if read and path.endswith(".parquet") and (rows := self.count_rows(path)) != manifest["rows"]:
+                return f"it has {rows} rows, its manifest says {manifest['rows']}"
         except OSError as error:
             return f"it cannot be read: {error.strerror or error}"
         return None

@@ -1,1 +1,1 @@
-"""The stages of a run, one file each, and in the folders what they are made of. Each stage: inputs, key, make, commit."""
+"""The stages of a run, one file each; the folders hold their parts. Each stage has one shape: inputs, key, make, commit."""

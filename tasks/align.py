@@ -1,4 +1,4 @@
-"""The alignment stage: both token sequences onto common units, and the scores onto the objective's targets."""
+"""The alignment stage: it cuts both token sequences into common units and turns scores into the objective's targets."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ CODE = 2
 
 @task(name="aligned", task_run_name="aligned-{round.number}-{shard.number}", cache_policy=NO_CACHE)
 def align_shard(round: Round, shard: Shard) -> Shard:
-    """`round=…/aligned/part-…`: units, targets and byte accounts of one shard, in the rollouts' order."""
+    """Make `round=…/aligned/part-…`: units, targets and byte accounts of one shard, in the rollouts' order."""
     recipe, rollouts, scores = round.recipe, shard.rollouts, shard.scores
     assert rollouts is not None
     inputs = {
@@ -37,7 +37,7 @@ def align_shard(round: Round, shard: Shard) -> Shard:
         "rollouts": rollouts.digest,
         "scores": scores.digest if scores else None,
         "recipe": recipe.objective.model_dump(),
-        # Hidden states are cut to the likeliest events here; other scores are as they are.
+        # Hidden states are cut to the likeliest events here; other signals were cut when they were stored.
         "hidden": [round.head.digest, recipe.score.k, recipe.score.top_p] if round.head else None,
     }
 
@@ -62,9 +62,10 @@ def align_rollouts(
     student: Side,
     teacher: Side,
 ) -> pa.Table:
-    """A shard of rollouts, aligned with its scores (None: the rows are their own teacher, without a signal).
+    """Align a shard of rollouts with its scores: a table with the columns of `storage.schemas.ALIGNED`, in the same order.
 
-    `signal` says what the scores hold (default: `topk`); `head` is the teacher's, for a signal that is read with it.
+    Without `scores` the student's side stands for both, and there is no signal. `signal` is the signal of the scores
+    (default: `topk`). `head` is the teacher's head, for a signal that needs it.
     """
     total_bytes = _sum_rows(student.vocabulary.lengths, rollouts["token_ids"])
     sampled = read_rollouts(rollouts, student)
@@ -78,7 +79,7 @@ def align_rollouts(
     units = pairing.units
     status = np.where((status == "ok") & (np.diff(units.offsets) == 0), "no_unit", status)
     projection = objective.project(pairing)
-    # A row may hold no unit and still teach: not to begin with a control token.
+    # A row without a unit may still have a term: `opd`'s for a control token at the very start.
     status = np.where(np.isin(status, ["empty", "no_unit"]) & (np.diff(projection.offsets) > 0), "ok", status)
 
     covered, ok = last_of(units.byte_ends, units.offsets), status == "ok"
@@ -90,14 +91,14 @@ def align_rollouts(
         "teacher_ends": ragged(units.teacher_ends, units.offsets, pa.int32()),
         "byte_ends": ragged(units.byte_ends, units.offsets, pa.int32()),
         "kind": ragged(units.kind, units.offsets, pa.int8()),
-        "student_logprobs": _nullable(student_sums, units),
-        "teacher_logprobs": _nullable(teacher_sums, units),
+        "student_logprobs": _list_sums(student_sums, units),
+        "teacher_logprobs": _list_sums(teacher_sums, units),
         "status": pa.array(status),
         "supervised_bytes": np.where(ok, projection.supervised, 0),
         "unmatched_bytes": np.where(ok, covered - projection.supervised, 0),
         "dropped_bytes": np.where(ok, 0, total_bytes),
         "tail_bytes": np.where(ok, total_bytes - covered, 0),
-        "canonical": _is_canonical(rollouts, student),
+        "canonical": _check_canonical(rollouts, student),
         **projection.columns(),
     }
     unused = {field.name: pa.nulls(pairing.rows, field.type) for field in ALIGNED if field.name not in columns}
@@ -109,15 +110,15 @@ def _sum_rows(lengths: np.ndarray, column: pa.ChunkedArray) -> np.ndarray:
     return np.bincount(rows_of(offsets), lengths[ids], len(offsets) - 1).astype(np.int64)
 
 
-def _nullable(sums: np.ndarray, units: Units) -> pa.Array:
-    """A list column of units' sums; null rows where they are NaN."""
+def _list_sums(sums: np.ndarray, units: Units) -> pa.Array:
+    """A list column of units' sums, float32; a row with NaN is null."""
     array = ragged(sums, units.offsets, pa.float32())
-    given = np.bincount(rows_of(units.offsets), np.isnan(sums), len(array)) == 0
-    return pc.if_else(pa.array(given), array, pa.nulls(len(array), array.type))
+    valid = np.bincount(rows_of(units.offsets), np.isnan(sums), len(array)) == 0
+    return pc.if_else(pa.array(valid), array, pa.nulls(len(array), array.type))
 
 
-def _is_canonical(rollouts: pa.Table, student: Side) -> pa.Array:
-    """Whether the ids are those that encoding the text gives (retokenisation drift is the share that are not)."""
+def _check_canonical(rollouts: pa.Table, student: Side) -> pa.Array:
+    """bool `[rows]`: whether a row's ids are the encoding of its text. The share that are not is the retokenisation drift."""
     stops = set(student.stop_ids)
     bodies = [ids[:-1] if ids and ids[-1] in stops else ids for ids in rollouts["token_ids"].to_pylist()]
     encoded = student.encoder.encode(rollouts["text"].fill_null("").to_pylist())

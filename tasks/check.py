@@ -1,4 +1,4 @@
-"""The check stage: a round is held against its limits before it is trained on, and the teacher's lead before any training."""
+"""The check stage: a round's figures against their limits before it is trained on; the teacher's lead before any training."""
 
 from dataclasses import asdict
 
@@ -23,7 +23,7 @@ CODE = 1
 
 @task(name="gates", task_run_name="gates-{round.number}", cache_policy=NO_CACHE)
 def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
-    """`round=…/gates/part-00000`: what a round's rollouts look like before they are trained on. Raises Stopped."""
+    """Make `round=…/gates/part-00000`: the figures of a round's rollouts. Raises Stopped where a limit is breached."""
     recipe, limits = round.recipe, round.recipe.gates
     rollouts = [shard.rollouts for shard in shards if shard.rollouts]
     aligned = [shard.aligned for shard in shards if shard.aligned]
@@ -41,7 +41,7 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
     def make() -> pa.Table:
         before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
         gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"))
-        release()  # the model below takes its place
+        release()  # to make room for the trainer's model
         sampled = read_table(rollouts[0], ["prompt_token_ids", "token_ids", "logprobs"])
         gates += engine_gates(round.student, sampled, Sampling.of(recipe.rollout), limits)
         release()
@@ -53,12 +53,12 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
 
 
 def check_lead(recipe: Recipe, *, teacher: Artifact, student: Artifact) -> None:
-    """Raise Stopped where the evaluations before any training say that the teacher surely lacks the lead it should have."""
+    """Raise Stopped where, by the evaluations before any training, the teacher is surely below the lead that is required."""
     gate = lead_gate(recipe.gates, teacher=read_table(teacher), student=read_table(student))
     require([gate], f"{Run(recipe.root, recipe.name).path}, round 0")
 
 
 def read_gates(table: pa.Table, limits: Gates) -> list[Gate]:
-    """The figures of a `gates` table under these limits, which may have changed since it was made."""
+    """The figures of a `gates` table with today's limits, which may have changed since the table was made."""
     rows = table.select(["gate", "value", "detail"]).to_pylist()
     return [limit_figure(row["gate"], row["value"], limits, row["detail"]) for row in rows]

@@ -1,4 +1,4 @@
-"""The teacher's own completions, for off-policy rows. No student's tokenizer enters: students share them."""
+"""The completions stage: the teacher's completions for off-policy rows. They do not depend on the student; runs share them."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from configs.load import select_content
 from configs.schema import Rollout
 from storage.artifacts import read_table
 from storage.schemas import COMPLETIONS
-from tasks.engines.base import Advance, Sampling, unseen
+from tasks.engines.base import Advance, Sampling, ignore_progress
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
@@ -27,7 +27,7 @@ CODE = 2
 
 @task(name="completions", task_run_name="completions-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def complete_shard(round: Round, shard: Shard) -> Shard:
-    """`round=…/completions/part-…`: what the teacher writes for the rows of a shard that are its own."""
+    """Make `round=…/completions/part-…`: the teacher's completions for those rows of a shard whose source is the teacher."""
     recipe, config, teacher = round.recipe, round.recipe.rollout, round.teacher
     assert teacher is not None
     inputs = {
@@ -45,17 +45,17 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
     def make() -> pa.Table:
         prompts = read_table(round.prompts, ["prompt_id", "messages"])
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
-        written = sum(row.source == "teacher" for row in rows)
-        with progress(f"round {round.number} teacher's completions", written) as advance:
+        total = sum(row.source == "teacher" for row in rows)
+        with progress(f"round {round.number} teacher's completions", total) as advance:
             return make_completions(rows, prompts, config, teacher, advance)
 
     return replace(shard, completions=round.run.build_table(round.slot("completions", shard), inputs, make, logger.info))
 
 
 def make_completions(
-    rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Advance = unseen
+    rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Advance = ignore_progress
 ) -> pa.Table:
-    """The teacher's completions, under its own rendering of the prompts, of those `rows` whose source it is."""
+    """The teacher's completions of those `rows` whose source is the teacher, under its own rendering of the prompts."""
     planned = [row for row in rows if row.source == "teacher"]
     chosen = prompts.take(np.array([row.prompt for row in planned], np.int64))
     ids = chosen["prompt_id"].to_pylist()

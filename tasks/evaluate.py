@@ -1,4 +1,4 @@
-"""The evaluation stage: greedy and sampled accuracy on held-out prompts, and the distance to the teacher."""
+"""The evaluation stage: greedy and sampled accuracy on held-out prompts, and the divergence from the teacher."""
 
 from dataclasses import replace
 from typing import Any, Literal
@@ -38,7 +38,7 @@ def evaluate_model(
     model: ModelRef,
     teacher: ModelRef | None,
 ) -> Artifact:
-    """`round=…/evals/student` (or `teacher`): completions of the eval prompts, their scores, their divergence."""
+    """Make `round=…/evals/student` (or `teacher`): completions of the eval prompts, their scores and their divergence."""
     run = Run(recipe.root, recipe.name)
     inputs = {
         "stage": "evals",
@@ -54,7 +54,7 @@ def evaluate_model(
         "role": role,
         "round": number,
     }
-    if teacher is not None and drawn_otherwise(recipe, model):
+    if teacher is not None and needs_rescoring(recipe, model):
         inputs["divergence"] = "both at temperature 1"
 
     def make() -> pa.Table:
@@ -70,15 +70,17 @@ def evaluate_model(
     return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
 
 
-def drawn_otherwise(recipe: Recipe, model: ModelRef) -> bool:
-    """Whether log-probs as drawn are not the model's own: another law was drawn from, or a stop is one of several ids."""
+def needs_rescoring(recipe: Recipe, model: ModelRef) -> bool:
+    """Whether the log-probs of samples differ from the model's at temperature 1: another law was drawn from, or a stop is one
+    of several ids.
+    """
     return not Sampling.of(recipe.rollout).plain or len(side(model).stop_ids) > 1
 
 
 def evaluate_prompts(
     recipe: Recipe, number: int, role: str, model: ModelRef, rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One greedy and `evaluate.samples` sampled completions of every prompt, graded."""
+    """One greedy and `evaluate.samples` sampled completions of every prompt with their scores, as rows of `evals`."""
     config, text_side = recipe.rollout, side(model)
     stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
     rendered = [text_side.render(messages) for messages in load_messages(row["messages"] for row in rows)]
@@ -88,7 +90,7 @@ def evaluate_prompts(
         for decoding, samples in (("greedy", 1), ("sampled", recipe.evaluate.samples)):
             sampling = replace(Sampling.of(config), temperature=0.0) if decoding == "greedy" else Sampling.of(config)
             for sample in range(samples):
-                # The same seeds in every round: the figures differ by the model alone.
+                # The same seeds in every round, so that figures differ by the model only.
                 seeds = [derive_seed(recipe.seed, "eval", row["prompt_id"], sample) for row in rows]
                 completions = generator.generate(rendered, seeds, sampling, advance)
                 for row, ids, completion in zip(rows, rendered, completions, strict=True):
@@ -123,22 +125,22 @@ def _add_teacher_logprobs(
 ) -> None:
     """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte.
 
-    Both models' log-probs are their own, at temperature 1 and over all tokens, a stop being one event (MATHS.md §7): where the
-    model's were drawn otherwise they are computed here.
+    Log-probs of both models are at temperature 1 and over all tokens, and a stop is one event (MATHS.md §7). Where the model's
+    samples were drawn from another law, its log-probs are computed here.
     """
     t_side = side(teacher)
-    if drawn_otherwise(recipe, model):
+    if needs_rescoring(recipe, model):
         engine = get_engine(model, recipe.rollout.batch_size, recipe.score.batch_tokens)
-        asked, written = ([record[name] for record in records] for name in ("prompt_token_ids", "token_ids"))
-        for record, scored in zip(records, engine.score(asked, written, make_signal("sampled")), strict=True):
+        prompts, completions = ([record[name] for record in records] for name in ("prompt_token_ids", "token_ids"))
+        for record, scored in zip(records, engine.score(prompts, completions, make_signal("sampled")), strict=True):
             record["logprob"] = float(scored.logprobs.sum(dtype=np.float64))
     ids = teacher_ids(records, t_side, side(model).vocabulary.same_as(t_side.vocabulary))
-    # A text that is cut before the student's last token has no counterpart on the teacher's side.
-    able = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
+    # A text that ends before the student's last token has no counterpart on the teacher's side.
+    scorable = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
     engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
-    prompts = [t_side.render(messages[records[i]["prompt_id"]]) for i in able]
-    scores = engine.score(prompts, [ids[i] or [] for i in able], make_signal("sampled"))
-    for i, scored in zip(able, scores, strict=True):
+    prompts = [t_side.render(messages[records[i]["prompt_id"]]) for i in scorable]
+    scores = engine.score(prompts, [ids[i] or [] for i in scorable], make_signal("sampled"))
+    for i, scored in zip(scorable, scores, strict=True):
         record = records[i]
         record["teacher_logprob"] = float(scored.logprobs.sum(dtype=np.float64))
         record["divergence"] = (record["logprob"] - record["teacher_logprob"]) / max(record["bytes"], 1)

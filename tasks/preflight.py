@@ -1,4 +1,4 @@
-"""A round in small, on a few prompts and in memory alone: everything that would make a run fail, or not be worth its time."""
+"""The preflight stage: a small round in memory, on a few prompts. It finds what would make a run fail or waste its time."""
 
 import time
 from dataclasses import replace
@@ -25,8 +25,10 @@ from tasks.gates.texts import text_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rollout import make_rollouts
+from tasks.rows.accounts import describe_account
 from tasks.rows.plan import Row
-from tasks.rows.sources import split_prompts
+from tasks.rows.sources import deal_prompts, field_of
+from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 from tasks.score import score_rows
 from tasks.signals import make_signal
@@ -36,13 +38,16 @@ from tasks.training.student import mean_loss
 
 @task(name="preflight", cache_policy=NO_CACHE)
 def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[dict[str, Any]]:
-    """The gates of a recipe on `count` of its prompts as people read them. Nothing of the run is written."""
+    """The gates of a recipe on `count` of its prompts, as rows for people. Nothing is written into the run's folder."""
     return [gate.record() for gate in examine(recipe, count, student=student, teacher=teacher)]
 
 
 def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[Gate]:
-    """The gates of a recipe on `count` of its prompts. A student that is new (None) has none yet."""
-    prompts = split_prompts(recipe.prompts, recipe.seed)
+    """The gates of a recipe on `count` of its prompts. A new student (None) is not made yet and has no gates."""
+    split = deal_prompts(recipe.prompts, recipe.seed)
+    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
+        logger.info(line)
+    prompts = split.tables()
     gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
     if student is None:
         return gates
@@ -60,24 +65,24 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if teacher is not None and scores is not None:
         gates.append(teacher_engine_gate(sample, teacher))
         gates.append(noise_gate(sample, rollouts, scores, alone=score_sample(sample, rollouts, teacher, batch_tokens=1)))
-        itself = replace(student, engine="transformers", urls=())  # whichever the signal, this engine gives it
-        _, loss = teach_sample(sample, rollouts, score_sample(sample, rollouts, itself), itself)
+        same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
+        _, loss = align_sample(sample, rollouts, score_sample(sample, rollouts, same), same)
         gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
-        gates += objective_gates(sample, rollouts, *teach_sample(sample, rollouts, scores, teacher), teacher)
-        gates.append(compare_on(sample, prompts["eval"].slice(0, count), teacher))
+        gates += objective_gates(sample, rollouts, *align_sample(sample, rollouts, scores, teacher), teacher)
+        gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
     release()
     return [*gates, *cost_gates(sample, [rollouts] if scores is None else [rollouts, scores], seconds)]
 
 
 def roll_out_sample(sample: Sample) -> pa.Table:
-    """One completion per prompt, as round 1 would sample them."""
+    """Sample one completion per prompt, as round 1 would."""
     seeds = [derive_seed(sample.recipe.seed, "preflight", number) for number in range(len(sample.prompts))]
     rows = [Row(number, 0, "student", seed, f"preflight-{number:05d}") for number, seed in enumerate(seeds)]
     return make_rollouts(rows, sample.prompts, sample.recipe.rollout, 1, sample.student, [])
 
 
 def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_tokens: int | None = None) -> pa.Table:
-    """A teacher's scores of the rollouts, in the recipe's batches or in others."""
+    """A teacher's scores of the rollouts, in batches of `batch_tokens` (default: the recipe's)."""
     rows = rollouts.select(["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]).to_pylist()
     messages = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.messages, strict=True))
     as_sampled = side(sample.student).vocabulary.same_as(side(teacher).vocabulary)
@@ -86,8 +91,8 @@ def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_to
     return score_rows(rows, messages, sample.engine(teacher, batch_tokens), side(teacher), signal, as_sampled)
 
 
-def teach_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> tuple[pa.Table, float]:
-    """The rollouts aligned with a teacher's scores, and the loss per unit that training would begin with, in nats."""
+def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> tuple[pa.Table, float]:
+    """The rollouts aligned with a teacher's scores, and the loss per unit at the start of training, in nats."""
     recipe, config, s_side, t_side = sample.recipe, sample.recipe.score, side(sample.student), side(teacher)
     head = None
     if SIGNALS[config.signal].needs_head:
@@ -100,7 +105,7 @@ def teach_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: 
     return aligned, mean_loss(recipe, rollouts, aligned, student=sample.student, teacher=teacher)
 
 
-def compare_on(sample: Sample, prompts: pa.Table, teacher: ModelRef) -> Gate:
+def measure_lead(sample: Sample, prompts: pa.Table, teacher: ModelRef) -> Gate:
     """The teacher's lead in accuracy on these prompts, as round 0 would measure it."""
     rows = prompts.to_pylist()
     tables = {

@@ -1,4 +1,4 @@
-"""The rollout stage: completions of a round, sampled by the current student or taken from elsewhere by λ."""
+"""The rollout stage: completions of a round, sampled by the current student or, by λ, taken from references or the teacher."""
 
 from dataclasses import replace
 from typing import Any
@@ -29,7 +29,7 @@ CODE = 1
 
 @task(name="rollouts", task_run_name="rollouts-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def roll_out(round: Round, shard: Shard) -> Shard:
-    """`round=…/rollouts/part-…`: one shard's completions, with the teacher's `completions` where some rows are its own."""
+    """Make `round=…/rollouts/part-…`: one shard's completions. Rows whose source is the teacher get `shard.completions`."""
     recipe, config = round.recipe, round.recipe.rollout
     inputs = {
         "stage": "rollouts",
@@ -47,8 +47,8 @@ def roll_out(round: Round, shard: Shard) -> Shard:
     def make() -> pa.Table:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
-        written = read_table(shard.completions).to_pylist() if shard.completions else []
-        return make_rollouts(rows, prompts, config, round.number, round.student, written)
+        completions = read_table(shard.completions).to_pylist() if shard.completions else []
+        return make_rollouts(rows, prompts, config, round.number, round.student, completions)
 
     return replace(shard, rollouts=round.run.build_table(round.slot("rollouts", shard), inputs, make, logger.info))
 
@@ -56,7 +56,10 @@ def roll_out(round: Round, shard: Shard) -> Shard:
 def make_rollouts(
     rows: list[Row], prompts: pa.Table, config: Rollout, number: int, student: ModelRef, completions: list[dict[str, Any]]
 ) -> pa.Table:
-    """Fill in the completions of `rows` from where each comes from: the student, references, or the teacher's `completions`."""
+    """Make the completion of each of `rows` from its source: the student, the reference, or the teacher's `completions`.
+
+    Returns a table with the columns of `storage.schemas.ROLLOUTS`, in order of `rows`.
+    """
     chosen = prompts.take(np.array([row.prompt for row in rows]))
     messages, references = load_messages(chosen["messages"].to_pylist()), chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
@@ -69,19 +72,20 @@ def make_rollouts(
         with progress(f"round {number} rollouts", len(on_policy)) as advance:
             generator, seeds = get_engine(student, config.batch_size), [rows[i].seed for i in on_policy]
             sampled = generator.generate([rendered[i] for i in on_policy], seeds, sampling, advance)
-            filled = {i: _from_sample(completion, text_side) for i, completion in zip(on_policy, sampled, strict=True)}
-        if not sampling.plain:  # what is reported compares both models' own laws (MATHS.md §7)
+            filled = {i: _fields_of_sample(sample, text_side) for i, sample in zip(on_policy, sampled, strict=True)}
+        if not sampling.plain:  # reported figures compare both models at temperature 1 (MATHS.md §7)
             scores = generator.score([rendered[i] for i in on_policy], [c.ids for c in sampled], make_signal("sampled"))
             for i, scored in zip(on_policy, scores, strict=True):
                 filled[i]["model_logprobs"] = scored.logprobs
-    written = {completion["rollout_id"]: completion for completion in completions}
+    by_teacher = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
-            filled[i] = _from_text(references[i], True, text_side, config.max_new_tokens)
+            filled[i] = _fields_of_text(references[i], True, text_side, config.max_new_tokens)
         elif row.source == "teacher":
-            source = written[row.rollout_id]
-            filled[i] = _from_text(source["text"], source["finish_reason"] == "stop", text_side, config.max_new_tokens)
-            filled[i] |= {"policy": source["policy"], "engine": source["engine"]}
+            completion = by_teacher[row.rollout_id]
+            stopped = completion["finish_reason"] == "stop"
+            filled[i] = _fields_of_text(completion["text"], stopped, text_side, config.max_new_tokens)
+            filled[i] |= {"policy": completion["policy"], "engine": completion["engine"]}
 
     table = pa.Table.from_pylist(
         [
@@ -104,7 +108,7 @@ def make_rollouts(
     return table.drop_columns(["model_logprobs"]) if sampling.plain else table
 
 
-def _from_sample(completion: Completion, text_side: Side) -> dict[str, Any]:
+def _fields_of_sample(completion: Completion, text_side: Side) -> dict[str, Any]:
     stops = set(text_side.stop_ids)
     return {
         "token_ids": completion.ids,
@@ -114,11 +118,11 @@ def _from_sample(completion: Completion, text_side: Side) -> dict[str, Any]:
     }
 
 
-def _from_text(text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
-    """A text that the student did not sample, as it would have had to; cut at the limit like a sample.
+def _fields_of_text(text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
+    """A reference or teacher's text in the student's ids, cut at the limit like a sample.
 
-    A prompt without a reference, or a text that the tokenizer cannot spell byte for byte, has no ids: the align stage
-    drops and counts it.
+    A missing reference, or a text that the tokenizer cannot spell byte for byte, has no ids: the align stage drops and counts
+    its row.
     """
     ids = None if text is None else text_side.encoder.encode([text])[0]
     if text is None or ids is None:

@@ -16,7 +16,7 @@ from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run
-from tasks.engines.base import Advance, Engine, TokenScores, unseen
+from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
 from tasks.engines.choose import engine_name, get_engine
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.reference import ModelRef
@@ -31,31 +31,31 @@ from tasks.signals.head import head_of, save_head
 
 CODE = 1
 HEAD_CODE = 1
-ROWS_AT_ONCE = 1024  # between two steps of the progress bar
+ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 
 
 @task(name="scores", task_run_name="scores-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(round: Round, shard: Shard) -> Shard:
-    """`round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
+    """Make `round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
     recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
     assert teacher is not None
     assert shard.rollouts is not None
     as_sampled = side(round.student).vocabulary.same_as(side(teacher).vocabulary)
-    # What is scored is the text, whichever tokenizer wrote it: another student's rollouts of it need no new scores.
-    wanted = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
+    # The key holds the scored columns only: another student's rollouts with the same texts need no new scores.
+    scored = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
     inputs = {
         "stage": "scores",
         "code": CODE,
         "engine": engine_name(teacher),
         "teacher": teacher.identity,
         "prompts": round.prompts.digest,
-        "rollouts": digest_table(wanted),
+        "rollouts": digest_table(scored),
         "recipe": _stored_fields(recipe),
         "as_sampled": as_sampled,
     }
 
     def make() -> pa.Table:
-        rows = wanted.to_pylist()
+        rows = scored.to_pylist()
         prompts = read_table(round.prompts, ["prompt_id", "messages"])
         messages = dict(zip(prompts["prompt_id"].to_pylist(), load_messages(prompts["messages"].to_pylist()), strict=True))
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
@@ -68,7 +68,7 @@ def score_shard(round: Round, shard: Shard) -> Shard:
 
 @task(name="head", cache_policy=NO_CACHE)
 def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
-    """`teacher/`: the head's weights, for a signal that cannot be read without them."""
+    """Make `teacher/`: the weights of the teacher's head, for a signal that needs them to be read."""
     run = Run(recipe.root, recipe.name)
     inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
 
@@ -83,7 +83,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
 
 
 def _stored_fields(recipe: Recipe) -> dict[str, Any]:
-    """What of the recipe changes a scores file: `k` and `top_p` only where the signal is cut by them."""
+    """The fields of `[score]` that change a scores file: `k` and `top_p` only where the signal is cut by them."""
     cut = SIGNALS[recipe.score.signal].cut
     return {key: value for key, value in select_content(recipe, "score").items() if cut or key not in ("k", "top_p")}
 
@@ -95,17 +95,20 @@ def score_rows(
     teacher: Side,
     signal: Signal,
     as_sampled: bool,
-    advance: Advance = unseen,
+    advance: Advance = ignore_progress,
 ) -> pa.Table:
-    """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason), one row each and in order."""
+    """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason): one row of `SCORES` each, in order.
+
+    `messages` are the prompts by `prompt_id`. `as_sampled`: the sampled ids are scored, not the encoding of the text.
+    """
     completions = teacher_ids(rows, teacher, as_sampled)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
-        able = [i for i in batch if completions[i]]
-        prompts = [teacher.render(messages[rows[i]["prompt_id"]]) for i in able]
-        results = engine.score(prompts, [completions[i] or [] for i in able], signal)
-        by_row: dict[int, TokenScores] = dict(zip(able, results, strict=True))
+        scorable = [i for i in batch if completions[i]]
+        prompts = [teacher.render(messages[rows[i]["prompt_id"]]) for i in scorable]
+        results = engine.score(prompts, [completions[i] or [] for i in scorable], signal)
+        by_row: dict[int, TokenScores] = dict(zip(scorable, results, strict=True))
         for i in batch:
             common = {"rollout_id": rows[i]["rollout_id"], "teacher": teacher.ref.digest}
             if (scores := by_row.get(i)) is None:

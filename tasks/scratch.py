@@ -1,4 +1,4 @@
-"""A new student: a byte-level BPE tokenizer trained on the run's prompts, and a Llama-shaped model with fresh weights."""
+"""The scratch stage: a byte-level BPE tokenizer trained on the run's prompts, and a Llama-shaped model with new weights."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @task(name="new-model", cache_policy=NO_CACHE)
 def make_scratch(recipe: Recipe, prompts: Artifact) -> Artifact:
-    """`round=0000/student`: the untrained model of a recipe with `student.scratch`."""
+    """Make `round=0000/student`: the untrained model of a recipe with `student.scratch`."""
     config = recipe.student.scratch
     assert config is not None
     run = Run(recipe.root, recipe.name)
@@ -46,9 +46,12 @@ def make_scratch(recipe: Recipe, prompts: Artifact) -> Artifact:
 
 
 def train_tokenizer(config: Scratch, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with all 256 bytes, so that no text is lost; merges from `texts`."""
+    """Train byte-level BPE on `texts`. It has all 256 bytes, so that it can spell every text."""
     if not texts:
-        raise BadInput("student.scratch: the prompts have no reference, so there is no text to train a tokenizer on")
+        raise BadInput(
+            "student.scratch: no prompt has a reference, so there is no text to train a tokenizer on; "
+            "give prompts with references"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,6 +66,7 @@ def train_tokenizer(config: Scratch, texts: list[str]) -> PreTrainedTokenizerFas
 
 
 def init_model(config: Scratch, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of the shape of `config` with random float32 weights that depend on `seed` only."""
     torch.manual_seed(seed)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""The training stage: one round's optimizer steps, from the last round's student to this one's."""
+"""The training stage: one round's optimizer steps, from the last round's student to this round's."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ CODE = 3
 
 @task(name="train", task_run_name="train-{round.number}", cache_policy=NO_CACHE)
 def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
-    """`round=…/student`, `…/trainer` and `…/steps/part-00000`: what a round's training makes at once.
+    """Make `round=…/student`, `…/trainer` and `…/steps/part-00000` in one piece of work.
 
-    Adapters are trained beside the weights that the run started from; else training goes on from the last round's student.
+    Training continues from the last round's student. Adapters are trained on the weights that the run started from.
     """
     recipe, lora = round.recipe, round.recipe.student.lora
     pairs = tuple((shard.rollouts, shard.aligned) for shard in shards if shard.rollouts and shard.aligned)
@@ -47,7 +47,7 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
     }
 
     def make(folder: Path) -> dict[str, int]:
-        release()  # the teacher's memory is the student's now
+        release()  # give the teacher's memory to the student
         job = Job(
             recipe=recipe,
             number=round.number,
@@ -63,5 +63,5 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
         release()
         return dict.fromkeys(slots, read_table(Artifact(str(folder / "steps.parquet"), "")).num_rows)
 
-    made = round.run.build_files(slots, inputs, make, logger.info)
-    return Trained(student=made["student"], trainer=made["trainer"])
+    artifacts = round.run.build_files(slots, inputs, make, logger.info)
+    return Trained(student=artifacts["student"], trainer=artifacts["trainer"])

@@ -1,4 +1,4 @@
-"""The vocabulary stage: both sides' token bytes, and what of them matches."""
+"""The vocabulary stage: the token bytes of both sides, and which tokens match."""
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +21,15 @@ CODE = 1
 
 @task(name="vocab", cache_policy=NO_CACHE)
 def match_vocabularies(recipe: Recipe, *, student: ModelRef, teacher: ModelRef | None) -> Vocabularies:
-    """`vocab/student` and `vocab/teacher`; a student without a teacher is matched with itself."""
+    """Make `vocab/student` and `vocab/teacher`. A student without a teacher is matched with itself."""
     run, s_side, t_side = Run(recipe.root, recipe.name), side(student), side(teacher or student)
     s_side.encoder.check(student.path)
     t_side.encoder.check((teacher or student).path)
     identities = {"student": digest_tokenizer(s_side), "teacher": digest_tokenizer(t_side)}
 
-    def build(role: str, this: Vocabulary, other: Vocabulary) -> Artifact:
+    def build(role: str, vocabulary: Vocabulary, counterpart: Vocabulary) -> Artifact:
         inputs = {"stage": "vocab", "code": CODE, "role": role, **identities}
-        return run.build_table(f"vocab/{role}", inputs, lambda: make_vocab_table(this, other), logger.info)
+        return run.build_table(f"vocab/{role}", inputs, lambda: make_vocab_table(vocabulary, counterpart), logger.info)
 
     vocabularies = Vocabularies(
         student=build("student", s_side.vocabulary, t_side.vocabulary),
@@ -41,12 +41,13 @@ def match_vocabularies(recipe: Recipe, *, student: ModelRef, teacher: ModelRef |
 
 
 def digest_tokenizer(text_side: Side) -> str:
+    """The digest of a tokenizer and its stop ids."""
     return digest_json([text_side.tokenizer.backend_tokenizer.to_str(), text_side.stop_ids])
 
 
-def make_vocab_table(vocabulary: Vocabulary, other: Vocabulary) -> pa.Table:
-    """One row per id of `vocabulary`, with what matches it in the `other`."""
-    matching = match(vocabulary, other)
+def make_vocab_table(vocabulary: Vocabulary, counterpart: Vocabulary) -> pa.Table:
+    """One row per id of `vocabulary`, with its match in `counterpart`, in the columns of `storage.schemas.VOCAB`."""
+    matching = match(vocabulary, counterpart)
     return pa.table(
         {
             "token_id": np.arange(vocabulary.size, dtype=np.int32),

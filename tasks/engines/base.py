@@ -1,4 +1,4 @@
-"""What a stage asks of an engine, whichever runs the model."""
+"""The interface between a stage and an engine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether log-probs of what is drawn are the model's own, at temperature 1 and over all tokens (MATHS.md §7)."""
+        """Whether the log-probs of samples are the model's at temperature 1 and over all tokens (MATHS.md §7)."""
         return self.temperature in (0, 1) and self.top_p == 1 and not self.top_k
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Sampled ids, the stop included, and the log-prob of each under the distribution it was drawn from."""
+    """Sampled ids, the stop included, and each one's log-prob in nats under the distribution that it was drawn from."""
 
     ids: list[int]
     logprobs: list[float]
@@ -42,8 +42,8 @@ class Completion:
 class TokenScores:
     """One sequence's scores, over its n completion tokens.
 
-    `logprobs` float32 `[n]` of the actual tokens; a stop token's is that of the event: the sum over all stop ids.
-    `columns` are those of the signal that was asked for, as a scores table has them: flat, or `[n, width]`.
+    `logprobs` are float32 `[n]`, in nats, of the actual tokens. A stop token's is that of the event: the sum over all stop
+    ids. `columns` are the signal's columns of a scores table: flat, or `[n, width]`.
     """
 
     logprobs: np.ndarray
@@ -53,26 +53,26 @@ class TokenScores:
 Advance = Callable[[int], object]
 
 
-def unseen(count: int) -> None:
-    """Progress that nobody looks at."""
+def ignore_progress(count: int) -> None:
+    """An `advance` that shows nothing."""
 
 
 class Engine(Protocol):
-    """What runs a model. Raises BadInput for what it can never do, Unavailable for what may work the next time."""
+    """What runs a model. It raises BadInput for a request that can never work, Unavailable for one that may work next time."""
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = ignore_progress
     ) -> list[Completion]:
-        """One completion a prompt. A completion depends on its prompt and seed, not on its neighbours.
+        """One completion per prompt. It depends on its prompt and seed, not on the other prompts.
 
-        The engine makes its own batches of them: `advance` is told how many more are done.
+        The engine makes its own batches and calls `advance` with the number of completions that each one adds.
         """
         ...
 
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
-        """Scores of every completion token given its prompt."""
+        """Scores of every completion token given its prompt, one TokenScores per completion, in order."""
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release the model and its memory."""
         ...

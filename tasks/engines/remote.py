@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tasks.engines.base import Advance, Completion, Sampling, TokenScores, unseen
+from tasks.engines.base import Advance, Completion, Sampling, TokenScores, ignore_progress
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.signals.base import Signal, Top
@@ -25,7 +25,7 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = ignore_progress
     ) -> list[Completion]: ...
 
     @abstractmethod

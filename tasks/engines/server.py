@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 
 from configs.errors import BadInput, Unavailable
-from tasks.engines.base import Advance, Completion, Sampling, unseen
+from tasks.engines.base import Advance, Completion, Sampling, ignore_progress
 from tasks.engines.remote import RemoteEngine
 from tasks.models.reference import ModelRef
 from tasks.running.progress import logger
@@ -46,7 +46,7 @@ class ServerEngine(RemoteEngine):
         self.drawn: set[str] = set()  # addresses whose log-probs are those of the distribution drawn from
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = ignore_progress
     ) -> list[Completion]:
         """A request has one seed, so each completion is a request of its own."""
         self.check()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from tasks.engines.base import Advance, Completion, Sampling, TokenScores, unseen
+from tasks.engines.base import Advance, Completion, Sampling, TokenScores, ignore_progress
 from tasks.engines.sampling import SeededSampler
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
@@ -27,7 +27,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = ignore_progress
     ) -> list[Completion]:
         results: list[Completion | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from configs.errors import BadInput, Unavailable
-from tasks.engines.base import Advance, Completion, Sampling, unseen
+from tasks.engines.base import Advance, Completion, Sampling, ignore_progress
 from tasks.engines.remote import RemoteEngine
 from tasks.models.reference import ModelRef, dtype_of
 from tasks.running.progress import logger
@@ -51,7 +51,7 @@ class VllmEngine(RemoteEngine):
         self.child: Child | None = None
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = unseen
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, advance: Advance = ignore_progress
     ) -> list[Completion]:
         wanted = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         if sampling.temperature:

@@ -1,1 +1,1 @@
-"""How a stage is run: seeds that do not depend on order, progress, and which failures are tried again."""
+"""How a stage is run: seeds that do not depend on order, progress, and retries."""

@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, plain lines elsewhere (a log file, a Prefect worker)."""
+"""A stage's progress: a bar on a terminal, plain lines elsewhere (a log file, a Prefect worker)."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ LINE_SECONDS = 20.0
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yields `advance(count, note="")`. Without a terminal a line is logged every 20 s, if the work takes that long."""
+    """Yield `advance(count, note="")`. Without a terminal a line is logged every 20 s, if the work takes that long."""
     if sys.stderr.isatty():
         from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Seeds that derive from what a thing is, never from order or time."""
+"""Seeds that derive from names and numbers, never from order or time."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""A run in pictures: Vega-Lite charts of what its tables and manifests say, by round."""
+"""Vega-Lite charts of a run by round, from its tables and manifests."""
 
 import re
 from collections.abc import Iterator
@@ -18,24 +18,25 @@ SIZE = {"width": 420, "height": 220}
 
 
 def draw_charts(run: Run, rounds: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Vega-Lite specifications by title; those for which the run has nothing yet are left out.
+    """Vega-Lite specifications by title. Charts without data yet are left out.
 
     `rounds` is `tasks.views.rounds.summarise_rounds` of the run.
     """
-    found = {
-        "Accuracy on held-out prompts": _accuracy(rounds),
-        "Divergence from the teacher": _divergence(rounds),
-        "Length of answers": _line(rounds, "tokens", "tokens, sampled answers"),
-        "Answers cut at the limit": _line(rounds, "truncated", "share of sampled answers", ".0%"),
-        "What the loss speaks of": _coverage(sum_bytes(run.address)),
-        "Loss": _loss(run.address),
-        "Where the time went": _time(pl.DataFrame(list(list_seconds(run)), schema=["round", "stage", "seconds"], orient="row")),
+    seconds = pl.DataFrame(list(list_seconds(run)), schema=["round", "stage", "seconds"], orient="row")
+    charts = {
+        "Accuracy on held-out prompts": _draw_accuracy(rounds),
+        "Divergence from the teacher": _draw_divergence(rounds),
+        "Length of answers": _draw_line(rounds, "tokens", "mean tokens per sampled answer"),
+        "Answers cut at the length limit": _draw_line(rounds, "truncated", "share of sampled answers", ".0%"),
+        "Completion bytes covered by the loss": _draw_coverage(sum_bytes(run.address)),
+        "Loss": _draw_loss(run.address),
+        "Time by stage": _draw_time(seconds),
     }
-    return {title: chart.properties(**SIZE).to_dict() for title, chart in found.items() if chart is not None}
+    return {title: chart.properties(**SIZE).to_dict() for title, chart in charts.items() if chart is not None}
 
 
 def list_seconds(run: Run) -> Iterator[tuple[int, str, float]]:
-    """(round, stage, seconds) of each piece of work of this run; what it took over from another run took it none."""
+    """(round, stage, seconds) of each piece of work of this run. Artifacts taken over from another run are left out."""
     for slot, manifest in run.manifests():
         place = re.match(r"round=(\d+)/(\w+)", slot)
         if place is None or "taken_from" in manifest:
@@ -45,7 +46,7 @@ def list_seconds(run: Run) -> Iterator[tuple[int, str, float]]:
             yield int(place[1]), stage, manifest["seconds"]
 
 
-def _accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
+def _draw_accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
     kinds = [kind for kind in ("sampled", "greedy") if rounds[kind].is_not_null().any()]
     if not kinds:
         return None
@@ -55,7 +56,7 @@ def _accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
         ).drop_nulls("accuracy")
         for kind in kinds
     )  # fmt: skip
-    colour = _colour("decoding")
+    colour = _colour_of("decoding")
     hint = [alt.Tooltip(name, format=".3f") for name in ("accuracy", "low", "high")]
     student = alt.Chart(long.filter(model="student")).encode(x=ROUND, color=colour)
     teacher = alt.Chart(long.filter(model="teacher")).encode(color=colour)
@@ -67,15 +68,15 @@ def _accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
     )
 
 
-def _divergence(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
-    return _line(rounds.filter(model="student"), "divergence", "nats a byte, own samples", ".2f")
+def _draw_divergence(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
+    return _draw_line(rounds.filter(model="student"), "divergence", "nats per byte, student's samples", ".2f")
 
 
-def _line(rounds: pl.DataFrame, column: str, title: str, style: str = ".1f") -> alt.TopLevelMixin | None:
+def _draw_line(rounds: pl.DataFrame, column: str, title: str, style: str = ".1f") -> alt.TopLevelMixin | None:
     some = rounds.select("model", "round", pl.col(column).cast(pl.Float64)).drop_nulls()
     if some.is_empty():
         return None
-    scale = alt.Scale(zero=True) if (some[column] != 0).any() else alt.Scale(domain=[0, 1])  # all are 0: no axis of their own
+    scale = alt.Scale(zero=True) if (some[column] != 0).any() else alt.Scale(domain=[0, 1])  # all zeros would give no axis
     height = alt.Y(f"{column}:Q", title=title, scale=scale, axis=alt.Axis(format=style))
     hint = ["model", "round", alt.Tooltip(column, format=style)]
     lines = [alt.Chart(some.filter(model="student")).mark_line(point=True).encode(x=ROUND, y=height, tooltip=hint)]
@@ -84,42 +85,42 @@ def _line(rounds: pl.DataFrame, column: str, title: str, style: str = ".1f") -> 
     return alt.layer(*lines)
 
 
-def _coverage(accounts: pl.DataFrame) -> alt.TopLevelMixin | None:
+def _draw_coverage(accounts: pl.DataFrame) -> alt.TopLevelMixin | None:
     if accounts.is_empty():
         return None
     long = accounts.unpivot(BYTES, index="round", variable_name="bytes", value_name="share")
-    return _bars(long, "bytes", alt.Y("share:Q", title="share of the completions' bytes", axis=alt.Axis(format="%")), BYTES)
+    return _draw_bars(long, "bytes", alt.Y("share:Q", title="share of completion bytes", axis=alt.Axis(format="%")), BYTES)
 
 
-def _time(spent: pl.DataFrame) -> alt.TopLevelMixin | None:
-    if spent.is_empty():
+def _draw_time(seconds: pl.DataFrame) -> alt.TopLevelMixin | None:
+    if seconds.is_empty():
         return None
-    total = spent.group_by("round", "stage").agg(pl.col("seconds").sum())
-    return _bars(total, "stage", alt.Y("seconds:Q", title="seconds of work"), STAGES)
+    total = seconds.group_by("round", "stage").agg(pl.col("seconds").sum())
+    return _draw_bars(total, "stage", alt.Y("seconds:Q", title="seconds"), STAGES)
 
 
-def _bars(data: pl.DataFrame, kind: str, height: alt.Y, order: tuple[str, ...]) -> alt.TopLevelMixin:
+def _draw_bars(data: pl.DataFrame, kind: str, height: alt.Y, order: tuple[str, ...]) -> alt.TopLevelMixin:
     data = data.with_columns(place=pl.col(kind).replace_strict(order, range(len(order))))
-    colour = _colour(kind, order)
+    colour = _colour_of(kind, order)
     hint = ["round", kind, alt.Tooltip(height.shorthand, format=".3~r")]
     along = alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0, labelOverlap=True))
     chart: alt.TopLevelMixin = alt.Chart(data).mark_bar().encode(x=along, y=height, color=colour, order="place:Q", tooltip=hint)
     return chart
 
 
-def _colour(column: str, order: tuple[str, ...] | None = None) -> alt.Color:
+def _colour_of(column: str, order: tuple[str, ...] | None = None) -> alt.Color:
     return alt.Color(f"{column}:N", title=None, sort=order, legend=alt.Legend(orient="top"))
 
 
-def _loss(run: str) -> alt.TopLevelMixin | None:
-    """Means over at most 400 stretches of steps: a long run has more steps than a screen has points."""
+def _draw_loss(run: str) -> alt.TopLevelMixin | None:
+    """Means over at most 400 groups of consecutive steps: a long run has more steps than a screen has points."""
     try:
         steps = scan(run, "steps").select("step", "round", "loss").sort("step").collect()
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return None
-    stretch = -(-len(steps) // 400)
-    means = steps.group_by(pl.col("step") // stretch * stretch, "round").agg(pl.col("loss").mean()).sort("step")
-    height = alt.Y("loss:Q", title="nats a unit", scale=alt.Scale(zero=False))
+    width = -(-len(steps) // 400)  # steps per point
+    means = steps.group_by(pl.col("step") // width * width, "round").agg(pl.col("loss").mean()).sort("step")
+    height = alt.Y("loss:Q", title="nats per unit", scale=alt.Scale(zero=False))
     hint = ["step", "round", alt.Tooltip("loss", format=".4f")]
     chart: alt.TopLevelMixin = alt.Chart(means).mark_line().encode(x=alt.X("step:Q", title="step"), y=height, tooltip=hint)
     return chart

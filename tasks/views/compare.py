@@ -1,4 +1,4 @@
-"""How the students of several runs differ, by the same held-out prompts and the same seeds."""
+"""How the students of several runs differ on the same held-out prompts and seeds."""
 
 from typing import Any
 
@@ -11,43 +11,43 @@ from tasks.views.rounds import summarise_rounds
 
 
 def compare_runs(runs: dict[str, list[str]], number: int) -> list[dict[str, Any]]:
-    """One row a name of `runs`, whose lists hold the addresses of its runs in the same order of seeds.
+    """One row per name of `runs`, whose lists hold the addresses of its runs in the same order of seeds.
 
-    `accuracy`, `recovered`, `divergence` and `seconds` (of training) are means over the seeds after round `number`;
-    `difference` is of accuracy to the first name's, with a 95% interval: a prompt is compared with itself, seed by seed.
+    `accuracy`, `recovered`, `divergence` (nats per byte) and `seconds` (of training) are means over the seeds after round
+    `number`. `difference` is the accuracy less the first name's, with a 95% interval. It is paired: a prompt is compared with
+    itself, seed by seed.
     """
-    answers = {name: [_answers(run, number) for run in seeds] for name, seeds in runs.items()}
-    first = next(iter(answers.values()))
+    shares = {name: [_shares_correct_of(run, number) for run in seeds] for name, seeds in runs.items()}
+    first = next(iter(shares.values()))
     rows = []
     for name, seeds in runs.items():
         tables = [summarise_rounds(run).filter(model="student", round=number) for run in seeds]
-        apart = [(own - other).to_numpy() for own, other in zip(answers[name], first, strict=True)]
-        change = estimate_difference(apart)
+        change = estimate_difference([(a - b).to_numpy() for a, b in zip(shares[name], first, strict=True)])
         rows.append(
             {
                 "objective": name,
-                "accuracy": f"{np.mean([own.mean() for own in answers[name]]):.3f}",
-                "difference": "" if answers[name] is first else f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
-                "recovered": _mean([table["recovered"][0] for table in tables], "{:.0%}"),
-                "divergence": _mean([table["divergence"][0] for table in tables], "{:.4f}"),
-                "seconds": f"{np.mean([_training(run, number) for run in seeds]):.1f}",
+                "accuracy": f"{np.mean([correct.mean() for correct in shares[name]]):.3f}",
+                "difference": "" if shares[name] is first else f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+                "recovered": _format_mean([table["recovered"][0] for table in tables], "{:.0%}"),
+                "divergence": _format_mean([table["divergence"][0] for table in tables], "{:.4f}"),
+                "seconds": f"{np.mean([_training_seconds_of(run, number) for run in seeds]):.1f}",
             }
         )
     return rows
 
 
-def _answers(run: str, number: int) -> pl.Series:
-    """The share of right answers of each held-out prompt, in the prompts' order; sampled ones where there are any."""
+def _shares_correct_of(run: str, number: int) -> pl.Series:
+    """The share of correct answers to each held-out prompt, in order of `prompt_id`; of sampled answers if there are any."""
     evals = scan(run, "evals").filter(pl.col("round") == number, model="student").collect()
     kind = "sampled" if (evals["decoding"] == "sampled").any() else "greedy"
     return evals.filter(decoding=kind).group_by("prompt_id").agg(pl.col("correct").mean()).sort("prompt_id")["correct"]
 
 
-def _training(run: str, number: int) -> float:
+def _training_seconds_of(run: str, number: int) -> float:
     seconds: float = scan(run, "steps").filter(pl.col("round") <= number).select(pl.col("seconds").sum()).collect().item()
     return seconds
 
 
-def _mean(values: list[float | None], pattern: str) -> str:
+def _format_mean(values: list[float | None], pattern: str) -> str:
     known = [value for value in values if value is not None]
     return pattern.format(np.mean(known)) if known else ""

@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: figures, charts, and answers with each unit shaded by its divergence."""
+"""A run as one self-contained HTML file: figures, charts, and samples with each unit shaded by its log-ratio."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +13,12 @@ from storage.read import scan
 from storage.store import Run
 from tasks.tokens.align import Kind
 from tasks.views.charts import draw_charts
-from tasks.views.inspect import collect_rows, list_prompts
+from tasks.views.inspect import collect_rows, show_prompts
 from tasks.views.rounds import format_rounds, summarise_rounds
 
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
-FULL = 5.0  # nats of a unit that are shaded the most
+FULL = 5.0  # nats per unit from which the shade is full
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -26,13 +26,13 @@ TEMPLATES = jinja2.Environment(
 
 
 def write_report(run: Run) -> str:
-    """Write the run's `report.html`; its address. A run that has only begun has a short one."""
+    """Write the run's `report.html` and return its address. The report of a run that has only begun is short."""
     run.write_text(FILE, render_report(run))
     return f"{run.address}/{FILE}"
 
 
 def render_report(run: Run) -> str:
-    """The report, from the run's tables and manifests alone."""
+    """The report as HTML, from the run's tables and manifests only."""
     recipe = run.frozen_recipe()
     assert recipe is not None
     rounds = summarise_rounds(run.address)
@@ -44,69 +44,69 @@ def render_report(run: Run) -> str:
         done=done,
         rounds=format_rounds(rounds),
         charts=draw_charts(run, rounds) if len(rounds) else {},
-        vega=_vega(),
-        prompts=list_prompts(run.address),
-        gates=_gates(run.address, done),
-        answers=_answers(run.address, done),
-        rollouts=_rollouts(run.address, done),
+        vega=_bundle_vega(),
+        prompts=show_prompts(run.address),
+        gates=_list_gates(run.address, done),
+        answers=_collect_answers(run.address, done),
+        rollouts=_pick_rollouts(run.address, done),
         full=FULL,
     )
 
 
 @lru_cache(maxsize=1)
-def _vega() -> str:
-    """What draws the charts: Vega and all that it needs, as one script."""
+def _bundle_vega() -> str:
+    """The script that draws the charts: Vega and everything that it needs."""
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
 
 
-def _gates(run: str, number: int) -> list[dict[str, Any]]:
+def _list_gates(run: str, number: int) -> list[dict[str, Any]]:
     return collect_rows(run, "gates", pl.col("round") == number).drop("round", strict=False).to_dicts()
 
 
-def _answers(run: str, last: int) -> list[dict[str, Any]]:
-    """The first held-out prompts with their reference and, greedy where the run has it, the answers before and after."""
+def _collect_answers(run: str, last: int) -> list[dict[str, Any]]:
+    """The first held-out prompts with their reference and the answers before and after; greedy ones if the run has them."""
     evals = collect_rows(run, "evals", pl.col("round").is_in([0, last]))
     if evals.is_empty():
         return []
     prompts = collect_rows(run, "prompts", pl.col("split") == "eval").head(SHOWN)
     kind = "greedy" if (evals["decoding"] == "greedy").any() else "sampled"
-    given = {
+    answers = {
         (row["model"], row["round"], row["prompt_id"]): row
         for row in evals.filter(decoding=kind, sample=0).iter_rows(named=True)
     }
     who = {"teacher": ("teacher", 0), "student, round 0": ("student", 0), f"student, round {last}": ("student", last)}
-    who = {title: key for title, key in who.items() if any(key == (model, number) for model, number, _ in given)}
+    who = {title: key for title, key in who.items() if any(key == (model, number) for model, number, _ in answers)}
     return [
         {
             "prompt": " | ".join(message["content"] for message in prompt["messages"]),
             "reference": prompt["reference"],
-            "answers": {title: given.get((*key, prompt["prompt_id"])) for title, key in who.items()},
+            "answers": {title: answers.get((*key, prompt["prompt_id"])) for title, key in who.items()},
         }
         for prompt in prompts.iter_rows(named=True)
     ]
 
 
-def _rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
-    """Samples of a round, unit by unit: the first ones, and those furthest from the teacher, in nats a byte."""
-    apart = (pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()).cast(pl.Float64)
+def _pick_rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
+    """Samples of a round, unit by unit: the first ones, and those with the largest divergence in nats per byte."""
+    log_ratio = (pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()).cast(pl.Float64)
     size = pl.col("byte_ends").list.last()
-    graded = (
+    scored = (
         scan(run, "aligned")
         .filter(pl.col("round") == number, status="ok")
         .drop_nulls(["student_logprobs", "teacher_logprobs"])
-        .select("rollout_id", "byte_ends", "kind", "student_logprobs", "teacher_logprobs", divergence=apart / (size + 1))
+        .select("rollout_id", "byte_ends", "kind", "student_logprobs", "teacher_logprobs", divergence=log_ratio / (size + 1))
     )
     try:
         picked = {
-            "The first": graded.head(SHOWN).collect(),
-            "The furthest from the teacher": graded.top_k(SHOWN, by="divergence").collect(engine="streaming"),
+            "The first samples": scored.head(SHOWN).collect(),
+            "The samples furthest from the teacher": scored.top_k(SHOWN, by="divergence").collect(engine="streaming"),
         }
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return {}
     wanted = pl.concat(picked.values())["rollout_id"].unique().to_list()
     texts = {row["rollout_id"]: row for row in collect_rows(run, "rollouts", pl.col("rollout_id").is_in(wanted)).to_dicts()}
-    asked = [row["prompt_id"] for row in texts.values()]
-    prompts = {row["prompt_id"]: row for row in collect_rows(run, "prompts", pl.col("prompt_id").is_in(asked)).to_dicts()}
+    prompt_ids = [row["prompt_id"] for row in texts.values()]
+    prompts = {row["prompt_id"]: row for row in collect_rows(run, "prompts", pl.col("prompt_id").is_in(prompt_ids)).to_dicts()}
     return {
         title: [
             {
@@ -125,23 +125,23 @@ def _rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
 def split_units(text: str, aligned: dict[str, Any]) -> list[dict[str, Any]]:
     """The pieces of a completion between boundaries that both tokenizations share, each with both models' log-probs.
 
-    `shade` is log student − log teacher over `FULL` nats, within −1 and 1; the rest of the text, which is in no unit, has none.
+    Log-probs are in nats. `shade` is (log P_student − log P_teacher) / `FULL`, cut to −1 … 1. Text behind the last unit is
+    one more piece without log-probs and shade.
     """
-    data, start, found = text.encode(), 0, []
+    data, start, pieces = text.encode(), 0, []
     columns = (aligned[name] for name in ("byte_ends", "kind", "student_logprobs", "teacher_logprobs"))
     for end, kind, student, teacher in zip(*columns, strict=True):
         piece = data[start:end].decode(errors="backslashreplace")
-        apart = student - teacher
-        found.append(
+        pieces.append(
             {
                 "piece": piece or "■",  # the stop
                 "kind": Kind(kind).name.lower().replace("_", " "),
                 "student": student,
                 "teacher": teacher,
-                "shade": max(-1.0, min(1.0, apart / FULL)),
+                "shade": max(-1.0, min(1.0, (student - teacher) / FULL)),
             }
         )
         start = end
     if rest := data[start:].decode(errors="backslashreplace"):
-        found.append({"piece": rest, "kind": "not aligned", "student": None, "teacher": None, "shade": None})
-    return found
+        pieces.append({"piece": rest, "kind": "not aligned", "student": None, "teacher": None, "shade": None})
+    return pieces

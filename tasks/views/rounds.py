@@ -1,4 +1,4 @@
-"""What a run has shown so far: one row a model and round."""
+"""The figures of a run so far: one row per model and round."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ def summarise_rounds(run: str) -> pl.DataFrame:
     """The teacher, the student before training, and the student after each round, with 95% intervals.
 
     `recovered` is the share of the teacher's lead in sampled accuracy that the student has gained since round 0.
-    `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats a byte; `truncated` is the share of
-    completions cut at the limit; `supervised` is the share of the round's completion bytes that a term of the loss
-    speaks of.
+    `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats per byte. `tokens` is the mean length of
+    completions, and `truncated` the share of them that was cut at the limit. `supervised` is the share of the round's
+    completion bytes that a term of the loss covers.
     """
     try:
         evals = scan(run, "evals").collect()
@@ -31,7 +31,7 @@ def summarise_rounds(run: str) -> pl.DataFrame:
             {
                 "model": model,
                 "round": number,
-                "divergence": _per_byte(sampled),
+                "divergence": _divergence_of(sampled),
                 "tokens": sampled["tokens"].mean(),
                 "truncated": (sampled["finish_reason"] == "length").mean(),
             }
@@ -55,50 +55,52 @@ def summarise_rounds(run: str) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _per_byte(evals: pl.DataFrame) -> float | None:
+def _divergence_of(evals: pl.DataFrame) -> float | None:
+    """Mean log-ratio of completions in nats per byte; None where none has a teacher's log-prob."""
     scored = evals.filter(pl.col("teacher_logprob").is_not_null())
-    apart = float((scored["logprob"] - scored["teacher_logprob"]).sum())
-    return apart / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
+    log_ratio = float((scored["logprob"] - scored["teacher_logprob"]).sum())
+    return log_ratio / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
 
 
 def sum_bytes(run: str) -> pl.DataFrame:
-    """A row a round: the shares of its completions' bytes that are supervised, unmatched, dropped, and in the tail."""
+    """One row per round: the shares of its completions' bytes that are supervised, unmatched, dropped, and in the tail."""
     names = ["supervised", "unmatched", "dropped", "tail"]
     sums = [pl.col(f"{name}_bytes").cast(pl.Int64).sum().alias(name) for name in names]
     try:
-        found = scan(run, "aligned").group_by("round").agg(sums).sort("round").collect(engine="streaming")
+        table = scan(run, "aligned").group_by("round").agg(sums).sort("round").collect(engine="streaming")
     except (pl.exceptions.ComputeError, FileNotFoundError):  # before the first round
         return pl.DataFrame(schema={"round": pl.Int32, **dict.fromkeys(names, pl.Float64)})
-    return found.with_columns(pl.col(names) / pl.max_horizontal(pl.sum_horizontal(names), 1))
+    return table.with_columns(pl.col(names) / pl.max_horizontal(pl.sum_horizontal(names), 1))
 
 
 def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
-    """The table as people read it: `0.716 [0.66, 0.77]`, percent where a share of a whole is meant."""
+    """The rows of a table for people: accuracies such as `0.716 [0.66, 0.77]`, other shares in percent."""
 
-    def interval(row: dict[str, Any], kind: str) -> str | None:
+    def format_interval(row: dict[str, Any], kind: str) -> str | None:
         return None if row[kind] is None else f"{row[kind]:.3f} [{row[kind + '_low']:.2f}, {row[kind + '_high']:.2f}]"
 
     return [
         {
             "model": row["model"] if row["model"] == "teacher" else f"student, round {row['round']}",
-            "sampled": interval(row, "sampled"),
-            "greedy": interval(row, "greedy"),
-            "recovered": _format(row["recovered"], "{:.0%}"),
-            "divergence": _format(row["divergence"], "{:.4f}"),
-            "tokens": _format(row["tokens"], "{:.1f}"),
-            "truncated": _format(row["truncated"], "{:.1%}"),
-            "supervised": _format(row["supervised"], "{:.1%}"),
+            "sampled": format_interval(row, "sampled"),
+            "greedy": format_interval(row, "greedy"),
+            "recovered": _format_value(row["recovered"], "{:.0%}"),
+            "divergence": _format_value(row["divergence"], "{:.4f}"),
+            "tokens": _format_value(row["tokens"], "{:.1f}"),
+            "truncated": _format_value(row["truncated"], "{:.1%}"),
+            "supervised": _format_value(row["supervised"], "{:.1%}"),
         }
         for row in table.iter_rows(named=True)
     ]
 
 
-def _format(value: float | None, pattern: str) -> str | None:
+def _format_value(value: float | None, pattern: str) -> str | None:
     return None if value is None else pattern.format(value)
 
 
-def to_markdown(table: pl.DataFrame, where: str) -> str:
+def format_markdown(table: pl.DataFrame, where: str) -> str:
+    """The table of rounds as Markdown, with the address of the run."""
     rows = format_rounds(table)
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join([*lines, "", f"Everything lies in `{where}`."])
+    return "\n".join([*lines, "", f"Divergence is in nats per byte. The run is in `{where}`."])

@@ -1,4 +1,4 @@
-"""Two tokenizations of given texts side by side, without a model's weights: what `potstill align` shows."""
+"""Two tokenizations of texts side by side, without a model's weights: what `potstill align` shows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,25 +28,27 @@ LENGTHS = ("1", "2", "3", "4+")
 class AlignedTexts:
     """Texts under two tokenizers.
 
-    `table` has the columns of `aligned` that need no model, one row a text and in order. `supervised_bytes` are those
-    in a unit; a text that a tokenizer cannot spell byte for byte is dropped, and its `status` says whose. There is no
-    stop unit: a text is not a completion. `student` and `teacher` are the ids of all texts that are not dropped.
+    `table` has the columns of `aligned` that need no model: one row per text, in order. `supervised_bytes` are the bytes in
+    units. A text that a tokenizer cannot spell byte for byte is dropped, and its `status` names that side. There is no stop
+    unit, because a text is not a completion.
     """
 
     table: pa.Table
-    student: np.ndarray
-    teacher: np.ndarray
+    student: np.ndarray  # int64: the student's ids of all texts that are not dropped, flat
+    teacher: np.ndarray  # int64: the teacher's
 
 
-def align_texts(names: list[str], texts: list[str], own: Side, other: Side) -> AlignedTexts:
-    student, teacher = own.encoder.encode(texts), other.encoder.encode(texts)
+def align_texts(names: list[str], texts: list[str], student: Side, teacher: Side) -> AlignedTexts:
+    """Align the two tokenizations of each text; `names` become the `rollout_id` of the rows."""
+    student_ids, teacher_ids = student.encoder.encode(texts), teacher.encoder.encode(texts)
     status = [
-        "student_lossy" if s is None else "teacher_lossy" if t is None else "ok" for s, t in zip(student, teacher, strict=True)
+        "student_lossy" if s is None else "teacher_lossy" if t is None else "ok"
+        for s, t in zip(student_ids, teacher_ids, strict=True)
     ]
     good = [state == "ok" for state in status]
-    s_ids, s_offsets = _flat(student, good)
-    t_ids, t_offsets = _flat(teacher, good)
-    s_lengths, t_lengths = own.vocabulary.lengths[s_ids], other.vocabulary.lengths[t_ids]
+    s_ids, s_offsets = _flatten(student_ids, good)
+    t_ids, t_offsets = _flatten(teacher_ids, good)
+    s_lengths, t_lengths = student.vocabulary.lengths[s_ids], teacher.vocabulary.lengths[t_ids]
     units = align(s_lengths, s_offsets, t_lengths, t_offsets, np.zeros(len(texts), bool))
     sizes = np.array([len(text.encode()) for text in texts], np.int64)
     schema = pa.schema([ALIGNED.field(name) for name in COLUMNS])
@@ -67,68 +69,72 @@ def align_texts(names: list[str], texts: list[str], own: Side, other: Side) -> A
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str]]:
-    """Names and texts of a file: its `text` column, named by `rollout_id` or the row's number."""
+    """Names and texts of a file: its `text` column, and its `rollout_id` or the row's number."""
     rows = [row for _, row in read_file(path, "--file")]
     if missing := next(
         (n for n, row in enumerate(rows, 1) if not isinstance(row, dict) or not isinstance(row.get("text"), str)), 0
     ):
-        raise BadInput(f"--file: {path}: row {missing} has no `text`; give rows with a `text` column")
+        raise BadInput(f"--file: {path}: row {missing} has no `text`; give every row a text in a `text` column")
     return [str(row.get("rollout_id", number)) for number, row in enumerate(rows)], [row["text"] for row in rows]
 
 
 def write_units(table: pa.Table, path: Path) -> None:
+    """Write the table of aligned texts as Parquet. Raises BadInput where `path` cannot be written."""
     try:
         write_parquet(table, path)
     except OSError as error:
-        raise BadInput(f"--out: {path} cannot be written: {error.strerror or error}") from None
+        raise BadInput(f"--out: {path} cannot be written: {error.strerror or error}; give another path") from None
 
 
-def _flat(rows: list[list[int] | None], good: list[bool]) -> Flat:
+def _flatten(rows: list[list[int] | None], good: list[bool]) -> Flat:
     kept = [ids if ids is not None and ok else [] for ids, ok in zip(rows, good, strict=True)]
     return np.array([i for ids in kept for i in ids], np.int64), offsets_of(np.array([len(ids) for ids in kept], np.int64))
 
 
-def summarise(aligned: AlignedTexts, own: Side, other: Side) -> dict[str, list[dict[str, Any]]]:
-    """Tables by title, over all texts: units by kind and bytes by fate; what of either side matches; units by length."""
+def summarise_alignment(aligned: AlignedTexts, student: Side, teacher: Side) -> dict[str, list[dict[str, Any]]]:
+    """Tables by title, over all texts: units by kind and their bytes; shares of matched tokens; units by length."""
     table = aligned.table
     kinds = np.bincount(flat(table["kind"])[0], minlength=len(Kind))
     totals = {
         "texts": len(table),
         "dropped texts": sum(state != "ok" for state in table["status"].to_pylist()),
         "units": int(kinds.sum()),
-        **{kind.name.lower(): _share(kinds[kind], kinds.sum()) for kind in Kind if kind != Kind.STOP},
+        **{kind.name.lower(): _format_share(kinds[kind], kinds.sum()) for kind in Kind if kind != Kind.STOP},
         "bytes in units": sum(table["supervised_bytes"].to_pylist()),
         "bytes dropped": sum(table["dropped_bytes"].to_pylist()),
     }
     return {
         "Alignment": [totals],
-        "Tokens": _matched(aligned, own.vocabulary, other.vocabulary),
-        "Units by length": _by_length(table),
+        "Tokens": _count_matches(aligned, student.vocabulary, teacher.vocabulary),
+        "Units by length": _count_lengths(table),
     }
 
 
-def _matched(aligned: AlignedTexts, own: Vocabulary, other: Vocabulary) -> list[dict[str, Any]]:
-    """Of each vocabulary's entries and of the tokens of the texts: the share whose bytes the other has as a token, too."""
-    both = count_overlap(student=own, teacher=other)
-    sides = (("student", own, other, aligned.student, both.student), ("teacher", other, own, aligned.teacher, both.teacher))
+def _count_matches(aligned: AlignedTexts, student: Vocabulary, teacher: Vocabulary) -> list[dict[str, Any]]:
+    """Shares of each vocabulary's entries, and of its tokens in the texts, whose bytes are a token of the other one."""
+    overlap = count_overlap(student=student, teacher=teacher)
+    sides = (
+        ("student", student, teacher, aligned.student, overlap.student),
+        ("teacher", teacher, student, aligned.teacher, overlap.teacher),
+    )
     rows = []
-    for role, this, that, ids, entries in sides:
+    for role, vocabulary, counterpart, ids, entries in sides:
         used, counts = np.unique(ids, return_counts=True)
-        matched = counts[[this.beta.values[i] in that.by_bytes for i in used]].sum()
+        matched = counts[[vocabulary.beta.values[i] in counterpart.by_bytes for i in used]].sum()
         rows.append(
             {
                 "": role,
                 "entries": entries,
-                "matched entries": _share(both.shared, entries),
-                "Jaccard": f"{both.jaccard:.3f}",
+                "matched entries": _format_share(overlap.shared, entries),
+                "Jaccard": f"{overlap.jaccard:.3f}",
                 "tokens": len(ids),
-                "matched tokens": _share(matched, len(ids)),
+                "matched tokens": _format_share(matched, len(ids)),
             }
         )
     return rows
 
 
-def _by_length(table: pa.Table) -> list[dict[str, Any]]:
+def _count_lengths(table: pa.Table) -> list[dict[str, Any]]:
     """Shares of units, and of the bytes in them, by how many tokens or bytes a unit has."""
     sizes = {}
     for name in ("student", "teacher", "byte"):
@@ -145,30 +151,30 @@ def _by_length(table: pa.Table) -> list[dict[str, Any]]:
     rows = []
     for name, (length, weight) in measures.items():
         counts = np.bincount(np.minimum(length, len(LENGTHS)) - 1, weight, len(LENGTHS))
-        rows.append({"": name, **{label: _share(n, counts.sum()) for label, n in zip(LENGTHS, counts, strict=True)}})
+        rows.append({"": name, **{label: _format_share(n, counts.sum()) for label, n in zip(LENGTHS, counts, strict=True)}})
     return rows
 
 
-def _share(part: float, whole: float) -> str:
+def _format_share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "–"
 
 
-def format_pairs(text: str, row: dict[str, Any], own: Side, other: Side, width: int) -> Iterator[tuple[str, str]]:
+def format_pairs(text: str, row: dict[str, Any], student: Side, teacher: Side, width: int) -> Iterator[tuple[str, str]]:
     """A text as pairs of lines, student above teacher, at most `width` wide: units between ┃, their tokens between |."""
     sides = []
-    for text_side, ends in ((own, row["student_ends"]), (other, row["teacher_ends"])):
-        pieces = [show_token(text_side.beta, i) for i in text_side.encoder.encode([text])[0] or []]
+    for text_side, ends in ((student, row["student_ends"]), (teacher, row["teacher_ends"])):
+        pieces = [format_token(text_side.beta, i) for i in text_side.encoder.encode([text])[0] or []]
         sides.append(["|".join(pieces[start:end]) for start, end in pairwise([0, *ends])])
     lines = ("┃", "┃")
-    for student, teacher in zip(*sides, strict=True):
-        size = max(len(student), len(teacher))
+    for above, below in zip(*sides, strict=True):
+        size = max(len(above), len(below))
         if len(lines[0]) > 1 and len(lines[0]) + size + 1 > width:
             yield lines
             lines = ("┃", "┃")
-        lines = (f"{lines[0]}{student:<{size}}┃", f"{lines[1]}{teacher:<{size}}┃")
+        lines = (f"{lines[0]}{above:<{size}}┃", f"{lines[1]}{below:<{size}}┃")
     yield lines
 
 
-def show_token(beta: TokenBytes, token_id: int) -> str:
-    """A token's bytes for the eye: spaces and line ends visible, bytes that are no character as \\xNN."""
+def format_token(beta: TokenBytes, token_id: int) -> str:
+    """A token's bytes as visible text: spaces and line ends as symbols, bytes that are no character as \\xNN."""
     return (beta.values[token_id] or b"").decode(errors="backslashreplace").translate(VISIBLE)

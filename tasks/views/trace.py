@@ -1,38 +1,42 @@
-"""What `potstill inspect` says of a run's past: what a checkpoint was made from, and whether it is all still there."""
+"""What `potstill inspect` shows of a run's past: what a checkpoint was made from, and whether every artifact is intact."""
 
 import json
 import posixpath
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import polars as pl
+import pyarrow as pa
 
 from configs.errors import BadInput
 from storage.store import Run, round_slot
 from tasks.views.inspect import open_run
 
-ELSEWHERE = "no artifact of a run here: a model from elsewhere, a tokenizer, the texts of rows"
+ELSEWHERE = "no artifact of a run under this root: an external model, a tokenizer, or the texts of rows"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """From a round's checkpoint (default: the last) back to all of that round and to what came from before it.
+    """The artifacts that a round's checkpoint (default: the last) was made from, as a tree, with their stages' options.
 
-    Each input is found by its digest, in this run or in another under the same root; an earlier round's checkpoint is
-    named, and has a lineage of its own.
+    Each input is found by its digest, in this run or in another under the same root. The tree ends at the checkpoint of the
+    round before, which has a lineage of its own.
     """
     here = open_run(run)
-    made = dict(here.manifests())
-    last = next((n for n in range(len(made), 0, -1) if round_slot(n, "student") in made), None)
+    manifests = dict(here.manifests())
+    last = next((n for n in range(len(manifests), 0, -1) if round_slot(n, "student") in manifests), None)
     number = last if number is None else number
-    if number is None or round_slot(number, "student") not in made:
+    if number is None or round_slot(number, "student") not in manifests:
         raise BadInput(f"{run}: no checkpoint of round {number or 1}; " + (f"there are 1 to {last}" if last else "none yet"))
-    places = {manifest["digest"]: slot for slot, manifest in made.items()}
-    elsewhere = _elsewhere(here)
+    slots = {manifest["digest"]: slot for slot, manifest in manifests.items()}
+    elsewhere = _index_other_runs(here)
     tree: list[dict[str, Any]] = []
     shown: set[str] = set()
 
-    def grow(slot: str, role: str, depth: int) -> None:
-        manifest, again = made[slot], slot in shown
+    def add_to_tree(slot: str, role: str, depth: int) -> None:
+        manifest, again = manifests[slot], slot in shown
         shown.add(slot)
         tree.append(
             {
@@ -44,18 +48,18 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
             }
         )
         earlier = slot.startswith("round=") and not slot.startswith(round_slot(number))
-        for name, digest in [] if again or earlier else _digests(manifest["inputs"]):
-            if digest in places:
-                grow(places[digest], name, depth + 1)
+        for name, digest in [] if again or earlier else _list_digests(manifest["inputs"]):
+            if digest in slots:
+                add_to_tree(slots[digest], name, depth + 1)
             else:
-                known = elsewhere.get(digest, ELSEWHERE)
-                tree.append({"made from": "  " * (depth + 1) + name, "artifact": known, "digest": digest[:12]})
+                artifact = elsewhere.get(digest, ELSEWHERE)
+                tree.append({"made from": "  " * (depth + 1) + name, "artifact": artifact, "digest": digest[:12]})
 
-    grow(round_slot(number, "student"), "checkpoint", 0)
+    add_to_tree(round_slot(number, "student"), "checkpoint", 0)
     columns = ("made from", "artifact", "digest", "rows", "taken from")
     options: dict[tuple[str, str], dict[str, Any]] = {}
     for slot in sorted(shown):
-        inputs, versions = made[slot]["inputs"], made[slot]["versions"]
+        inputs, versions = manifests[slot]["inputs"], manifests[slot]["versions"]
         row = {
             "stage": inputs.get("stage"),
             "code": inputs.get("code"),
@@ -70,10 +74,32 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
     }
 
 
-def find_damage(run: str) -> list[dict[str, Any]]:
-    """Everything committed whose digest, computed again, is not the manifest's; and every manifest that is none."""
+def find_damage(run: str, read: bool = True) -> list[dict[str, Any]]:
+    """Every artifact that is not what its manifest says, and every manifest that cannot be read.
+
+    Digests are computed again; without `read` sizes alone are compared.
+    """
     here = open_run(run)
-    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.find_damage(slot))]
+    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.find_damage(slot, read))]
+
+
+@contextmanager
+def refuse_damage(run: str, sizes_first: bool = False) -> Iterator[None]:
+    """Turn what libraries raise for a damaged table into one message. With `sizes_first` a run is refused by sizes alone."""
+    if sizes_first and (damages := find_damage(run, read=False)):
+        raise _describe_damage(run, damages)
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pa.ArrowException, KeyError, OSError) as error:
+        if damages := find_damage(run):
+            raise _describe_damage(run, damages) from error
+        raise
+
+
+def _describe_damage(run: str, damages: list[dict[str, Any]]) -> BadInput:
+    named = "; ".join(f"{damage['artifact']}: {damage['problem']}" for damage in damages[:3])
+    more = f"; and {len(damages) - 3} more" if len(damages) > 3 else ""
+    return BadInput(f"{run}: damaged: {named}{more}; the `potstill run` command that made the run makes it again")
 
 
 def count_artifacts(run: str) -> int:
@@ -81,23 +107,23 @@ def count_artifacts(run: str) -> int:
     return len(open_run(run).slots())
 
 
-def _elsewhere(here: Run) -> dict[str, str]:
-    """Where under the root other runs have what a digest names."""
-    found: dict[str, str] = {}
+def _index_other_runs(here: Run) -> dict[str, str]:
+    """By digest, the slots of artifacts of the other runs under the root."""
+    index: dict[str, str] = {}
     for path in sorted(here.fs.ls(here.root, detail=False)):
         other = Run(here.uri, posixpath.basename(path.rstrip("/")))
         if other.name != here.name and other.fs.isdir(other.path):
-            found |= {manifest["digest"]: f"{slot} of {other.name}" for slot, manifest in other.manifests()}
-    return found
+            index |= {manifest["digest"]: f"{slot} of {other.name}" for slot, manifest in other.manifests()}
+    return index
 
 
-def _digests(inputs: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every digest among a stage's inputs with the name it has there."""
+def _list_digests(inputs: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(name, digest) of every digest among a stage's inputs."""
     if isinstance(inputs, str) and DIGEST.fullmatch(inputs):
         yield name.removesuffix(".digest"), inputs
     elif isinstance(inputs, dict):
         for key, value in inputs.items():
-            yield from _digests(value, f"{name}.{key}" if name else key)
+            yield from _list_digests(value, f"{name}.{key}" if name else key)
     elif isinstance(inputs, list):
         for value in inputs:
-            yield from _digests(value, name)
+            yield from _list_digests(value, name)

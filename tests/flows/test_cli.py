@@ -13,7 +13,7 @@ import pytest
 from helpers import CHECKOUT, POTSTILL, TINY, files
 
 from flows import cli
-from flows.terminal import print_table
+from flows.terminal import CONTROLS, print_table
 from storage.read import scan
 from tasks.views.inspect import show_round
 
@@ -188,11 +188,11 @@ def test_inspect_what_both_vocabularies_know(tiny):
     top = [pair for row in tables["scores"] for pair in zip(row["top_ids"] or [], row["top_logprobs"] or [], strict=True)]
     masses = [math.exp(logprob) for _, logprob in top]
     wanted.append(sum(m for (i, _), m in zip(top, masses, strict=True) if ("teacher", i) in known) / sum(masses))
-    got = [float(row["share"].rstrip("%")) / 100 for row in shown["Tokens that the other side has too"]]
+    got = [float(row["share"].rstrip("%")) / 100 for row in shown["Tokens that match a token of the other side"]]
     assert got == pytest.approx(wanted, abs=1e-3)
     canonical = scan(str(tiny), "aligned").filter(pl.col("round") == 1).collect()["canonical"].to_list()
     (drift,) = shown["Retokenisation drift"]
-    assert drift == {"rollouts": 64, "ids that are not the text's encoding": f"{canonical.count(False) / 64:.1%}"}
+    assert drift == {"rollouts": 64, "share whose ids differ from the text's encoding": f"{canonical.count(False) / 64:.1%}"}
 
 
 @pytest.mark.parametrize("source", ["student", "reference"])
@@ -219,9 +219,12 @@ def test_inspect_a_rollout(potstill, tiny, source):
 
 
 def test_texts_are_shown_as_they_are(capsys):
-    """Square brackets in a completion are no markup."""
-    print_table("Texts", [{"text": "[/INST] [red]x[/red] [b]"}])
-    assert "[/INST] [red]x[/red] [b]" in capsys.readouterr().out
+    """Square brackets in a completion are no markup; what a terminal would obey is shown and not sent."""
+    print_table("Texts", [{"text": "[/INST] [red]x[/red] [b]"}, {"text": "\x1b[2J\x1b]0;title\x07\x9b31m bell\r"}])
+    shown = capsys.readouterr().out
+    assert "[/INST] [red]x[/red] [b]" in shown
+    assert r"\x1b[2J\x1b]0;title\x07\x9b31m bell\x0d" in shown
+    assert not set(shown) & set(map(chr, CONTROLS))
 
 
 def test_the_commands_entry_point():

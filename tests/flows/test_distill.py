@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import TINY, files
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import BadInput
@@ -437,3 +438,18 @@ def test_a_copied_run_goes_on_elsewhere(tiny, tmp_path):
     assert run.rounds_done() == 2
     assert {slot: m["digest"] for slot, m in run.manifests()} == {slot: m["digest"] for slot, m in manifests(tiny).items()}
     assert run.find("round=0002/student").path == str(copied / "tiny" / "round=0002" / "student")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_run_whose_models_were_replaced_is_refused(recipe, models, tmp_path, role):
+    """Going on would make committed rounds anew over what they are: nothing is written."""
+    folder = tmp_path / "model"
+    shutil.copytree(models[role], folder)
+    path = recipe(rounds=1, **{role: {"model": str(folder)}})
+    distill(str(path))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    before = files(tmp_path / "runs")
+    with pytest.raises(BadInput, match=f"began with another {role}: the weights of {folder}.*--set name="):
+        distill(str(path), rounds=2)
+    assert files(tmp_path / "runs") == before

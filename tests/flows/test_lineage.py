@@ -55,6 +55,9 @@ def test_verify(potstill, tiny, tmp_path):
     (run / "round=0001/trainer/extra").write_text("x")
     manifest = run / "_manifests/prompts/train.json"
     manifest.write_text(manifest.read_text().replace("spell_backward", "spell_forward"))
+    boast = run / "_manifests/vocab/student.json"
+    said = json.loads(boast.read_text())
+    boast.write_text(json.dumps(said | {"rows": 10**30}))
     ended = potstill("inspect", run, "--verify")
     assert ended.status == 1
     for place, problem in {
@@ -62,6 +65,7 @@ def test_verify(potstill, tiny, tmp_path):
         "round=0002/student ": "content was altered",
         "round=0001/trainer": "bytes",
         "prompts/train": "manifest was altered",
+        "vocab/student": "its manifest says 1000000000000000000000000000000",
     }.items():
         assert any(place in line and problem in line for line in ended.out.splitlines()), place
-    assert f"{count - 4} of {count}" in ended.out
+    assert f"{count - 5} of {count}" in ended.out

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import BadInput
-from configs.load import MACHINERY, dump_recipe, list_differences, load_recipe, select_content, validate_recipe
+from configs.load import LATER, MACHINERY, dump_recipe, list_differences, load_recipe, select_content, validate_recipe
 from configs.objectives import Bytes, Gold
 from configs.schema import FilePrompts
 
@@ -254,7 +254,15 @@ def test_keys_name_all_but_machinery(plain):
     recipe = load_recipe(plain)
     for name in ("rollout", "score", "train"):
         left_out = getattr(recipe, name).model_dump().keys() - select_content(recipe, name).keys()
-        assert {f"{name}.{key}" for key in left_out} == {field for field in MACHINERY if field.startswith(f"{name}.")}
+        no_part = {field for field in MACHINERY | LATER if field.startswith(f"{name}.")}
+        assert {f"{name}.{key}" for key in left_out} == no_part
+
+
+def test_a_small_batch_needs_no_word_on_micro_batches(plain):
+    assert load_recipe(plain, ["train.batch_size=10"]).train.micro_batch_size == 10
+    assert load_recipe(plain, ["train.batch_size=128"]).train.micro_batch_size == 64
+    assert load_recipe(plain, ["train.batch_size=10", "train.micro_batch_size=4"]).train.micro_batch_size == 4
+    assert "train.batch_size" in message(plain, "train.batch_size=0")
 
 
 def test_recipes_cannot_be_changed(plain):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 import uuid
@@ -322,6 +323,18 @@ def test_a_run_of_another_recipe_is_refused(root):
     assert "train.learning_rate is 0.001 in the run, 0.5 in this recipe" in text
     assert "objective.name is 'bytes' in the run, 'gold' in this recipe" in text
     assert "--set name=" in text
+
+
+def test_a_run_that_was_moved_goes_on(root, tmp_path):
+    """Where a run lies is no part of what it is: a copy under another root, or the same root by another path."""
+    recipe = load_recipe(TINY, [f"root={root}"])
+    Run(root, recipe.name).freeze(recipe)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(root, moved)
+    there = load_recipe(TINY, [f"root={moved}"])
+    Run(str(moved), recipe.name).check_recipe(there)
+    Run(str(moved), recipe.name).freeze(there)
+    assert Run(str(moved), recipe.name).frozen_recipe() == there
 
 
 def test_a_folder_that_is_no_run_is_refused(root):
