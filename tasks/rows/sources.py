@@ -159,6 +159,8 @@ def _table_rows(
     if not rows:
         return
     convention = _recognise(config, field, rows, source)
+    consumed = {*convention.needs, *convention.may}
+    refused: list[str] = []
     for place, row in rows:
         try:
             reading = _read(config, convention, row)
@@ -166,11 +168,14 @@ def _table_rows(
                 check_prompt(reading.messages, convention.needs[0])
             messages = _fill_template(config.template, row, reading.messages, place)
         except Refused as error:
-            raise BadInput(f"{field}: {place}: {error}") from None
-        consumed = {*convention.needs, *convention.may}
+            refused.append(f"{place}: {error}")
+            continue
         metadata = json.dumps({key: value for key, value in row.items() if key not in consumed}, default=str)
         tools = None if reading.tools is None else json.dumps(reading.tools)
         yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight)
+    if refused:
+        more = f"; and {len(refused) - 1:,} more of {len(rows):,} rows cannot be read" if len(refused) > 1 else ""
+        raise BadInput(f"{field}: {refused[0]}{more}")
 
 
 def _recognise(config: TablePrompts, field: str, rows: list[Placed], source: str) -> Convention:

@@ -150,6 +150,13 @@ RECIPES = [
     (["prompts.template={{nothing}}"], ["prompts.template: '{nothing}'", "fields here:", "word"]),
     (["prompts.options.min_word_len=9", "prompts.options.max_word_len=3"], ["prompts.options", "max_word_len must be >="]),
     (["prompts={{source='file', path='{place}'}}"], ["prompts.path: {place}: a folder without .parquet"]),
+    (["prompts={{source='file', path='{place}/*.csv'}}"], ["prompts.path: {place}/*.csv: matches no file", "data/*.parquet"]),
+    (["prompts={{source='file'}}"], ["prompts: give prompts.path or prompts.paths: both are missing"]),
+    (["prompts={{source='file', path='a', paths=[{{path='b'}}]}}"], ["prompts.path or prompts.paths: both are there"]),
+    (["prompts={{source='file', paths=[{{path='b', weight=0.0}}]}}"], ["prompts.paths.0.weight", "greater than 0", "found 0"]),
+    (["prompts={{source='file', paths=[{{path='b', wight=1}}]}}"], ["prompts.paths.0.wight: unknown key", "path, weight"]),
+    (["prompts={{source='file', path='b', columns={{promt='c'}}}}"], ["columns.promt: unknown key", "prompt, reference"]),
+    (["prompts.columns={{prompt='c'}}"], ["prompts.columns: unknown key"]),
 ]
 
 

@@ -12,6 +12,7 @@ from configs.schema import FilePrompts
 from tasks.rows.accounts import describe_account
 from tasks.rows.conventions import CONVENTIONS
 from tasks.rows.messages import load_messages
+from tasks.rows.scorers import make_scorer
 from tasks.rows.sources import check_prompts, deal_prompts, split_prompts
 
 NUMBERS = range(2, 10)
@@ -428,6 +429,18 @@ def test_a_row_that_cannot_be_read(tmp_path: Path, row: Any, part: str) -> None:
     told = refuse_row(tmp_path, row)
     assert f"prompts.path: {tmp_path}/rows.jsonl: row 2: " in told
     assert part in told
+
+
+def test_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "reference": value} for value in ("b", ["c"], {"d": 1}, 5, [])]
+    told = refuse(lines(tmp_path / "rows.jsonl", rows))
+    assert "row 2: `reference` is a list" in told
+    assert told.endswith("; and 2 more of 5 rows cannot be read")
+
+
+def test_a_column_of_the_name_that_tasks_use_is_no_task(tmp_path: Path) -> None:
+    row = read_row(tmp_path, {"prompt": "UNLIKE", "reference": "b", "entry": "x"})
+    assert make_scorer("task")("b", row) == 1.0
 
 
 def test_columns_of_no_convention(tmp_path: Path) -> None:
