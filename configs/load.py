@@ -120,8 +120,11 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
         if isinstance(model, dict) and isinstance(model.get("recipe"), str):
             model["recipe"] = resolve(model["recipe"])
     prompts = data.get("prompts")
-    if isinstance(prompts, dict) and isinstance(prompts.get("path"), str):
-        prompts["path"] = resolve(prompts["path"])
+    if isinstance(prompts, dict):
+        several = prompts.get("paths")
+        for entry in (prompts, *(several if isinstance(several, list) else [])):
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                entry["path"] = resolve(entry["path"])
 
 
 def _describe_error(where: str, data: dict[str, Any], error: Any) -> str:
@@ -156,7 +159,7 @@ def _variants_of(union: Any) -> dict[str, type[BaseModel]]:
 def _fields_of(data: dict[str, Any], location: list[str]) -> list[str]:
     """The fields of the table at `location`, for the message about an unknown key."""
     model: Any = Recipe
-    for part in location:
+    for part in filter(str.isidentifier, location):  # not a place in a list
         annotation = model.model_fields[part].annotation
         if part in ("prompts", "objective"):
             model = _variants_of(Prompts if part == "prompts" else Objective)[data[part][_tag_of(part)]]

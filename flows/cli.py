@@ -200,7 +200,8 @@ def inspect(
         elif round is not None:
             tables = show.show_round(run, round)
         else:
-            tables = {ROUNDS: format_rounds(summarise_rounds(run)), "Tables": show.list_tables(run)}
+            rounds, prompts = format_rounds(summarise_rounds(run)), show.show_prompts(run)
+            tables = {ROUNDS: rounds, "Prompts": prompts, "Tables": show.list_tables(run)}
     for title, rows in tables.items():
         print_table(title, rows)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from storage.schemas import SCHEMAS
 
-FOLDERS = {"vocab": "vocab", "prompts": "prompts"}
+FOLDERS = {"vocab", "prompts", "accounts"}
 
 
 def scan(run: str, table: str) -> pl.LazyFrame:
@@ -28,6 +28,7 @@ def scan(run: str, table: str) -> pl.LazyFrame:
         include_file_paths="file",
         missing_columns="insert",
         extra_columns="ignore",
+        cast_options=pl.ScanCastOptions(missing_struct_fields="insert", extra_struct_fields="ignore"),
     )
     if has_magic(run):
         levels = 4 if per_round else 3

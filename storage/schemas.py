@@ -15,13 +15,29 @@ VOCAB = pa.schema(
     }
 )
 
-PROMPTS = pa.schema(
-    {
+
+def prompts_schema(of_messages: tuple[str, ...] = (), tools: bool = False) -> pa.Schema:
+    """Of `prompts`: with the fields of messages, and the tools, that a source has beside role and content."""
+    message = pa.struct({name: pa.string() for name in ("role", "content", *of_messages)})  # tool_calls as JSON
+    columns = {
         "prompt_id": pa.string(),
-        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "messages": pa.list_(message),
         "reference": pa.string(),
         "metadata": pa.string(),  # JSON
         "split": pa.string(),  # train, eval
+    }
+    return pa.schema(columns | ({"tools": pa.string()} if tools else {}))  # tools as JSON
+
+
+PROMPTS = prompts_schema()
+
+ACCOUNTS = pa.schema(
+    {
+        "source": pa.string(),  # a path of the recipe, a dataset, a task
+        "read_as": pa.string(),  # the convention
+        "outcome": pa.string(),  # what became of rows; those of all outcomes are the rows that were read
+        "rows": pa.int64(),
+        "without_reference": pa.int64(),  # of these rows
     }
 )
 
@@ -152,6 +168,7 @@ GATES = pa.schema(
 SCHEMAS = {
     "vocab": VOCAB,
     "prompts": PROMPTS,
+    "accounts": ACCOUNTS,
     "completions": COMPLETIONS,
     "rollouts": ROLLOUTS,
     "scores": SCORES,

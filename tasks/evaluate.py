@@ -17,6 +17,7 @@ from tasks.engines.base import Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import side, teacher_ids
+from tasks.rows.messages import load_messages
 from tasks.rows.scorers import make_scorer
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
@@ -60,7 +61,9 @@ def evaluate_model(
         rows = read_table(prompts).to_pylist()
         records = evaluate_prompts(recipe, number, role, model, rows)
         if teacher is not None:
-            messages = {row["prompt_id"]: row["messages"] for row in rows}
+            messages = dict(
+                zip([row["prompt_id"] for row in rows], load_messages(row["messages"] for row in rows), strict=True)
+            )
             _add_teacher_logprobs(recipe, records, messages, model=model, teacher=teacher)
         return pa.Table.from_pylist(records, EVALS)
 
@@ -80,7 +83,7 @@ def evaluate_prompts(
     """One greedy and `evaluate.samples` sampled completions of every prompt with their scores, as rows of `evals`."""
     config, text_side = recipe.rollout, side(model)
     stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
-    rendered = [text_side.render(row["messages"]) for row in rows]
+    rendered = [text_side.render(messages) for messages in load_messages(row["messages"] for row in rows)]
     generator = get_engine(model, config.batch_size, recipe.score.batch_tokens)
     records = []
     with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:

@@ -25,8 +25,10 @@ from tasks.gates.texts import text_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rollout import make_rollouts
+from tasks.rows.accounts import describe_account
 from tasks.rows.plan import Row
-from tasks.rows.sources import split_prompts
+from tasks.rows.sources import deal_prompts, field_of
+from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 from tasks.score import score_rows
 from tasks.signals import make_signal
@@ -42,7 +44,10 @@ def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teacher:
 
 def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[Gate]:
     """The gates of a recipe on `count` of its prompts. A new student (None) is not made yet and has no gates."""
-    prompts = split_prompts(recipe.prompts, recipe.seed)
+    split = deal_prompts(recipe.prompts, recipe.seed)
+    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
+        logger.info(line)
+    prompts = split.tables()
     gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
     if student is None:
         return gates

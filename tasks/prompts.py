@@ -1,35 +1,43 @@
-"""The prompts stage: training and held-out prompts of a run, as committed tables."""
+"""The prompts stage: training and held-out prompts of a run, as committed tables, and what became of every row."""
+
+from collections.abc import Callable
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from configs.schema import FilePrompts, Recipe
-from storage.artifacts import Artifact
-from storage.lineage import digest_file
+from configs.schema import Recipe
+from storage.artifacts import Artifact, read_table
 from storage.store import Run
+from tasks.rows.accounts import describe_account
 from tasks.rows.round import SplitPrompts
-from tasks.rows.sources import split_prompts
+from tasks.rows.sources import deal_prompts, digest_files, field_of, warn_of_few
+from tasks.rows.split import Split
 from tasks.running.progress import logger
 
-CODE = 1
+CODE = 2
 
 
 @task(name="prompts", cache_policy=NO_CACHE)
 def make_prompts(recipe: Recipe) -> SplitPrompts:
-    """`prompts/train` and `prompts/eval`, disjoint."""
+    """`prompts/train` and `prompts/eval`, disjoint, and `accounts/prompts`."""
     run, config = Run(recipe.root, recipe.name), recipe.prompts
     inputs = {"stage": "prompts", "code": CODE, "recipe": config.model_dump(mode="json"), "seed": recipe.seed}
-    if isinstance(config, FilePrompts):
-        inputs["file"] = digest_file(config.path)
-    tables: dict[str, pa.Table] = {}
+    inputs["files"] = digest_files(config)
+    dealt: list[Split] = []
 
-    def build(split: str) -> Artifact:
-        def make() -> pa.Table:
-            if not tables:
-                tables.update(split_prompts(config, recipe.seed))
-            return tables[split]
+    def deal() -> Split:
+        if not dealt:
+            dealt.append(deal_prompts(config, recipe.seed))
+            warn_of_few(config, dealt[0])
+        return dealt[0]
 
-        return run.build_table(f"prompts/{split}", inputs | {"split": split}, make, logger.info)
+    def build(slot: str, table: str, make: Callable[[], pa.Table]) -> Artifact:
+        return run.build_table(slot, inputs | {"split": table}, make, logger.info)
 
-    return SplitPrompts(train=build("train"), eval=build("eval"))
+    account = build("accounts/prompts", "account", lambda: deal().account())
+    train = build("prompts/train", "train", lambda: deal().tables()["train"])
+    held_out = build("prompts/eval", "eval", lambda: deal().tables()["eval"])
+    for line in describe_account(field_of(config), read_table(account).to_pylist()):
+        logger.info(line)
+    return SplitPrompts(train=train, eval=held_out)

@@ -16,6 +16,7 @@ from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
+from tasks.rows.messages import load_messages
 from tasks.rows.plan import Row, plan_rows
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
@@ -60,7 +61,7 @@ def make_rollouts(
     Returns a table with the columns of `storage.schemas.ROLLOUTS`, in order of `rows`.
     """
     chosen = prompts.take(np.array([row.prompt for row in rows]))
-    messages, references = chosen["messages"].to_pylist(), chosen["reference"].to_pylist()
+    messages, references = load_messages(chosen["messages"].to_pylist()), chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(m) for m in messages]
     sampling = Sampling.of(config)

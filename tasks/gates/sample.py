@@ -8,6 +8,7 @@ from configs.schema import Recipe
 from tasks.engines.base import Engine
 from tasks.engines.choose import get_engine
 from tasks.models.reference import ModelRef
+from tasks.rows.messages import Message, load_messages
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,9 @@ class Sample:
     teacher: ModelRef | None
 
     @property
-    def messages(self) -> list[list[dict[str, str]]]:
+    def messages(self) -> list[list[Message]]:
         """The messages of each prompt."""
-        messages: list[list[dict[str, str]]] = self.prompts["messages"].to_pylist()
-        return messages
+        return load_messages(self.prompts["messages"].to_pylist())
 
     def sides(self) -> dict[str, ModelRef]:
         """The models by role; without a teacher the student alone."""

@@ -1,84 +1,101 @@
-"""Where prompts come from, and how they are split into training and held-out ones."""
+"""Where prompts come from: procedural tasks, files, data sets of the hub."""
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from string import Formatter
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 
 from configs.errors import BadInput
-from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts
-from storage.lineage import digest_json
-from storage.schemas import PROMPTS
+from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
+from storage.lineage import digest_file, digest_json
+from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
+from tasks.rows.files import find_files, read_file
+from tasks.rows.messages import Message, Refused, check_prompt, read_reference
+from tasks.rows.split import SourceRow, Split, split_stream, split_table
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 
 ATTEMPTS = 20  # procedural items drawn for each prompt wanted, before their supply counts as exhausted
+PLAIN: str = PromptSource.model_fields["template"].default
+CHECKED: set[str] = set()  # digests of what this process found right
+
+Placed = tuple[str, Any]  # a row behind the place it stands at: `data/a.jsonl: row 3`
 
 
 def check_prompts(config: Prompts, seed: int, references: bool = False) -> None:
     """Raise BadInput where `config` cannot give prompts, or none with a reference where `references` are needed.
 
-    A file is read whole, of a task one item is made.
+    Every row of a file or a data set is read, of a task one item is made. What was found right is not read again.
     """
-    if next(iter(_rows(config, seed)), None) is None:
-        raise BadInput(f"prompts.{_where(config)}: no prompts in it; give rows with `messages` or `prompt`")
-    if isinstance(config, FilePrompts):
-        rows = _split_rows(config, seed)["train"]
-        if references and not any(row["reference"] for row in rows):
-            raise BadInput(f"prompts.{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
+    if isinstance(config, GymPrompts):
+        next(_gym_rows(config, seed))
+        return
+    key = digest_json([config.model_dump(mode="json"), digest_files(config), references])
+    if key in CHECKED:
+        return
+    split = deal_prompts(config, seed)
+    if references and not any(row.reference for row in split.train):
+        raise BadInput(f"{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
+    CHECKED.add(key)
 
 
 def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
-    """Distinct prompts, dealt to train and eval by a hash of their content, so that no prompt is in both."""
-    dealt = _split_rows(config, seed)
-    for split, wanted in (("train", config.train), ("eval", config.eval)):
-        if (found := len(dealt[split])) < wanted:
-            logger.warning("prompts: %s has %d distinct prompts, prompts.%s asks for %d", split, found, split, wanted)
-    return {split: pa.Table.from_pylist(rows, PROMPTS) for split, rows in dealt.items()}
+    """The tables `train` and `eval`: distinct prompts, none of them in both."""
+    return deal_prompts(config, seed).tables()
 
 
-def _split_rows(config: Prompts, seed: int) -> dict[str, list[dict[str, Any]]]:
-    wanted = {"train": config.train, "eval": config.eval}
-    found: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    seen: set[str] = set()
-    share = config.eval / (config.eval + config.train)
-    for row in _rows(config, seed):
-        identity = digest_json(row["messages"])[:16]
-        if identity in seen:
-            continue
-        seen.add(identity)
-        split = "eval" if int(identity, 16) / 16**16 < share else "train"
-        if len(found[split]) < wanted[split]:
-            found[split].append({"prompt_id": identity, "split": split, **row})
-        elif all(len(found[s]) == wanted[s] for s in wanted):
-            break
-    for split, rows in found.items():
+def deal_prompts(config: Prompts, seed: int) -> Split:
+    """Distinct prompts, dealt to train and eval by a hash of their content, and what became of every row."""
+    try:
+        if isinstance(config, GymPrompts):
+            return split_stream(_gym_rows(config, seed), config.train, config.eval)
+        rows = list(_file_rows(config) if isinstance(config, FilePrompts) else _hub_rows(config))
         if not rows:
-            raise BadInput(f"prompts.{_where(config)}: only {len(seen)} distinct prompts, none of them for {split}; give more")
-    return found
+            raise Refused("no prompts in it; give rows with `messages` or `prompt`, or in another convention")
+        return split_table(rows, config.train, config.eval)
+    except Refused as error:
+        raise BadInput(f"{_where(config)}: {error}") from None
+
+
+def warn_of_few(config: Prompts, split: Split) -> None:
+    """Say where there are fewer prompts than the recipe asks for."""
+    for side, rows, wanted in (("train", split.train, config.train), ("eval", split.eval, config.eval)):
+        if wanted is not None and len(rows) < wanted:
+            logger.warning("prompts: %s has %d distinct prompts, prompts.%s asks for %d", side, len(rows), side, wanted)
+
+
+def field_of(config: Prompts) -> str:
+    """The field that names the source."""
+    match config:
+        case GymPrompts():
+            return "prompts.task"
+        case FilePrompts():
+            return "prompts.paths" if config.paths else "prompts.path"
+        case HubPrompts():
+            return "prompts.dataset"
 
 
 def _where(config: Prompts) -> str:
     match config:
         case GymPrompts():
-            return f"task: {config.task}"
+            found = config.task
         case FilePrompts():
-            return f"path: {config.path}"
+            found = ", ".join(entry.path for entry in config.entries)
         case HubPrompts():
-            return f"dataset: {config.dataset}"
+            found = config.dataset
+    return f"{field_of(config)}: {found}"
 
 
-def _rows(config: Prompts, seed: int) -> Iterator[dict[str, Any]]:
-    match config:
-        case GymPrompts():
-            return _gym_rows(config, seed)
-        case FilePrompts():
-            return _table_rows(config, read_rows(Path(config.path)))
-        case HubPrompts():
-            return _table_rows(config, _hub_rows(config))
+def digest_files(config: Prompts) -> list[str]:
+    """Digests of all files that are read, in order; none where the source is no file."""
+    if not isinstance(config, FilePrompts):
+        return []
+    return [digest_file(file) for entry in config.entries for file in find_files(entry.path, field_of(config))]
+
+
+# -- procedural tasks --------------------------------------------------------------------------------------------------
 
 
 def load_gym_dataset(name: str, options: dict[str, Any], seed: int = 0, size: int = 1) -> Any:
@@ -95,94 +112,127 @@ def load_gym_dataset(name: str, options: dict[str, Any], seed: int = 0, size: in
         raise BadInput(f"prompts.options: {name} does not take {options}: {error}") from None
 
 
-def _gym_rows(config: GymPrompts, seed: int) -> Iterator[dict[str, Any]]:
+def _gym_rows(config: GymPrompts, seed: int) -> Iterator[SourceRow]:
     size = ATTEMPTS * (config.train + config.eval)
     for entry in load_gym_dataset(config.task, config.options, derive_seed(seed, "prompts") % 2**31, size):
         fields = {**entry["metadata"], "question": entry["question"]}
         metadata = {"task": config.task, "options": config.options, "entry": entry}
-        yield {
-            "messages": [{"role": "user", "content": _fill_template(config.template, fields)}],
-            "reference": entry["answer"],
-            "metadata": json.dumps(metadata, default=str),
-        }
+        try:
+            content = config.template.format_map(fields)
+        except FILLING as error:
+            raise _unfilled(config.template, fields, error) from None
+        messages = [{"role": "user", "content": content}]
+        yield SourceRow(config.task, "reasoning-gym", messages, entry["answer"], json.dumps(metadata, default=str))
 
 
-def read_rows(path: Path, field: str = "prompts.path") -> Iterable[dict[str, Any]]:
-    """Rows of a JSONL or Parquet file; BadInput says what is wrong with it, and which `field` named it."""
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path).iter_rows(named=True)
-        if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").split("\n")
-            return [_parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
-    except FileNotFoundError:
-        raise BadInput(f"{field}: {path}: no such file; give a .jsonl or .parquet file") from None
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise BadInput(f"{field}: {path}: cannot be read as {path.suffix[1:]}: {error}") from None
-    raise BadInput(f"{field}: {path}: neither .jsonl nor .parquet")
+# -- files and data sets -----------------------------------------------------------------------------------------------
 
 
-def _parse(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
+def _file_rows(config: FilePrompts) -> Iterator[SourceRow]:
+    field = field_of(config)
+    for entry in config.entries:
+        files = find_files(entry.path, field)
+        rows = [(f"{file}: row {number}", row) for file in files for number, row in read_file(file, field)]
+        yield from _table_rows(config, field, rows, entry.path, entry.weight)
 
 
-def _hub_rows(config: HubPrompts) -> Iterable[dict[str, Any]]:
+def _hub_rows(config: HubPrompts) -> Iterator[SourceRow]:
     try:
         from datasets import load_dataset
     except ImportError:
         raise BadInput("prompts.source: 'hub' needs the datasets package: pip install -e '.[hub]'") from None
     try:
-        rows: Iterable[dict[str, Any]] = load_dataset(config.dataset, config.subset, split=config.hub_split)
-        return rows
+        loaded: Iterable[Row] = load_dataset(config.dataset, config.subset, split=config.hub_split)
     except (OSError, ValueError) as error:
         raise BadInput(f"prompts.dataset: {config.dataset} cannot be loaded: {error}") from None
+    rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(loaded, 1)]
+    yield from _table_rows(config, "prompts.dataset", rows, config.dataset)
 
 
-def _table_rows(config: FilePrompts | HubPrompts, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    where = _where(config)
-    for number, row in enumerate(rows, 1):
+def _table_rows(
+    config: TablePrompts, field: str, rows: list[Placed], source: str, weight: float | None = None
+) -> Iterator[SourceRow]:
+    """The rows of one path or data set, all in one convention."""
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise BadInput(f"prompts.{where}: row {number} is {row!r:.60}; give objects with `messages` or `prompt`")
-        messages = row.get("messages")
-        if messages is None:
-            if "prompt" not in row:
-                raise BadInput(
-                    f"prompts.{where}: row {number} has neither `messages` nor a text `prompt`; it has {sorted(row)}"
-                )
-            if not _is_text(row["prompt"]):
-                raise BadInput(f"prompts.{where}: row {number}: `prompt` must be text, found {row['prompt']!r:.60}")
-            messages = [{"role": "user", "content": _fill_template(config.template, {**row, "question": row["prompt"]})}]
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise BadInput(
-                f"prompts.{where}: row {number}: `messages` must be a list of {{role, content}}, both text, "
-                f"found {messages!r:.60}"
-            )
-        reference = row.get("reference")
-        if isinstance(reference, str) and not _is_text(reference):
-            raise BadInput(f"prompts.{where}: row {number}: `reference` must be text, found {reference!r:.60}")
-        rest = {key: value for key, value in row.items() if key not in ("messages", "prompt", "reference")}
-        yield {
-            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-            "reference": None if reference is None else str(reference),
-            "metadata": json.dumps(rest, default=str),
-        }
+            raise BadInput(f"{field}: {place} is {row!r:.60}; give objects with `messages` or `prompt`")
+    if not rows:
+        return
+    convention = _recognise(config, field, rows, source)
+    consumed = {*convention.needs, *convention.may}
+    refused: list[str] = []
+    for place, row in rows:
+        try:
+            reading = _read(config, convention, row)
+            if convention.needs:
+                check_prompt(reading.messages, convention.needs[0])
+            messages = _fill_template(config.template, row, reading.messages, place)
+        except Refused as error:
+            refused.append(f"{place}: {error}")
+            continue
+        metadata = json.dumps({key: value for key, value in row.items() if key not in consumed}, default=str)
+        tools = None if reading.tools is None else json.dumps(reading.tools)
+        yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight)
+    if refused:
+        more = f"; and {len(refused) - 1:,} more of {len(rows):,} rows cannot be read" if len(refused) > 1 else ""
+        raise BadInput(f"{field}: {refused[0]}{more}")
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can hold: JSON's escapes can spell half a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def _fill_template(template: str, fields: dict[str, Any]) -> str:
+def _recognise(config: TablePrompts, field: str, rows: list[Placed], source: str) -> Convention:
+    """The convention of all rows; the fault of one that nobody named is shown at the first row."""
+    columns = {key for _, row in rows for key in row}
+    filled = {key for _, row in rows for key, value in row.items() if value is not None}
+    named = config.columns.model_dump(exclude_none=True)
     try:
-        return template.format_map(fields)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        known = ", ".join(sorted(fields))
-        raise BadInput(f"prompts.template: {template!r} cannot be filled ({error!r}); fields here: {known}") from None
+        for name, column in named.items():
+            if columns.isdisjoint({column, column.partition(".")[0]}):
+                raise Refused(f"prompts.columns.{name} = '{column}': there is no such column; there are {sorted(columns)}")
+        templated = config.template != PLAIN
+        return choose_convention(columns, filled, name=config.convention, given=config.columns, templated=templated)
+    except Refused as error:
+        place = source if named or config.convention else rows[0][0]
+        raise BadInput(f"{field}: {place}: {error}") from None
+
+
+def _read(config: TablePrompts, convention: Convention, row: Row) -> Reading:
+    named = config.columns.reference
+    if named is None:
+        return convention.read(row)
+    reading = convention.read({key: value for key, value in row.items() if key != "reference"} if named in row else row)
+    return Reading(reading.messages, read_reference(pick(row, named), named), reading.tools)
+
+
+# -- templates ---------------------------------------------------------------------------------------------------------
+
+FILLING = (KeyError, IndexError, ValueError, AttributeError, TypeError)
+
+
+class Texts(Formatter):
+    """Fills a template with texts and numbers alone."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None or isinstance(value, dict | list | bytes):
+            raise ValueError(f"{value!r:.60} is no text")
+        return str(super().format_field(value, format_spec))
+
+
+def _fill_template(template: str, row: Row, messages: list[Message], place: str) -> list[Message]:
+    """The messages with the user's last one written by the template, in which it is `{question}`."""
+    if template == PLAIN and messages:
+        return messages
+    last = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if messages and last is None:
+        raise Refused("prompts.template writes the user's last message, and there is none")
+    fields = row if last is None else {**row, "question": messages[last]["content"]}
+    try:
+        filled = Texts().vformat(template, (), fields)
+    except FILLING as error:
+        raise _unfilled(template, fields, error, f" for {place}") from None
+    if last is None:
+        return [{"role": "user", "content": filled}]
+    return [*messages[:last], {**messages[last], "content": filled}, *messages[last + 1 :]]
+
+
+def _unfilled(template: str, fields: dict[str, Any], error: Exception, place: str = "") -> BadInput:
+    known = ", ".join(sorted(fields))
+    return BadInput(f"prompts.template: {template!r} cannot be filled{place} ({error!r}); fields here: {known}")

@@ -10,6 +10,7 @@ import polars as pl
 from configs.errors import BadInput
 from storage.read import scan
 from storage.store import Run
+from tasks.rows.accounts import summarise_account
 from tasks.tokens.align import Kind
 
 SHOWN = 10  # rollouts in the view of a round
@@ -40,6 +41,11 @@ def list_tables(run: str) -> list[dict[str, Any]]:
         row["seconds"] = round(row["seconds"] + manifest["seconds"], 1)
         row["taken from"] = manifest.get("taken_from", row["taken from"])
     return list(rows.values())
+
+
+def show_prompts(run: str) -> list[dict[str, Any]]:
+    """What became of every row of each source of prompts."""
+    return summarise_account(collect_rows(run, "accounts", pl.lit(True)).to_dicts())
 
 
 def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ from storage.read import scan
 from storage.store import Run
 from tasks.tokens.align import Kind
 from tasks.views.charts import draw_charts
-from tasks.views.inspect import collect_rows
+from tasks.views.inspect import collect_rows, show_prompts
 from tasks.views.rounds import format_rounds, summarise_rounds
 
 FILE = "report.html"
@@ -45,6 +45,7 @@ def render_report(run: Run) -> str:
         rounds=format_rounds(rounds),
         charts=draw_charts(run, rounds) if len(rounds) else {},
         vega=_bundle_vega(),
+        prompts=show_prompts(run.address),
         gates=_list_gates(run.address, done),
         answers=_collect_answers(run.address, done),
         rollouts=_pick_rollouts(run.address, done),

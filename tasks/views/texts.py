@@ -13,7 +13,7 @@ from configs.errors import BadInput
 from storage.artifacts import write_parquet
 from storage.schemas import ALIGNED
 from tasks.models.text import Side
-from tasks.rows.sources import read_rows
+from tasks.rows.files import read_file
 from tasks.tokens.align import Kind, align, unit_sizes
 from tasks.tokens.ragged import Flat, flat, offsets_of, ragged
 from tasks.tokens.token_bytes import TokenBytes
@@ -69,8 +69,8 @@ def align_texts(names: list[str], texts: list[str], student: Side, teacher: Side
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str]]:
-    """Names and texts of a .jsonl or .parquet file: its `text` column, and its `rollout_id` or the row's number."""
-    rows = list(read_rows(path, "--file"))
+    """Names and texts of a file: its `text` column, and its `rollout_id` or the row's number."""
+    rows = [row for _, row in read_file(path, "--file")]
     if missing := next(
         (n for n, row in enumerate(rows, 1) if not isinstance(row, dict) or not isinstance(row.get("text"), str)), 0
     ):

@@ -168,10 +168,10 @@ def test_an_unknown_option_of_a_task(potstill, recipe, root):
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (None, ("no such file", ".jsonl or .parquet")),
+        (None, ("no such file", ".jsonl, .json, .csv or .parquet")),
         ("", ("no prompts in it", "`messages` or `prompt`")),
         ("{", ("cannot be read as jsonl",)),
-        ('{"text": "x"}\n', ("row 1", "`messages`", "['text']")),
+        ('{"text": "x"}\n', ("row 1", "chat messages: messages", "['text']")),
         ('{"prompt": "x"}\n{"prompt": "y"}\n{"text": "z"}\n', ("row 3", "['text']")),
         ('{"prompt": "the only one"}\n', ("only 1 distinct prompts", "give more")),
         ('["x"]\n', ("row 1",)),

@@ -172,8 +172,8 @@ def test_what_the_tests_of_pages_look_for():
     assert links(page) == ["y.md#a-b-c", "q.svg"]
     assert anchors(page) == {"a-b-c"}
     assert list(commands(page)) == [["run", "x", "--set", "a=b"]]
-    part = {"rounds": 1, "prompts": {"path": "x", "paths": "y"}, "train": {"rate": 1}, "other": {}}
-    assert unknown(part, [Recipe]) == ["prompts.paths", "train.rate", "other"]
+    part = {"rounds": 1, "prompts": {"path": "x", "place": "y"}, "train": {"rate": 1}, "other": {}}
+    assert unknown(part, [Recipe]) == ["prompts.place", "train.rate", "other"]
     with pytest.raises(CycloptsError):
         app.parse_args(["run", "recipe.toml", "--round", "3"], print_error=False, exit_on_error=False)
     assert [NAMES[path] for path in PAGES if "```toml" in path.read_text()][:2] == ["README.md", "configs/README.md"]

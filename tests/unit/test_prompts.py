@@ -9,7 +9,7 @@ import pytest
 from configs.errors import BadInput
 from configs.schema import FilePrompts, GymPrompts
 from storage.schemas import PROMPTS
-from tasks.rows.sources import check_prompts, split_prompts
+from tasks.rows.sources import check_prompts, deal_prompts, split_prompts, warn_of_few
 
 OPTIONS = {"min_word_len": 3, "max_word_len": 6}
 
@@ -71,26 +71,27 @@ def test_the_split_is_stable():
 
 
 def test_a_prompt_stays_on_its_side(tmp_path):
-    """More rows, or another order of them, move no prompt from eval to train or back."""
-    rows = [{"prompt": f"question {i}"} for i in range(200)]
-    few = split_prompts(from_file(jsonl(tmp_path / "few.jsonl", rows[:120]), train=500, eval=500), 0)
-    more = split_prompts(from_file(jsonl(tmp_path / "more.jsonl", rows[::-1]), train=500, eval=500), 1)
-    for split in ("train", "eval"):
-        assert set(contents(few[split])) < set(contents(more[split]))
-    assert len(more["train"]) + len(more["eval"]) == 200
+    """More rows, or another order of them, move no prompt from eval to train or back, while there are enough."""
+    rows = [{"prompt": f"question {i}"} for i in range(130)]
+    few = split_prompts(from_file(jsonl(tmp_path / "few.jsonl", rows[:120]), train=80, eval=20), 0)
+    more = split_prompts(from_file(jsonl(tmp_path / "more.jsonl", rows[::-1]), train=80, eval=20), 1)
+    assert not set(contents(few["eval"])) & set(contents(more["train"]))
+    assert not set(contents(few["train"])) & set(contents(more["eval"]))
+    assert {split: len(table) for split, table in more.items()} == {"train": 80, "eval": 20}
 
 
 def test_the_split_has_the_shares_asked_for(tmp_path):
     rows = [{"prompt": f"question {i}"} for i in range(2000)]
     tables = split_prompts(from_file(jsonl(tmp_path / "p.jsonl", rows), train=3000, eval=1000), 0)
-    assert 0.20 < len(tables["eval"]) / 2000 < 0.30  # 5 standard deviations
+    assert {split: len(table) for split, table in tables.items()} == {"train": 1500, "eval": 500}
 
 
 def test_fewer_prompts_than_asked_for_is_said(tmp_path, caplog):
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"question {i}"} for i in range(40)])
+    split = deal_prompts(from_file(path), 0)
     with caplog.at_level("WARNING", logger="potstill"):
-        tables = split_prompts(from_file(path), 0)
-    assert len(tables["train"]) + len(tables["eval"]) == 40
+        warn_of_few(from_file(path), split)
+    assert (len(split.train), len(split.eval)) == (20, 20)
     assert "prompts.train asks for 100" in caplog.text
 
 
@@ -179,19 +180,19 @@ def test_the_answer_of_a_task_is_its_reference():
 def test_a_missing_file(tmp_path):
     text = refused(from_file(tmp_path / "missing.jsonl"))
     assert text.startswith(f"prompts.path: {tmp_path / 'missing.jsonl'}: no such file")
-    assert ".jsonl or .parquet" in text
+    assert ".jsonl, .json, .csv or .parquet" in text
 
 
 def test_a_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "p.jsonl").mkdir()
-    assert "prompts.path" in refused(from_file(tmp_path / "p.jsonl"))
+    assert "a folder without .parquet, .jsonl, .csv files" in refused(from_file(tmp_path / "p.jsonl"))
 
 
-@pytest.mark.parametrize("ending", ["csv", "json", "txt"])
+@pytest.mark.parametrize("ending", ["tsv", "txt", "parquet.gz"])
 def test_a_wrong_ending(tmp_path, ending):
     path = tmp_path / f"p.{ending}"
     path.write_text("prompt\nx\n")
-    assert "neither .jsonl nor .parquet" in refused(from_file(path))
+    assert "not a .jsonl, .json, .csv or .parquet file" in refused(from_file(path))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
@@ -226,9 +227,9 @@ def test_not_text_and_not_parquet(tmp_path):
 
 
 BAD_ROWS = [
-    ({"text": "x"}, "neither `messages` nor a text `prompt`"),
-    ({"prompt": None}, "`prompt` must be text, found None"),
-    ({"prompt": 3}, "`prompt` must be text, found 3"),
+    ({"text": "x"}, "its columns ['text'] are of no convention that is known"),
+    ({"prompt": None}, "`prompt` must be text or a list of messages, found None"),
+    ({"prompt": 3}, "`prompt` must be text or a list of messages, found 3"),
     ({"messages": []}, "`messages` must be a list"),
     ({"messages": "hello"}, "`messages` must be a list"),
     ({"messages": 3}, "`messages` must be a list"),
@@ -255,11 +256,12 @@ def test_a_bad_row_is_found_wherever_it_stands(tmp_path, ending):
     """The check before a run sees the whole file, so that nothing is written for a file with a bad row in it."""
     path, rows = tmp_path / f"p.{ending}", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": None}, {"prompt": "c"}]
     jsonl(path, rows) if ending == "jsonl" else pl.DataFrame(rows).write_parquet(path)
-    assert "row 3: `prompt` must be text, found None" in refused(from_file(path))
+    assert "row 3: `prompt` must be text or a list of messages, found None" in refused(from_file(path))
 
 
 def test_the_columns_of_a_wrong_row_are_listed(tmp_path):
-    assert "['answer', 'question']" in refused(from_file(jsonl(tmp_path / "p.jsonl", [{"question": "x", "answer": "y"}])))
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"title": "x", "body": "y"}])
+    assert "row 2: it has neither `messages` nor `prompt`; it has ['body', 'title']" in refused(from_file(path))
 
 
 def test_unknown_tasks_come_with_suggestions():

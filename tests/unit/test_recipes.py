@@ -70,6 +70,17 @@ def test_paths_are_relative_to_the_recipe(plain, tmp_path, monkeypatch):
     assert tiny.teacher.recipe == str(TINY.parent / "teacher.toml")
 
 
+def test_several_paths_are_relative_to_the_recipe(plain, tmp_path):
+    paths = 'prompts={source="file", paths=[{path="a/*.parquet", weight=2}, {path="b.csv"}]}'
+    prompts = load_recipe(plain, [paths]).prompts
+    assert isinstance(prompts, FilePrompts)
+    assert [(entry.path, entry.weight) for entry in prompts.entries] == [
+        (str(tmp_path / "a/*.parquet"), 2.0),
+        (str(tmp_path / "b.csv"), None),
+    ]
+    assert validate_recipe(tomllib.loads(dump_recipe(load_recipe(plain, [paths]))), "again") == load_recipe(plain, [paths])
+
+
 def test_a_recipe_in_the_working_directory_does_not_hold_its_name(monkeypatch):
     """A checkout can be moved, or pulled elsewhere by a worker, and go on with its runs."""
     monkeypatch.chdir(TINY.parents[2])

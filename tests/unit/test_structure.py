@@ -39,7 +39,8 @@ MAY_OPEN = {
     ("flows/__init__.py", "_writable_home"),  # Prefect's own
     *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
-    ("tasks/rows/sources.py", "read_rows"),
+    ("tasks/rows/files.py", "_read_parquet"),
+    ("tasks/rows/files.py", "_read_text"),
     ("tasks/signals/head.py", "save_head"),
     ("tasks/signals/head.py", "read_head"),
     ("tasks/training/processes.py", "launch"),

@@ -1,0 +1,148 @@
+"""How rows are split into training and held-out prompts, and the account of what became of each of them."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import floor, inf
+from typing import Any
+
+import pyarrow as pa
+
+from storage.lineage import digest_json
+from storage.schemas import ACCOUNTS, prompts_schema
+from tasks.rows.messages import MORE, Message, Refused, store_messages
+
+TRAIN, EVAL, LEFT, TWICE, OTHER = "to train on", "held out", "left over", "duplicates", "duplicates with another reference"
+OUTCOMES = (TRAIN, EVAL, LEFT, TWICE, OTHER)
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as it was read."""
+
+    source: str  # a path of the recipe, a dataset, a task
+    read_as: str
+    messages: list[Message]
+    reference: str | None
+    metadata: str  # JSON
+    tools: str | None = None  # JSON
+    weight: float | None = None  # of its source
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """What the prompt is, whatever its answer."""
+        asked: Any = self.messages if self.tools is None else [self.messages, self.tools]
+        return digest_json(asked)[:16]
+
+
+@dataclass
+class Split:
+    """Training and held-out prompts, each in the order in which they were read, and the outcome of every row."""
+
+    train: list[SourceRow] = field(default_factory=list)
+    eval: list[SourceRow] = field(default_factory=list)
+    rows: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    without: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+
+    def count(self, row: SourceRow, outcome: str) -> None:
+        key = (row.source, row.read_as, outcome)
+        self.rows[key] += 1
+        self.without[key] += row.reference is None
+
+    def tables(self) -> dict[str, pa.Table]:
+        both = {"train": self.train, "eval": self.eval}
+        fields = {key for rows in both.values() for row in rows for message in row.messages for key in message}
+        tools = any(row.tools is not None for rows in both.values() for row in rows)
+        schema = prompts_schema(tuple(name for name in MORE if name in fields), tools)
+        return {split: pa.Table.from_pylist([_record(row, split) for row in rows], schema) for split, rows in both.items()}
+
+    def account(self) -> pa.Table:
+        columns = [
+            {"source": source, "read_as": read_as, "outcome": outcome, "rows": rows, "without_reference": self.without[key]}
+            for key, rows in sorted(self.rows.items(), key=lambda item: OUTCOMES.index(item[0][2]))
+            for source, read_as, outcome in [key]
+        ]
+        return pa.Table.from_pylist(columns, ACCOUNTS)
+
+
+def split_stream(rows: Iterable[SourceRow], train: int, held_out: int) -> Split:
+    """Of an endless supply: each prompt goes to the side that its hash says, until both sides are full."""
+    split, seen, share = Split(), set(), held_out / (held_out + train)
+    for row in rows:
+        identity = row.prompt_id
+        if identity in seen:
+            split.count(row, TWICE)
+            continue
+        seen.add(identity)
+        outcome = EVAL if int(identity, 16) / 16**16 < share else TRAIN
+        side, wanted = (split.eval, held_out) if outcome == EVAL else (split.train, train)
+        if len(side) < wanted:
+            side.append(row)
+            split.count(row, outcome)
+        elif len(split.eval) == held_out and len(split.train) == train:
+            break
+        else:
+            split.count(row, LEFT)
+    return _whole(split, len(seen))
+
+
+def split_table(rows: Iterable[SourceRow], train: int | None, held_out: int) -> Split:
+    """Of a table: the hash of a prompt gives its place in an order, the numbers cut it.
+
+    The first are held out and the last trained on, so that a prompt which later rows push out of the held-out ones is
+    left over before it is trained on. Where there are fewer than both numbers, they are shared in that proportion; with
+    `train` left out at most half are held out.
+    """
+    split = Split()
+    found: dict[str, SourceRow] = {}
+    for row in rows:
+        first = found.setdefault(row.prompt_id, row)
+        if first is not row:
+            split.count(row, TWICE if row.reference == first.reference else OTHER)
+    order = sorted(found)
+    cut = min(held_out, max(1, len(order) * held_out // (held_out + (train or held_out))))
+    rest = [found[identity] for identity in reversed(order[cut:])]
+    outcomes = dict.fromkeys(order, LEFT) | dict.fromkeys(order[:cut], EVAL)
+    outcomes |= {row.prompt_id: TRAIN for row in _choose(rest, train)}
+    for identity, row in found.items():
+        split.count(row, outcomes[identity])
+        if outcomes[identity] != LEFT:
+            (split.eval if outcomes[identity] == EVAL else split.train).append(row)
+    return _whole(split, len(order))
+
+
+def _choose(rows: list[SourceRow], train: int | None) -> list[SourceRow]:
+    """The first `train` rows; where sources have weights, as many as these shares leave, each source's first ones."""
+    if all(row.weight is None for row in rows):
+        return rows[:train]
+    sources: dict[str, list[SourceRow]] = {}
+    for row in rows:
+        sources.setdefault(row.source, []).append(row)
+    weights = [1.0 if given[0].weight is None else given[0].weight for given in sources.values()]
+    counts = share_counts(weights, [len(given) for given in sources.values()], train)
+    return [row for given, count in zip(sources.values(), counts, strict=True) for row in given[:count]]
+
+
+def share_counts(weights: Sequence[float], there: Sequence[int], most: int | None) -> list[int]:
+    """The largest counts in proportion to the weights, of so many that are there, that add up to `most` at most."""
+    whole = sum(weights)
+    total = min(inf if most is None else most, *(floor(n * whole / weight + 1e-9) for n, weight in zip(there, weights)))
+    exact = [total * weight / whole for weight in weights]
+    counts = [floor(part + 1e-9) for part in exact]
+    nearest = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
+    for i in nearest[: int(total) - sum(counts)]:
+        counts[i] += counts[i] < there[i]
+    return counts
+
+
+def _whole(split: Split, distinct: int) -> Split:
+    for name, rows in (("train", split.train), ("eval", split.eval)):
+        if not rows:
+            raise Refused(f"only {distinct} distinct prompts, none of them for {name}; give more")
+    return split
+
+
+def _record(row: SourceRow, split: str) -> dict[str, Any]:
+    given = {"reference": row.reference, "metadata": row.metadata, "tools": row.tools}
+    return {"prompt_id": row.prompt_id, "messages": store_messages(row.messages), "split": split, **given}
