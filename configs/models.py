@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from configs.fields import Bool, Float, Int, Layers, Table, Url
+from configs.fields import Bool, Float, Int, Layers, Table, Text, Url
 
 
 class Scratch(Table):
@@ -48,6 +48,9 @@ class Model(Table):
     scratch: Scratch | None = None
     rendering: Literal["chat", "plain"] = Field(
         "chat", description="how messages become a prompt: the tokenizer's chat template, or contents joined by newlines"
+    )
+    stop: tuple[Text, ...] = Field(
+        (), description="tokens, or strings that are one token, that end an answer beside the model's own"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"

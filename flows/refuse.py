@@ -54,7 +54,7 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
     """Refuse models that exist but do not fit the recipe or each other; None where a model is still to be made."""
     for ref in (student, teacher):
         if ref is not None:
-            side(ref).encoder.check(ref.path)
+            side(ref).check()
             check_engine(ref)
     counts_ids = SIGNALS[recipe.score.signal].counts_ids
     if teacher is not None and counts_ids and recipe.score.k > side(teacher).vocabulary.size:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -26,6 +27,7 @@ class ModelRef:
     path: str
     digest: str
     rendering: str = "chat"
+    stop: tuple[str, ...] = ()
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "sdpa"
@@ -41,12 +43,13 @@ class ModelRef:
         return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What of it can change a result, for keys: not where it or its engine lies, not the device.
 
         The engine is named by the stages that use it (`tasks.engines.choose.engine_name`).
         """
-        return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
+        always = {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
+        return always | ({"stop": list(self.stop)} if self.stop else {})  # later fields only where they are set
 
 
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
@@ -81,8 +84,15 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turn transformers' ways of failing to load into one message."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a damaged file makes of a library: SafetensorError, TypeError, ZeroDivisionError, …
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "attn_implementation" in reason or "attention implementation" in reason:
+            raise BadInput(
+                f"{name}: its family does not have this kind of attention in transformers ({reason[:120]}…); "
+                "set attention = 'eager' for this model"
+            ) from None
         if "custom code" in reason:
             raise BadInput(
                 f"{name}: the model needs code of its own; set trust_remote_code = true for it if you trust that code, "
