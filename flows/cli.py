@@ -109,7 +109,7 @@ def preflight(
     from flows.preflight import preflight as examine
     from flows.refuse import check_recipe
 
-    check_recipe(recipe)  # before a server is started for nothing
+    check_recipe(recipe, rendering=False)  # before a server is started for nothing
     rows = examine(str(config), prompts=prompts, overrides=set_)
     print_table("Preflight", [{key: row[key] for key in ("gate", "value", "limit", "result", "detail")} for row in rows])
     if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["result"] == "BREACHED"]:

@@ -18,6 +18,7 @@ from tasks.engines.transformers import TransformersEngine
 from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
 from tasks.gates.gate import Gate
+from tasks.gates.rendering import rendering_gates
 from tasks.gates.round import engine_gates, lead_gate
 from tasks.gates.sample import Sample
 from tasks.gates.signal import chance_gate, noise_gate, objective_gates, teacher_engine_gate
@@ -47,6 +48,9 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if student is None:
         return gates
     sample = Sample(recipe, prompts["train"].slice(0, count), student, teacher)
+    every = [row for table in prompts.values() for row in table.to_pylist()]
+    for role, ref in sample.sides().items():
+        gates += rendering_gates(role, ref, every, recipe.rollout.max_new_tokens)
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts

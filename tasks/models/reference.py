@@ -103,8 +103,10 @@ def explain_load_errors(name: str) -> Iterator[None]:
                 f"{name}: its owner asks who uses it; request access at https://huggingface.co/{name}, then `hf auth login` "
                 "(or HF_TOKEN) here, or choose another model"
             ) from None
+        here = Path(name).exists()
+        what = "transformers cannot load this model" if here else "no such model, or none that transformers can load"
         raise BadInput(
-            f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
+            f"{name}: {what} ({reason[:300]}); "
             "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
         ) from None
 

@@ -95,7 +95,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "cut weights": (lambda f: cut(f, "model.safetensors"), ["model.safetensors: cannot be read as safetensors", "whole file"]),
     "smaller config": (
         lambda f: change_json(f / "config.json", vocab_size=50),
-        ["model.embed_tokens.weight ([288, 16], not [50, 16])"],
+        ["model.embed_tokens.weight ([272, 16], not [50, 16])"],
     ),
     "smaller head": (shrink_head, ["tokens of text in tokenizer.json lie beyond vocab_size = 200"]),
     "forbidden template": (
@@ -106,7 +106,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}"),
         ["chat template says", "correct chat_template.jinja"],
     ),
-    "cut tokenizer": (lambda f: cut(f, "tokenizer.json"), ["cannot", "tokenizer.json"]),
+    "cut tokenizer": (lambda f: cut(f, "tokenizer.json"), ["transformers cannot load this model", "tokenizer.json"]),
     "cut config": (lambda f: cut(f, "config.json"), ["config.json"]),
     "config of a list": (lambda f: (f / "config.json").write_text("[]"), ["give a folder with config.json"]),
     "no heads": (lambda f: change_json(f / "config.json", num_attention_heads=0), ["give a folder with config.json"]),

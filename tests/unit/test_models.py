@@ -104,7 +104,10 @@ def test_the_end_of_a_turn_is_a_stop(folder):
     assert Side(ref(folder)).stop_ids == [2]
 
 
-TURNS = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] | trim }}<end>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+TURNS = (
+    "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] | trim }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
 
 
 def test_a_recipe_adds_stops(folder):
