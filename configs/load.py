@@ -20,8 +20,9 @@ MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("de
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe at `path` with `overrides` (each `a.b=value`, the value in TOML's notation) applied.
 
-    `recipe` and `path` fields are relative to the recipe's file; they come back relative to the working directory where
-    they lie in it, else absolute. Models are hub ids or paths from the working directory, and stay as they are.
+    `recipe`, `chat_template` and `path` fields are relative to the recipe's file; they come back relative to the working
+    directory where they lie in it, else absolute. Models are hub ids or paths from the working directory, and stay as they
+    are.
     Raises BadInput with the field, what was found and what would be right.
     """
     path = Path(path)
@@ -108,8 +109,9 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
 
     for role in ("student", "teacher"):
         model = data.get(role)
-        if isinstance(model, dict) and isinstance(model.get("recipe"), str):
-            model["recipe"] = resolved(model["recipe"])
+        for key in ("recipe", "chat_template"):
+            if isinstance(model, dict) and model.get(key) and isinstance(model[key], str):
+                model[key] = resolved(model[key])
     prompts = data.get("prompts")
     if isinstance(prompts, dict) and isinstance(prompts.get("path"), str):
         prompts["path"] = resolved(prompts["path"])

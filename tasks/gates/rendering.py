@@ -68,7 +68,7 @@ def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_token
             raise BadInput(f"{role}, {name_row(rows, number)}: {error}") from None
         lengths.append(len(ids))
         closed += is_closed(text_side, ids)
-        if what := find_lost(text_side, messages, tools):
+        if what := find_lost(text_side, text_side.frame(messages), tools):
             lost, first = lost + 1, first or f"; {name_row(rows, number)}: {what}"
     if not lengths:
         return
@@ -95,9 +95,9 @@ def is_closed(text_side: Side, ids: list[int]) -> bool:
     return bool(ids) and ids[-1] in text_side.stop_ids and ids[-1] in added and added[ids[-1]].special
 
 
-def find_lost(text_side: Side, messages: list[Message], tools: list[Any] | None) -> str | None:
+def find_lost(text_side: Side, framed: list[Message], tools: list[Any] | None) -> str | None:
     """What of a conversation does not reach the model: changing it changes nothing of the rendered text."""
-    text = text_side.write(messages, tools)
+    text = text_side.write(framed, tools)
 
     def matters(others: list[Message], other_tools: list[Any] | None) -> bool:
         try:
@@ -105,15 +105,15 @@ def find_lost(text_side: Side, messages: list[Message], tools: list[Any] | None)
         except BadInput:
             return True
 
-    for place, message in enumerate(messages):
-        before, behind = messages[:place], messages[place + 1 :]
+    for place, message in enumerate(framed):
+        before, behind = framed[:place], framed[place + 1 :]
         content = (message["content"] or "").strip()
         kept = not content or (len(content) >= LONG and content in text)
         if not kept and not matters([*before, {**message, "content": content + MARK}, *behind], tools):
             return f"its {message['role']} message is not in the text ('{content:.40}')"
         if message.get("tool_calls") and not matters([*before, {**message, "tool_calls": None}, *behind], tools):
             return f"the tool calls of its {message['role']} message are not in the text"
-    return "its tools are not in the text" if tools and not matters(messages, None) else None
+    return "its tools are not in the text" if tools and not matters(framed, None) else None
 
 
 def _tools_of(row: Row) -> list[Any] | None:

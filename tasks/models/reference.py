@@ -1,9 +1,10 @@
 """A model as stages pass it on, and the one place that decides on its device, dtype and attention."""
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from storage.lineage import digest_folder, digest_json
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
+CONTEXT = ("system", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class ModelRef:
     path: str
     digest: str
     rendering: str = "chat"
+    system: str | None = None
+    chat_template: str | None = None  # its text
+    chat_template_kwargs: str = "{}"  # as JSON
+    prefix: str = ""
     stop: tuple[str, ...] = ()
     dtype: str = "auto"
     device: str = "auto"
@@ -49,7 +55,8 @@ class ModelRef:
         The engine is named by the stages that use it (`tasks.engines.choose.engine_name`).
         """
         always = {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
-        return always | ({"stop": list(self.stop)} if self.stop else {})  # later fields only where they are set
+        unset = {field.name: field.default for field in fields(self) if field.name in CONTEXT}
+        return always | {name: value for name in CONTEXT if (value := getattr(self, name)) != unset[name]}
 
 
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
@@ -58,12 +65,21 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
     Where a run lies on object storage, its checkpoints are given by URI and `digest`.
     """
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
+    use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
+    use["chat_template"] = config.chat_template and read_template(config.chat_template)
     if "://" in path and digest:
         return ModelRef(path, digest, **use)
     path = local_name(path)
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)
     return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+
+
+def read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"chat_template: {path}: cannot be read ({error}); give a file with a chat template in it") from None
 
 
 def local_name(name: str) -> str:

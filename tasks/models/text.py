@@ -1,5 +1,6 @@
 """A model's text side, without its weights: tokenizer, token bytes, stop ids, rendering of prompts."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -8,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import BadInput
-from tasks.models.chat import Message, find_turn_end, write_chat
+from tasks.models.chat import Message, check_arguments, find_turn_end, write_chat
 from tasks.models.reference import ModelRef, explain_load_errors, local_name
 from tasks.models.stops import chosen_stops, configured_stops
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
@@ -24,7 +25,8 @@ class Side:
             tokenizer = AutoTokenizer.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise BadInput(f"{ref.path}: its tokenizer has no tokenizer.json; choose a model that has one (a fast tokenizer)")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.told = tokenizer, json.loads(ref.chat_template_kwargs)
+        tokenizer.chat_template = ref.chat_template or tokenizer.chat_template
         if ref.rendering == "chat" and not self.tokenizer.chat_template:
             raise BadInput(
                 f"{ref.path}: its tokenizer has no chat template, and the prompts are chats; "
@@ -34,7 +36,7 @@ class Side:
     @cached_property
     def turn_end(self) -> int | None:
         """The id that ends an assistant's turn in the chat template; None without one, and where a turn never ends."""
-        return find_turn_end(self.tokenizer) if self.ref.rendering == "chat" else None
+        return find_turn_end(self.tokenizer, self.told) if self.ref.rendering == "chat" else None
 
     @cached_property
     def stop_ids(self) -> list[int]:
@@ -83,10 +85,15 @@ class Side:
         return Encoder(self.tokenizer, self.beta)
 
     def check(self) -> None:
-        """Refuse a tokenizer that changes texts, or a `stop` that is no token of it."""
+        """Refuse a tokenizer that changes texts, and what of the recipe it or its chat template does not know."""
         own = side(replace(self.ref, stop=())) if self.ref.stop else self  # a stop has no bytes any more
         own.encoder.check(self.ref.path)
         self.vocabulary  # noqa: B018  (which needs all stops)
+        self.prefix_ids  # noqa: B018
+        try:
+            check_arguments(self.tokenizer, self.told)
+        except BadInput as error:
+            raise BadInput(f"{self.ref.path}: {error}") from None
 
     @property
     def pad_id(self) -> int:
@@ -94,24 +101,40 @@ class Side:
         pad = self.tokenizer.pad_token_id
         return self.stop_ids[0] if pad is None or not self._has(pad) else pad
 
-    def write(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The text of a prompt, up to where the completion starts. Raises BadInput where the chat template refuses it."""
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """The ids of what each answer begins with."""
+        ids = self.encoder.encode([self.ref.prefix])[0]
+        if ids is None:
+            raise BadInput(f"{self.ref.path}: prefix: its tokenizer cannot spell {self.ref.prefix!r}; give other characters")
+        return ids
+
+    def frame(self, messages: list[Message]) -> list[Message]:
+        """A row's messages as this side is to read them."""
+        system = self.ref.system
+        if system is None:
+            return messages
+        others = [message for message in messages if message["role"] != "system"]
+        return [{"role": "system", "content": system}, *others] if system else others
+
+    def write(self, framed: list[Message], tools: list[Any] | None = None) -> str:
+        """The text of framed messages, up to where the completion starts. Raises BadInput where the template refuses them."""
         if self.ref.rendering == "plain":
-            return "\n".join(message["content"] for message in messages) + "\n"
+            return "\n".join(message["content"] for message in framed) + "\n"
         try:
-            return write_chat(self.tokenizer, messages, tools)
+            return write_chat(self.tokenizer, framed, tools, told=self.told)
         except BadInput as error:
             raise BadInput(f"{self.ref.path}: {error}") from None
 
     def render(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """The ids of a prompt, up to where the completion starts."""
-        text = self.write(messages, tools)
+        """The ids of a prompt, up to where what is sampled starts."""
+        text = self.write(self.frame(messages), tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # a template writes BOS itself
         if self.ref.rendering == "plain":  # what the tokenizer puts in front, not the end that it may put behind
             whole, length = self.tokenizer(text)["input_ids"], len(ids)
             starts = range(len(whole) - length + 1)
             ids = next((whole[: at + length] for at in starts if whole[at : at + length] == ids), whole)
-        return ids
+        return ids + self.prefix_ids if self.ref.prefix else ids
 
 
 @lru_cache(maxsize=8)

@@ -38,6 +38,7 @@ MAY_OPEN = {
     ("configs/load.py", "load_recipe"),
     *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
+    ("tasks/models/reference.py", "read_template"),
     ("tasks/models/weights.py", "check_weights"),
     ("tasks/rows/sources.py", "read_rows"),
     ("tasks/signals/head.py", "save_head"),
