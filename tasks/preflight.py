@@ -28,11 +28,14 @@ from tasks.models.text import side
 from tasks.rollout import make_rollouts
 from tasks.rows.plan import Row
 from tasks.rows.sources import split_prompts
+from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 from tasks.score import score_rows
 from tasks.signals import make_signal
 from tasks.signals.head import head_of
 from tasks.training.student import mean_loss
+
+SHOWN = 2  # prompts, as each side reads them
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
@@ -51,6 +54,9 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     every = [row for table in prompts.values() for row in table.to_pylist()]
     for role, ref in sample.sides().items():
         gates += rendering_gates(role, ref, every, recipe.rollout.max_new_tokens)
+    for messages in sample.messages[:SHOWN]:
+        for role, ref in sample.sides().items():
+            logger.info("what the %s reads:\n%s", role, side(ref).show(messages))
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts

@@ -136,6 +136,11 @@ class Side:
             ids = next((whole[: at + length] for at in starts if whole[at : at + length] == ids), whole)
         return ids + self.prefix_ids if self.ref.prefix else ids
 
+    def show(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        """The very text of a rendered prompt, special tokens included; what a terminal would act on is escaped."""
+        text = self.tokenizer.decode(self.render(messages, tools), clean_up_tokenization_spaces=False)
+        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
 
 @lru_cache(maxsize=8)
 def side(ref: ModelRef) -> Side:

@@ -31,7 +31,7 @@ def place(tmp_path_factory) -> Path:
         "student": {"model": str(folder / "student")},
         "teacher": {"model": str(folder / "teacher")},
         "prompts": {"source": "reasoning-gym", "task": "spell_backward", "train": 8, "eval": 4},
-        "rollout": {"max_new_tokens": 16},
+        "rollout": {"max_new_tokens": 4},
         "score": {"k": 8},
         "objective": {"name": "bytes"},
     }

@@ -179,6 +179,15 @@ def test_a_turn_that_never_ends(recipe):
     assert gates["student: stops"]["detail"] == "<end>; a turn of its template ends in <end>"
 
 
+def test_preflight_shows_what_each_side_reads(potstill, recipe):
+    ended = potstill("preflight", recipe(asked({"role": "user", "content": "a\x1b[31m b"}), ENDLESS), "--prompts", 4)
+    assert "what the student reads:\n<s><user>a\\x1b[31m b<end><user>what is hello " in ended.err
+    assert "what the teacher reads:\nuser: a\\x1b[31m b\nuser: what is hello " in ended.err
+    assert "<end><assistant>\n" in ended.err
+    assert ended.err.count("reads:") == 4
+    assert "\x1b" not in ended.err
+
+
 # -- room --------------------------------------------------------------------------------------------------------------
 
 
