@@ -83,7 +83,8 @@ def empty_model(ref: ModelRef) -> PreTrainedModel:
 def check_weights(ref: ModelRef) -> None:
     """Refuse a local folder without weights, with damaged ones, or whose code the recipe does not trust.
 
-    Names and shapes of the weights are read, their values are not.
+    Names and shapes of the weights are read, their values are not. Another engine, and quantised weights, need not be
+    what transformers can lay out here.
     """
     folder = Path(ref.path)
     if not folder.is_dir():
@@ -96,7 +97,10 @@ def check_weights(ref: ModelRef) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{file}: cannot be read as safetensors ({error}); give the whole file") from None
-    _load(ref, torch.float32, device="meta")
+    with explain_load_errors(ref.path):
+        config = AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+    if ref.engine == "transformers" and getattr(config, "quantization_config", None) is None:
+        _load(replace(ref, attention="eager") if ref.attention == FLASH else ref, torch.float32, device="meta")
 
 
 def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from configs.errors import BadInput
 from configs.load import load_recipe
 from flows.refuse import check_recipe
 from tasks.models.reference import ModelRef
-from tasks.models.weights import load_weights
+from tasks.models.weights import check_weights, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,8 @@ def test_a_checkpoint_that_lost_a_tensor_is_not_filled_up(good, tmp_path):
     with pytest.raises(BadInput, match=r"lack model\.layers\.0\.mlp\.up_proj\.weight"):
         load_weights(ModelRef(str(folder), ""))
     load_weights(ModelRef(str(good), ""))  # whose head is tied, and lies in no file
+    check_weights(ModelRef(str(folder), "", engine="vllm"))  # which lays weights out in its own way
+    check_weights(ModelRef(str(good), "", attention="flash_attention_2"))  # whose package may be on a worker alone
 
 
 def test_attention_that_a_family_lacks(potstill, recipe, good, tmp_path):
