@@ -91,8 +91,10 @@ def name_row(rows: Sequence[Row], number: int) -> str:
 
 def is_closed(text_side: Side, ids: list[int]) -> bool:
     """Whether a prompt ends in a control token that ends answers; a stop of the recipe's may be text, such as a line break."""
+    if not ids or ids[-1] not in text_side.stop_ids:
+        return False
     added = text_side.tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return bool(ids) and ids[-1] in text_side.stop_ids and ids[-1] in added and added[ids[-1]].special
+    return ids[-1] in added and added[ids[-1]].special
 
 
 def find_lost(text_side: Side, framed: list[Message], tools: list[Any] | None) -> str | None:
@@ -122,6 +124,9 @@ def _tools_of(row: Row) -> list[Any] | None:
 
 
 def context_of(ref: ModelRef) -> int | None:
-    """The longest sequence that a model's positions allow; None where its config does not say."""
-    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    """The longest sequence that a model's positions allow; None where its config does not say, and without a config."""
+    try:
+        config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
+    except (OSError, ValueError):  # a server's model may lie here as a tokenizer alone
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -120,7 +120,7 @@ class Side:
     def write(self, framed: list[Message], tools: list[Any] | None = None) -> str:
         """The text of framed messages, up to where the completion starts. Raises BadInput where the template refuses them."""
         if self.ref.rendering == "plain":
-            return "\n".join(message["content"] for message in framed) + "\n"
+            return "\n".join(message["content"] or "" for message in framed) + "\n"
         try:
             return write_chat(self.tokenizer, framed, tools, told=self.told)
         except BadInput as error:
