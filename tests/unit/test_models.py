@@ -122,7 +122,7 @@ def test_a_recipe_adds_stops(folder):
     with pytest.raises(BadInput, match=r"stop: 'words!' is \d tokens \(.*\) in its tokenizer; give a token, or a string"):
         stops("words!")
     assert ref(folder).identity.keys() == {"digest", "rendering", "dtype", "attention"}
-    assert replace(ref(folder), stop=("\n",)).identity["stop"] == ["\n"]
+    assert replace(ref(folder), stop=("\n",)).identity["stop"] == ("\n",)
 
 
 def test_a_saved_model_names_all_stops(folder):
