@@ -31,6 +31,7 @@ def _check_layers(targets: Any) -> Any:
     return targets
 
 
+Text = Annotated[str, pydantic.StringConstraints(min_length=1)]
 Url = Annotated[str, pydantic.AfterValidator(_check_address)]
 Layers = Annotated[list[str] | str, pydantic.BeforeValidator(_check_layers)]
 

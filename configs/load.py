@@ -24,8 +24,8 @@ LATER = {"train.dropout"}
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Load the recipe at `path` and apply `overrides` (each `a.b=value`, the value in TOML's notation).
 
-    `recipe` and `path` fields are relative to the recipe's file. They are returned relative to the working directory where
-    they lie in it, else absolute. Models are hub ids or paths from the working directory, and stay as they are.
+    `recipe`, `chat_template` and `path` fields are relative to the recipe's file. They are returned relative to the working
+    directory where they lie in it, else absolute. Models are hub ids or paths from the working directory, and stay as they are.
     Raises BadInput with the field, what was found and what would be right.
     """
     path = Path(path)
@@ -117,8 +117,9 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
 
     for role in ("student", "teacher"):
         model = data.get(role)
-        if isinstance(model, dict) and isinstance(model.get("recipe"), str):
-            model["recipe"] = resolve(model["recipe"])
+        for key in ("recipe", "chat_template"):
+            if isinstance(model, dict) and model.get(key) and isinstance(model[key], str):
+                model[key] = resolve(model[key])
     prompts = data.get("prompts")
     if isinstance(prompts, dict):
         several = prompts.get("paths")

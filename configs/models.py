@@ -1,10 +1,10 @@
 """`[student]` and `[teacher]` of a recipe: where a model comes from, and how it is used."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.fields import Bool, Float, Int, Layers, Table, Url
+from configs.fields import Bool, Float, Int, Layers, Table, Text, Url
 
 
 class Scratch(Table):
@@ -38,7 +38,31 @@ class Lora(Table):
     )
 
 
-class Model(Table):
+class Context(Table):
+    """What a side makes of a prompt, for itself alone."""
+
+    rendering: Literal["chat", "plain"] = Field(
+        "chat", description="how messages become a prompt: the tokenizer's chat template, or contents joined by newlines"
+    )
+    system: str | None = Field(None, description="system message in place of the row's own; empty: none")
+    chat_template: str | None = Field(None, min_length=1, description="file in place of its own, relative to the recipe")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what the chat template is told, as { enable_thinking = false }"
+    )
+    prefix: str = Field("", description="how each answer begins: given with the prompt, and not sampled")
+    stop: tuple[Text, ...] = Field(
+        (), description="tokens, or strings that are one token, that end an answer beside the model's own"
+    )
+
+    @model_validator(mode="after")
+    def _a_template_is_read(self) -> "Context":
+        given = [key for key in ("chat_template", "chat_template_kwargs") if getattr(self, key)]
+        if self.rendering == "plain" and given:
+            raise ValueError(f"{given[0]} is for rendering = 'chat', and rendering is 'plain'; set rendering or leave it out")
+        return self
+
+
+class Model(Context):
     """Where a model comes from (exactly one of `model`, `recipe`, `scratch`) and how it is used."""
 
     model: str | None = Field(None, min_length=1, description="hub id, local folder (safetensors) or .gguf file")
@@ -46,9 +70,6 @@ class Model(Table):
         None, min_length=1, description="a recipe, beside this file, whose last checkpoint it is; run first"
     )
     scratch: Scratch | None = None
-    rendering: Literal["chat", "plain"] = Field(
-        "chat", description="how messages become a prompt: the tokenizer's chat template, or contents joined by newlines"
-    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights outside training; auto: bfloat16 on a GPU that has it, else float32"
     )

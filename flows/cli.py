@@ -110,7 +110,7 @@ def preflight(
     from flows.preflight import preflight as run_preflight
     from flows.refuse import check_recipe
 
-    check_recipe(recipe)  # before Prefect's server is started in vain
+    check_recipe(recipe, rendering=False)  # before Prefect's server is started in vain
     rows = run_preflight(str(config), prompts=prompts, overrides=set_)
     print_table("Preflight", [{key: row[key] for key in ("gate", "value", "limit", "result", "detail")} for row in rows])
     if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["result"] == "BREACHED"]:

@@ -20,6 +20,7 @@ from tasks.align import align_shard
 from tasks.check import check_lead, check_round
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
+from tasks.gates.rendering import refuse_rendering
 from tasks.models.reference import ModelRef, make_reference
 from tasks.prompts import make_prompts
 from tasks.rollout import roll_out
@@ -58,6 +59,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     existing = None if recipe.student.scratch else make_model(recipe, recipe.student)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
+    refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
     run.freeze(recipe)
 
     done = run.rounds_done()

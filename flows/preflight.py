@@ -25,7 +25,7 @@ def preflight(
     Models that another recipe makes are made first, as in the run. Nothing is written into the run's own folder.
     """
     recipe = load_recipe(config, overrides)
-    check_recipe(recipe)
+    check_recipe(recipe, rendering=False)
     with hold_accelerators(recipe):
         teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
         student = None if recipe.student.scratch else make_model(recipe, recipe.student)

@@ -9,6 +9,7 @@ from configs.signals import SIGNALS
 from flows.compute import check_compute
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
+from tasks.gates.rendering import refuse_rendering
 from tasks.models.reference import ModelRef, check_machine, make_reference
 from tasks.models.text import side
 from tasks.models.weights import check_weights
@@ -20,10 +21,10 @@ from tasks.training.processes import check_processes
 ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
 
-def check_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
+def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool = True) -> None:
     """Refuse a run's folder, devices, prompts or models that cannot work, as far as they exist already.
 
-    `above` are the recipes that need this one's model.
+    `above` are the recipes that need this one's model. Preflight has `rendering` among its gates.
     """
     Run(recipe.root, recipe.name).check_recipe(recipe)
     configs = {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
@@ -40,7 +41,8 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
         if config.recipe is not None:
             if config.recipe in above:
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
-            check_recipe(load_recipe(config.recipe, inherit_overrides(recipe, config.recipe)), (*above, config.recipe))
+            maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
+            check_recipe(maker, (*above, config.recipe), rendering=rendering)
         if config.model is not None:
             refs[role] = ref = make_reference(config, config.model)
             if config.engine != "server":
@@ -48,13 +50,15 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = ()) -> None:
             if config.lora is not None:
                 check_lora(ref, config.lora)
     check_pair(recipe, student=refs.get("student"), teacher=refs.get("teacher"))
+    if rendering:
+        refuse_rendering(recipe, refs)
 
 
 def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
     """Refuse models that do not fit the recipe or each other. None stands for a model that is still to be made."""
     for ref in (student, teacher):
         if ref is not None:
-            side(ref).encoder.check(ref.path)
+            side(ref).check()
             check_engine(ref)
     counts_ids = SIGNALS[recipe.score.signal].counts_ids
     if teacher is not None and counts_ids and recipe.score.k > side(teacher).vocabulary.size:

@@ -17,7 +17,7 @@ from tasks.engines.base import Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import side, teacher_ids
-from tasks.rows.messages import load_messages
+from tasks.rows.messages import Prompt, load_prompts
 from tasks.rows.scorers import make_scorer
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
@@ -61,10 +61,8 @@ def evaluate_model(
         rows = read_table(prompts).to_pylist()
         records = evaluate_prompts(recipe, number, role, model, rows)
         if teacher is not None:
-            messages = dict(
-                zip([row["prompt_id"] for row in rows], load_messages(row["messages"] for row in rows), strict=True)
-            )
-            _add_teacher_logprobs(recipe, records, messages, model=model, teacher=teacher)
+            by_id = dict(zip([row["prompt_id"] for row in rows], load_prompts(rows), strict=True))
+            _add_teacher_logprobs(recipe, records, by_id, model=model, teacher=teacher)
         return pa.Table.from_pylist(records, EVALS)
 
     return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
@@ -83,7 +81,7 @@ def evaluate_prompts(
     """One greedy and `evaluate.samples` sampled completions of every prompt with their scores, as rows of `evals`."""
     config, text_side = recipe.rollout, side(model)
     stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
-    rendered = [text_side.render(messages) for messages in load_messages(row["messages"] for row in rows)]
+    rendered = [text_side.render(*prompt) for prompt in load_prompts(rows)]
     generator = get_engine(model, config.batch_size, recipe.score.batch_tokens)
     records = []
     with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:
@@ -121,7 +119,7 @@ def evaluate_prompts(
 
 
 def _add_teacher_logprobs(
-    recipe: Recipe, records: list[dict[str, Any]], messages: dict[str, Any], *, model: ModelRef, teacher: ModelRef
+    recipe: Recipe, records: list[dict[str, Any]], by_id: dict[str, Prompt], *, model: ModelRef, teacher: ModelRef
 ) -> None:
     """Add `teacher_logprob` and `divergence` to completions of `model`, in nats and nats per byte.
 
@@ -138,7 +136,7 @@ def _add_teacher_logprobs(
     # A text that ends before the student's last token has no counterpart on the teacher's side.
     scorable = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
     engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
-    prompts = [t_side.render(messages[records[i]["prompt_id"]]) for i in scorable]
+    prompts = [t_side.render(*by_id[records[i]["prompt_id"]]) for i in scorable]
     scores = engine.score(prompts, [ids[i] or [] for i in scorable], make_signal("sampled"))
     for i, scored in zip(scorable, scores, strict=True):
         record = records[i]

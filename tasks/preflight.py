@@ -18,6 +18,7 @@ from tasks.engines.transformers import TransformersEngine
 from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
 from tasks.gates.gate import Gate
+from tasks.gates.rendering import rendering_gates
 from tasks.gates.round import engine_gates, lead_gate
 from tasks.gates.sample import Sample
 from tasks.gates.signal import chance_gate, noise_gate, objective_gates, teacher_engine_gate
@@ -34,6 +35,8 @@ from tasks.score import score_rows
 from tasks.signals import make_signal
 from tasks.signals.head import head_of
 from tasks.training.student import mean_loss
+
+SHOWN = 2  # prompts, as each side reads them
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
@@ -52,6 +55,12 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if student is None:
         return gates
     sample = Sample(recipe, prompts["train"].slice(0, count), student, teacher)
+    every = [row for table in prompts.values() for row in table.to_pylist()]
+    for role, ref in sample.sides().items():
+        gates += rendering_gates(role, ref, every, recipe.rollout.max_new_tokens)
+    for prompt in sample.asked[:SHOWN]:
+        for role, ref in sample.sides().items():
+            logger.info("what the %s reads:\n%s", role, side(ref).show(*prompt))
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
@@ -84,11 +93,11 @@ def roll_out_sample(sample: Sample) -> pa.Table:
 def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_tokens: int | None = None) -> pa.Table:
     """A teacher's scores of the rollouts, in batches of `batch_tokens` (default: the recipe's)."""
     rows = rollouts.select(["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]).to_pylist()
-    messages = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.messages, strict=True))
+    prompts = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.asked, strict=True))
     as_sampled = side(sample.student).vocabulary.same_as(side(teacher).vocabulary)
     config = sample.recipe.score
     signal = make_signal(config.signal, config.k, config.top_p)
-    return score_rows(rows, messages, sample.engine(teacher, batch_tokens), side(teacher), signal, as_sampled)
+    return score_rows(rows, prompts, sample.engine(teacher, batch_tokens), side(teacher), signal, as_sampled)
 
 
 def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> tuple[pa.Table, float]:

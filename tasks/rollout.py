@@ -16,7 +16,7 @@ from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
-from tasks.rows.messages import load_messages
+from tasks.rows.messages import load_prompts
 from tasks.rows.plan import Row, plan_rows
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
@@ -61,9 +61,9 @@ def make_rollouts(
     Returns a table with the columns of `storage.schemas.ROLLOUTS`, in order of `rows`.
     """
     chosen = prompts.take(np.array([row.prompt for row in rows]))
-    messages, references = load_messages(chosen["messages"].to_pylist()), chosen["reference"].to_pylist()
+    references = chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
-    rendered = [text_side.render(m) for m in messages]
+    rendered = [text_side.render(*prompt) for prompt in load_prompts(chosen.to_pylist())]
     sampling = Sampling.of(config)
     filled: dict[int, dict[str, Any]] = {}
 

@@ -21,7 +21,7 @@ from tasks.engines.choose import engine_name, get_engine
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side, teacher_ids
-from tasks.rows.messages import load_messages
+from tasks.rows.messages import Prompt, load_prompts
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
@@ -56,12 +56,12 @@ def score_shard(round: Round, shard: Shard) -> Shard:
 
     def make() -> pa.Table:
         rows = scored.to_pylist()
-        prompts = read_table(round.prompts, ["prompt_id", "messages"])
-        messages = dict(zip(prompts["prompt_id"].to_pylist(), load_messages(prompts["messages"].to_pylist()), strict=True))
+        table = read_table(round.prompts)
+        prompts = dict(zip(table["prompt_id"].to_pylist(), load_prompts(table.to_pylist()), strict=True))
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
         signal = make_signal(config.signal, config.k, config.top_p)
         with progress(f"round {round.number} scores", len(rows)) as advance:
-            return score_rows(rows, messages, engine, side(teacher), signal, as_sampled, advance)
+            return score_rows(rows, prompts, engine, side(teacher), signal, as_sampled, advance)
 
     return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
 
@@ -90,7 +90,7 @@ def _stored_fields(recipe: Recipe) -> dict[str, Any]:
 
 def score_rows(
     rows: Sequence[dict[str, Any]],
-    messages: dict[str, list[dict[str, str]]],
+    prompts: dict[str, Prompt],
     engine: Engine,
     teacher: Side,
     signal: Signal,
@@ -99,15 +99,15 @@ def score_rows(
 ) -> pa.Table:
     """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason): one row of `SCORES` each, in order.
 
-    `messages` are the prompts by `prompt_id`. `as_sampled`: the sampled ids are scored, not the encoding of the text.
+    `prompts` are by `prompt_id`. `as_sampled`: the sampled ids are scored, not the encoding of the text.
     """
     completions = teacher_ids(rows, teacher, as_sampled)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
         scorable = [i for i in batch if completions[i]]
-        prompts = [teacher.render(messages[rows[i]["prompt_id"]]) for i in scorable]
-        results = engine.score(prompts, [completions[i] or [] for i in scorable], signal)
+        rendered = [teacher.render(*prompts[rows[i]["prompt_id"]]) for i in scorable]
+        results = engine.score(rendered, [completions[i] or [] for i in scorable], signal)
         by_row: dict[int, TokenScores] = dict(zip(scorable, results, strict=True))
         for i in batch:
             common = {"rollout_id": rows[i]["rollout_id"], "teacher": teacher.ref.digest}

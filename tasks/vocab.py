@@ -23,8 +23,8 @@ CODE = 1
 def match_vocabularies(recipe: Recipe, *, student: ModelRef, teacher: ModelRef | None) -> Vocabularies:
     """Make `vocab/student` and `vocab/teacher`. A student without a teacher is matched with itself."""
     run, s_side, t_side = Run(recipe.root, recipe.name), side(student), side(teacher or student)
-    s_side.encoder.check(student.path)
-    t_side.encoder.check((teacher or student).path)
+    s_side.check()
+    t_side.check()
     identities = {"student": digest_tokenizer(s_side), "teacher": digest_tokenizer(t_side)}
 
     def build(role: str, vocabulary: Vocabulary, counterpart: Vocabulary) -> Artifact:

@@ -26,6 +26,21 @@ KINDS = {
     "template": GateKind(
         "prompts", "correct chat_template in the model's tokenizer_config.json, or set rendering = 'plain' for this model"
     ),
+    "kept": GateKind(
+        "prompts",
+        "its chat template leaves that out: put it into the user message, give the model a template that has it, or set "
+        "rendering = 'plain' for it",
+    ),
+    "closed": GateKind(
+        "prompts",
+        "the prompt ends in a token that ends answers, before the answer begins: correct its chat template, or leave that "
+        "token out of its stops",
+    ),
+    "stops": GateKind(
+        "tokens",
+        "nothing ends a turn in its chat template, so its answers run on: name the token in stop, or correct the template",
+        least=True,
+    ),
     "boundary": GateKind(
         SHARE,
         "the last token of the prompt merges with the start of the answer: let the template end with a line break",

@@ -8,7 +8,7 @@ from configs.schema import Recipe
 from tasks.engines.base import Engine
 from tasks.engines.choose import get_engine
 from tasks.models.reference import ModelRef
-from tasks.rows.messages import Message, load_messages
+from tasks.rows.messages import Prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Sample:
     teacher: ModelRef | None
 
     @property
-    def messages(self) -> list[list[Message]]:
-        """The messages of each prompt."""
-        return load_messages(self.prompts["messages"].to_pylist())
+    def asked(self) -> list[Prompt]:
+        """Each prompt as a template reads it."""
+        return load_prompts(self.prompts.to_pylist())
 
     def sides(self) -> dict[str, ModelRef]:
         """The models by role; without a teacher the student alone."""

@@ -22,7 +22,7 @@ from tasks.tokens.ragged import flat
 def chance_gate(sample: Sample, role: str, ref: ModelRef) -> Gate:
     """Nats per token over ln V, on references given their prompts or on the prompts, whichever the model predicts better."""
     text_side, engine = side(ref), sample.engine(ref)
-    prompts = [text_side.render(messages) for messages in sample.messages]
+    prompts = [text_side.render(*prompt) for prompt in sample.asked]
     known = text_side.encoder.encode([text or "" for text in sample.prompts["reference"].to_pylist()])
     texts = {
         "references": [(prompt, ids) for prompt, ids in zip(prompts, known, strict=True) if ids],
@@ -44,7 +44,7 @@ def chance_gate(sample: Sample, role: str, ref: ModelRef) -> Gate:
 def teacher_engine_gate(sample: Sample, teacher: ModelRef) -> Gate:
     """The gap between the log-probs of the teacher's samples as drawn and as scored, without stops."""
     text_side, engine = side(teacher), sample.engine(teacher)
-    prompts = [text_side.render(messages) for messages in sample.messages]
+    prompts = [text_side.render(*prompt) for prompt in sample.asked]
     seeds = [derive_seed(sample.recipe.seed, "preflight teacher", number) for number in range(len(prompts))]
     completions = engine.generate(prompts, seeds, Sampling(sample.recipe.rollout.max_new_tokens))
     scores = engine.score(prompts, [completion.ids for completion in completions], make_signal("sampled"))

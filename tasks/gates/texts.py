@@ -3,32 +3,37 @@
 from collections.abc import Iterator
 
 import pyarrow as pa
-from transformers import AutoConfig
 
 from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
-from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 
 
 def text_gates(sample: Sample) -> Iterator[Gate]:
     """Both tokenizers and templates on the prompts."""
     limits = sample.recipe.gates
-    texts = [m["content"] for messages in sample.messages for m in messages]
+    texts = [m["content"] for messages, _ in sample.asked for m in messages]
     texts += [text for text in sample.prompts["reference"].to_pylist() if text]
     for role, ref in sample.sides().items():
         text_side = side(ref)
+        yield stops_gate(role, text_side)
         spelled = [ids is not None for ids in text_side.encoder.encode(texts)]
         detail = f"of {len(texts)} texts" if all(spelled) else f"for example, not {texts[spelled.index(False)]!r:.60}"
         yield Gate(f"{role}: spelled", sum(spelled) / len(texts), limits.spelled, detail=detail)
-        rendered = [text_side.render(messages) for messages in sample.messages]
+        rendered = [text_side.render(*prompt) for prompt in sample.asked]
         yield template_gate(role, text_side, rendered)
         yield Gate(f"{role}: boundary", measure_boundary(text_side, sample.prompts, rendered), limits.boundary)
-        longest = max(map(len, rendered))
-        if context := context_of(ref):
-            needed = longest + sample.recipe.rollout.max_new_tokens
-            detail = f"longest prompt ({longest} tokens) plus rollout.max_new_tokens; the limit is the model's context"
-            yield Gate(f"{role}: room", needed, context, detail=detail)
+
+
+def stops_gate(role: str, text_side: Side) -> Gate:
+    """How many ids end an answer, as text; a template whose turn never ends has none to show for it."""
+    names = " ".join(text_side.tokenizer.convert_ids_to_tokens(text_side.stop_ids))
+    if text_side.ref.rendering == "plain":
+        return Gate(f"{role}: stops", len(text_side.stop_ids), detail=names)
+    if text_side.turn_end is None:
+        return Gate(f"{role}: stops", 0, 1, detail=f"no token behind an assistant's turn in its template; it has {names}")
+    end = text_side.tokenizer.convert_ids_to_tokens(text_side.turn_end)
+    return Gate(f"{role}: stops", len(text_side.stop_ids), 1, detail=f"{names}; a turn of its template ends in {end}")
 
 
 def template_gate(role: str, text_side: Side, rendered: list[list[int]]) -> Gate:
@@ -50,9 +55,3 @@ def measure_boundary(text_side: Side, prompts: pa.Table, rendered: list[list[int
             alone, followed = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, text + reference))
             kept.append(followed[: len(alone)] == alone)
     return sum(kept) / len(kept) if kept else None
-
-
-def context_of(ref: ModelRef) -> int | None:
-    """The longest sequence that a model's positions allow; None where its config does not say."""
-    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code).get_text_config()
-    return getattr(config, "max_position_embeddings", None)

@@ -1,10 +1,12 @@
 """The reference to a model that passes between stages, and the one place that decides on device, dtype and attention."""
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -17,6 +19,7 @@ from storage.lineage import digest_folder, digest_json
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
+CONTEXT = ("system", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class ModelRef:
     path: str
     digest: str
     rendering: str = "chat"
+    system: str | None = None
+    chat_template: str | None = None  # its text
+    chat_template_kwargs: str = "{}"  # as JSON
+    prefix: str = ""
+    stop: tuple[str, ...] = ()
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "sdpa"
@@ -41,12 +49,14 @@ class ModelRef:
         return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What can change a result, for keys: not where the model or its engine lies, and not the device.
 
         The stages that use its engine add the engine's name (`tasks.engines.choose.engine_name`).
         """
-        return {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
+        always = {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
+        unset = {field.name: field.default for field in fields(self) if field.name in CONTEXT}
+        return always | {name: value for name in CONTEXT if (value := getattr(self, name)) != unset[name]}
 
 
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
@@ -55,12 +65,21 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
     A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
     """
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
+    use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
+    use["chat_template"] = config.chat_template and read_template(config.chat_template)
     if "://" in path and digest:
         return ModelRef(path, digest, **use)
     path = local_name(path)
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)
     return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+
+
+def read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"chat_template: {path}: cannot be read ({error}); give a file with a chat template in it") from None
 
 
 def local_name(name: str) -> str:
@@ -81,8 +100,15 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turn the errors with which transformers fails to load `name` into one BadInput."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a damaged file makes of a library: SafetensorError, TypeError, ZeroDivisionError, …
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "attn_implementation" in reason or "attention implementation" in reason:
+            raise BadInput(
+                f"{name}: its family does not have this kind of attention in transformers ({reason[:120]}…); "
+                "set attention = 'eager' for this model"
+            ) from None
         if "custom code" in reason:
             raise BadInput(
                 f"{name}: the model needs code of its own; set trust_remote_code = true for it if you trust that code, "
@@ -93,8 +119,10 @@ def explain_load_errors(name: str) -> Iterator[None]:
                 f"{name}: access to this model is restricted; request it at https://huggingface.co/{name}, then run "
                 "`hf auth login` here (or set HF_TOKEN), or choose another model"
             ) from None
+        here = Path(name).exists()
+        what = "transformers cannot load this model" if here else "no such model, or none that transformers can load"
         raise BadInput(
-            f"{name}: no such model, or not one that transformers can load ({reason[:300]}); "
+            f"{name}: {what} ({reason[:300]}); "
             "give a folder with config.json, *.safetensors and tokenizer.json, or a hub id that this machine reaches"
         ) from None
 

@@ -1,13 +1,17 @@
 """A model's text side, without its weights: tokenizer, token bytes, stop ids, rendering of prompts."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import BadInput
+from tasks.models.chat import Message, check_arguments, find_turn_end, write_chat
 from tasks.models.reference import ModelRef, explain_load_errors, local_name
+from tasks.models.stops import chosen_stops, configured_stops
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -21,7 +25,8 @@ class Side:
             tokenizer = AutoTokenizer.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise BadInput(f"{ref.path}: its tokenizer has no tokenizer.json; choose a model that has one (a fast tokenizer)")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.told = tokenizer, json.loads(ref.chat_template_kwargs)
+        tokenizer.chat_template = ref.chat_template or tokenizer.chat_template
         if ref.rendering == "chat" and not self.tokenizer.chat_template:
             raise BadInput(
                 f"{ref.path}: its tokenizer has no chat template, and the prompts are chats; "
@@ -29,22 +34,35 @@ class Side:
             )
 
     @cached_property
+    def turn_end(self) -> int | None:
+        """The id that ends an assistant's turn in the chat template; None without one, and where a turn never ends."""
+        return find_turn_end(self.tokenizer, self.told) if self.ref.rendering == "chat" else None
+
+    @cached_property
     def stop_ids(self) -> list[int]:
         """Ids that end a completion, the tokenizer's own end token first."""
-        try:
-            configured = GenerationConfig.from_pretrained(self.ref.local).eos_token_id
-        except OSError:
-            configured = None
-        ids = [self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-        stops = list(dict.fromkeys(i for i in ids if i is not None))
+        ids = [self.tokenizer.eos_token_id, *configured_stops(self.ref.local), self.turn_end]
+        ids += chosen_stops(self.tokenizer, self.ref.stop, self.ref.path)
+        stops = [i for i in dict.fromkeys(ids) if i is not None and self._has(i)]
         if not stops:
             raise BadInput(f"{self.ref.path}: no end token in its tokenizer or generation config; set eos_token there")
         return stops
+
+    def _has(self, i: int) -> bool:
+        """Whether the model's head has a row for an id."""
+        return i >= 0 and (self.rows is None or i < self.rows)
 
     @cached_property
     def beta(self) -> TokenBytes:
         """Bytes of the ids that the model can emit: a tokenizer may know more ids than the head has rows."""
         beta = token_bytes(self.tokenizer, self.stop_ids, self.ref.path)
+        if self.rows is not None and self.rows < len(beta.values):
+            own = self.tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+            if lost := sum(i >= self.rows and beta.roles[i] == "text" for i in own):
+                raise BadInput(
+                    f"{self.ref.path}: {lost} tokens of text in tokenizer.json lie beyond vocab_size = {self.rows} of "
+                    "config.json, so the model has no row for them; give the tokenizer that belongs to these weights"
+                )
         return TokenBytes(beta.values[: self.rows], beta.roles[: self.rows])
 
     @cached_property
@@ -66,19 +84,62 @@ class Side:
     def encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.beta)
 
+    def check(self) -> None:
+        """Refuse a tokenizer that changes texts, and what of the recipe it or its chat template does not know."""
+        own = side(replace(self.ref, stop=())) if self.ref.stop else self  # a stop has no bytes any more
+        own.encoder.check(self.ref.path)
+        self.vocabulary  # noqa: B018  (which needs all stops)
+        self.prefix_ids  # noqa: B018
+        try:
+            check_arguments(self.tokenizer, self.told)
+        except BadInput as error:
+            raise BadInput(f"{self.ref.path}: {error}") from None
+
     @property
     def pad_id(self) -> int:
-        return self.stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        """An id that the head has: a pad token may have been added to the tokenizer alone."""
+        pad = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad is None or not self._has(pad) else pad
 
-    def render(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of a prompt, up to where the completion starts."""
-        ids: list[int]
-        if self.ref.rendering == "plain":
-            ids = self.tokenizer("\n".join(m["content"] for m in messages) + "\n")["input_ids"]
-        else:  # the template writes BOS itself
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """The ids of what each answer begins with."""
+        ids = self.encoder.encode([self.ref.prefix])[0]
+        if ids is None:
+            raise BadInput(f"{self.ref.path}: prefix: its tokenizer cannot spell {self.ref.prefix!r}; give other characters")
         return ids
+
+    def frame(self, messages: list[Message]) -> list[Message]:
+        """A row's messages as this side is to read them."""
+        system = self.ref.system
+        if system is None:
+            return messages
+        others = [message for message in messages if message["role"] != "system"]
+        return [{"role": "system", "content": system}, *others] if system else others
+
+    def write(self, framed: list[Message], tools: list[Any] | None = None) -> str:
+        """The text of framed messages, up to where the completion starts. Raises BadInput where the template refuses them."""
+        if self.ref.rendering == "plain":
+            return "\n".join(message["content"] or "" for message in framed) + "\n"
+        try:
+            return write_chat(self.tokenizer, framed, tools, told=self.told)
+        except BadInput as error:
+            raise BadInput(f"{self.ref.path}: {error}") from None
+
+    def render(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+        """The ids of a prompt, up to where what is sampled starts."""
+        text = self.write(self.frame(messages), tools)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # a template writes BOS itself
+        if self.ref.rendering == "plain":  # what the tokenizer puts in front, not the end that it may put behind
+            whole, length = self.tokenizer(text)["input_ids"], len(ids)
+            starts = range(len(whole) - length + 1)
+            ids = next((whole[: at + length] for at in starts if whole[at : at + length] == ids), whole)
+        return ids + self.prefix_ids if self.ref.prefix else ids
+
+    def show(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        """The very text of a rendered prompt, special tokens included; what a terminal would act on is escaped."""
+        text = self.tokenizer.decode(self.render(messages, tools), clean_up_tokenization_spaces=False)
+        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @lru_cache(maxsize=8)
@@ -90,7 +151,7 @@ def side(ref: ModelRef) -> Side:
 def tokenizer_of(name: str) -> Side:
     """The text side of a hub id, folder or GGUF file whose weights and template are not needed."""
     text_side = side(ModelRef(local_name(name), "", rendering="plain"))
-    text_side.encoder.check(name)
+    text_side.check()
     return text_side
 
 

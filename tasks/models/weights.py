@@ -1,9 +1,13 @@
 """A model's weights: loading and checking them, its hidden states and its logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -14,15 +18,53 @@ transformers_logging.disable_progress_bar()  # a bar for every shard of weights 
 
 
 def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load the model on the CPU in `dtype` (default: the reference's dtype outside training)."""
-    with explain_load_errors(ref.path):
-        return AutoModelForCausalLM.from_pretrained(
+    """Load the model on the CPU in `dtype` (default: the reference's dtype outside training).
+
+    Raises BadInput where weights are missing or have another shape: transformers would go on with random ones.
+    """
+    return _load(ref, dtype or dtype_of(ref))
+
+
+def _load(ref: ModelRef, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
+    with explain_load_errors(ref.path), _silent():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             ref.local,
-            dtype=dtype or dtype_of(ref),
+            dtype=dtype,
             attn_implementation=ref.attention,
             trust_remote_code=ref.trust_remote_code,
             use_safetensors=True,
+            device_map=device,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    model: PreTrainedModel = loaded[0]
+    found: dict[str, Any] = loaded[1]
+    if missing := sorted(found["missing_keys"]):
+        raise BadInput(
+            f"{ref.path}: its *.safetensors lack {_first(missing)}, which config.json asks for; "
+            "give a folder with all weights of the model"
+        )
+    if other := sorted(f"{key} ({list(there)}, not {list(here)})" for key, there, here in found["mismatched_keys"]):
+        raise BadInput(
+            f"{ref.path}: its *.safetensors have other shapes than config.json says: {_first(other)}; "
+            "give the config.json and tokenizer that belong to these weights"
+        )
+    return model
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers prints a table of what did not fit and goes on; here it is an error with one message."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def load_float32(ref: ModelRef) -> PreTrainedModel:
@@ -39,13 +81,26 @@ def empty_model(ref: ModelRef) -> PreTrainedModel:
 
 
 def check_weights(ref: ModelRef) -> None:
-    """Refuse a local folder without weights, or whose code the recipe does not trust; reads no weights."""
+    """Refuse a local folder without weights, with damaged ones, or whose code the recipe does not trust.
+
+    Names and shapes of the weights are read, their values are not. Another engine, and quantised weights, need not be
+    what transformers can lay out here.
+    """
     folder = Path(ref.path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if not folder.is_dir():
+        return
+    if not (found := sorted(folder.glob("*.safetensors"))):
         raise BadInput(f"{ref.path}: no *.safetensors in it; give a folder with config.json, weights and tokenizer.json")
-    if folder.is_dir():
-        with explain_load_errors(ref.path):
-            AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+    for file in found:
+        try:
+            with safe_open(file, "pt"):  # holds its length against its header
+                pass
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: cannot be read as safetensors ({error}); give the whole file") from None
+    with explain_load_errors(ref.path):
+        config = AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
+    if ref.engine == "transformers" and getattr(config, "quantization_config", None) is None:
+        _load(replace(ref, attention="eager") if ref.attention == FLASH else ref, torch.float32, device="meta")
 
 
 def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,16 @@ def load_messages(stored: Iterable[list[Message]]) -> list[list[Message]]:
     return present
 
 
+Prompt = tuple[list[Message], Tools | None]  # what a template reads: messages, and the tools that they may call
+
+
+def load_prompts(rows: Iterable[dict[str, Any]]) -> list[Prompt]:
+    """Rows of the table `prompts` as a template reads them."""
+    rows = list(rows)
+    messages = load_messages(row["messages"] for row in rows)
+    return [(m, json.loads(row["tools"]) if row.get("tools") else None) for m, row in zip(messages, rows, strict=True)]
+
+
 def _message(message: Any, column: str, whole: Any) -> Message:
     if not isinstance(message, dict) or not is_text(message.get("role")):
         raise Refused(_wrong(column, whole))

@@ -33,6 +33,7 @@ from storage.artifacts import Artifact, write_parquet
 from storage.schemas import STEPS
 from tasks import objectives
 from tasks.models.reference import ModelRef, device_of, dtype_of
+from tasks.models.stops import name_stops
 from tasks.models.text import side
 from tasks.running.progress import logger, progress
 from tasks.running.seeds import derive_seed
@@ -208,6 +209,7 @@ class Trainer:
         saved = {"step": self.step, "param_groups": state["param_groups"]}
         (folder / "trainer" / "state.json").write_text(json.dumps(saved, indent=1))
         weights = whole and {name: value for name, value in whole.items() if name not in model.all_tied_weights_keys}
+        name_stops(model, side(self.ref).stop_ids)
         model.save_pretrained(folder / "student", state_dict=weights)
         side(self.ref).tokenizer.save_pretrained(folder / "student")
 

@@ -31,6 +31,7 @@ def place(tmp_path_factory) -> Path:
         "student": {"model": str(folder / "student")},
         "teacher": {"model": str(folder / "teacher")},
         "prompts": {"source": "reasoning-gym", "task": "spell_backward", "train": 8, "eval": 4},
+        "rollout": {"max_new_tokens": 4},
         "score": {"k": 8},
         "objective": {"name": "bytes"},
     }
@@ -134,6 +135,14 @@ RECIPES = [
     (["student.model={place}/pickled"], ["pickled: no *.safetensors in it", "give a folder with config.json, weights"]),
     (["student.trust_remote_code=yes"], ["student.trust_remote_code", "valid boolean", "found 'yes'"]),
     (["student.trust_remote=true"], ["student.trust_remote: unknown key", "trust_remote_code"]),
+    (['student.stop="<end>"'], ["student.stop", "should be a list", "found '<end>'"]),
+    (['student.stop=[""]'], ["student.stop.0", "at least 1 character"]),
+    (['teacher.stop=["hello there"]'], ["{place}/teacher: stop: 'hello there' is ", " tokens (", "a string that is one token"]),
+    # room
+    (
+        ["rollout.max_new_tokens=1000000"],
+        ["student: room: ", "too long: 2 of 2 prompts", "at most 64 tokens", "max_new_tokens"],
+    ),
     # signals against engine and objective
     (["score.signal=hidden", "teacher.engine=vllm"], ["score.signal = 'hidden'", "found 'vllm'", "or score.signal = 'topk'"]),
     (["score.signal=sampled", "objective.name=gkd"], ["score.signal = 'sampled'", "one of topk, hidden"]),

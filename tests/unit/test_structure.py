@@ -41,6 +41,8 @@ MAY_OPEN = {
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
     ("tasks/rows/files.py", "_read_parquet"),
     ("tasks/rows/files.py", "_read_text"),
+    ("tasks/models/reference.py", "read_template"),
+    ("tasks/models/weights.py", "check_weights"),
     ("tasks/signals/head.py", "save_head"),
     ("tasks/signals/head.py", "read_head"),
     ("tasks/training/processes.py", "launch"),

@@ -1,0 +1,126 @@
+"""Gates on how prompts are rendered, which need no weights: of every prompt of a run, and for each side."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import AutoConfig
+
+from configs.errors import BadInput
+from configs.schema import GymPrompts, Recipe
+from storage.lineage import digest_json
+from tasks.gates.gate import Gate
+from tasks.models.chat import Message
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side, side
+from tasks.rows.messages import load_prompts
+from tasks.rows.sources import digest_files, split_prompts
+from tasks.running.progress import logger
+
+SECONDS = 10.0  # for a side; of more prompts than that the others are left to the stages
+LONG = 16  # characters that a text does not hold by chance
+MARK = " ⟨potstill⟩"
+
+Row = dict[str, Any]  # of prompts: messages, split, and maybe tools
+_passed: set[str] = set()  # what this process has looked at already: a command checks a recipe before its flow does
+
+
+def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
+    """Raise BadInput where a side cannot read the prompts of a recipe as they are meant. Of a task two items are made."""
+    config, most, rows = recipe.prompts, recipe.rollout.max_new_tokens, None
+    files = digest_files(config)
+    for role, ref in sides.items():
+        key = digest_json([role, ref.path, ref.identity, config.model_dump(mode="json"), files, recipe.seed, most])
+        if key in _passed:
+            continue
+        rows = list_prompts(recipe) if rows is None else rows
+        for gate in rendering_gates(role, ref, rows, most):
+            if gate.ok is False:
+                raise BadInput(gate.complaint())
+        _passed.add(key)
+
+
+def list_prompts(recipe: Recipe) -> list[Row]:
+    config = recipe.prompts
+    if isinstance(config, GymPrompts):  # whose items are all alike, and take long to make
+        config = config.model_copy(update={"train": 1, "eval": 1})
+    logger.disabled = True  # the stage says what there is to say
+    try:
+        return [row for table in split_prompts(config, recipe.seed).values() for row in table.to_pylist()]
+    finally:
+        logger.disabled = False
+
+
+def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_tokens: int) -> Iterator[Gate]:
+    """Whether all of each prompt is rendered, is left open for an answer, and leaves room for it.
+
+    Raises BadInput, with the row, where a chat template refuses one.
+    """
+    text_side, lengths, closed, lost, first = side(ref), [], 0, 0, ""
+    started = time.monotonic()
+    for number, (messages, tools) in enumerate(load_prompts(rows)):
+        if time.monotonic() - started > SECONDS:
+            break
+        try:
+            ids = text_side.render(messages, tools)
+        except BadInput as error:
+            raise BadInput(f"{role}, {name_row(rows, number)}: {error}") from None
+        lengths.append(len(ids))
+        closed += is_closed(text_side, ids)
+        if what := find_lost(text_side, text_side.frame(messages), tools):
+            lost, first = lost + 1, first or f"; {name_row(rows, number)}: {what}"
+    if not lengths:
+        return
+    of = f"of {len(lengths)} prompts" + (f" that were looked at (there are {len(rows)})" if len(lengths) < len(rows) else "")
+    yield Gate(f"{role}: kept", lost, 0, detail=of + first)
+    yield Gate(f"{role}: closed", closed, 0, detail=of)
+    if context := context_of(ref):
+        over, longest = sum(n + max_new_tokens > context for n in lengths), max(lengths)
+        detail = f"longest prompt {longest} tokens, and rollout.max_new_tokens = {max_new_tokens}; too long: {over} {of}"
+        yield Gate(f"{role}: room", longest + max_new_tokens, context, detail=detail)
+
+
+def name_row(rows: Sequence[Row], number: int) -> str:
+    """`training prompt 3 ('What is …')`: counted from 1 within its split, in the order of the run's tables."""
+    split = rows[number]["split"]
+    place = sum(row["split"] == split for row in rows[: number + 1])
+    shown = " ".join(str(rows[number]["messages"][-1]["content"]).split())
+    return f"{'training' if split == 'train' else 'eval'} prompt {place} ('{shown[:40]}{'…' * (len(shown) > 40)}')"
+
+
+def is_closed(text_side: Side, ids: list[int]) -> bool:
+    """Whether a prompt ends in a control token that ends answers; a stop of the recipe's may be text, such as a line break."""
+    if not ids or ids[-1] not in text_side.stop_ids:
+        return False
+    added = text_side.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return ids[-1] in added and added[ids[-1]].special
+
+
+def find_lost(text_side: Side, framed: list[Message], tools: list[Any] | None) -> str | None:
+    """What of a conversation does not reach the model: changing it changes nothing of the rendered text."""
+    text = text_side.write(framed, tools)
+
+    def matters(others: list[Message], other_tools: list[Any] | None) -> bool:
+        try:
+            return text_side.write(others, other_tools) != text
+        except BadInput:
+            return True
+
+    for place, message in enumerate(framed):
+        before, behind = framed[:place], framed[place + 1 :]
+        content = (message["content"] or "").strip()
+        kept = not content or (len(content) >= LONG and content in text)
+        if not kept and not matters([*before, {**message, "content": content + MARK}, *behind], tools):
+            return f"its {message['role']} message is not in the text ('{content:.40}')"
+        if message.get("tool_calls") and not matters([*before, {**message, "tool_calls": None}, *behind], tools):
+            return f"the tool calls of its {message['role']} message are not in the text"
+    return "its tools are not in the text" if tools and not matters(framed, None) else None
+
+
+def context_of(ref: ModelRef) -> int | None:
+    """The longest sequence that a model's positions allow; None where its config does not say, and without a config."""
+    try:
+        config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code)
+    except (OSError, ValueError):  # a server's model may lie here as a tokenizer alone
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

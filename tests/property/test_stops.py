@@ -1,0 +1,138 @@
+"""Stops and prompts of six real tokenizers: base and instruct variants, with and without a generation config."""
+
+import json
+from pathlib import Path
+
+import fetch
+import pytest
+
+from configs.errors import BadInput
+from tasks.gates.rendering import find_lost
+from tasks.models.reference import ModelRef
+from tasks.models.text import Side
+
+# What ends a text, what ends a turn: from the families' own model cards. GPT-OSS and Llama 2 come without their templates.
+ENDS = {
+    "qwen3": ("<|endoftext|>", "<|im_end|>"),
+    "llama3": ("<|end_of_text|>", "<|eot_id|>"),
+    "gemma3": ("<eos>", "<end_of_turn>"),
+    "deepseek_v3": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "gptoss": ("<|endoftext|>", "<|return|>"),
+    "llama2": ("</s>", "</s>"),
+}
+TEMPLATES = {
+    "gptoss": "{% for m in messages %}{% if m['role'] == 'assistant' %}<|start|>assistant<|channel|>final<|message|>"
+    "{{ m['content'] }}{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}<|start|>{{ m['role'] }}<|message|>"
+    "{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    "llama2": "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fetched() -> None:
+    fetch.main(["tokenizers"])
+
+
+def folder_of(name: str, place: Path, *, end: str, config: list[str] | None, generation: list[str] | None) -> ModelRef:
+    """A tokenizer's folder with this end token, and these in config.json and generation_config.json (None: no such file)."""
+    source = fetch.MODELS / name
+    (place / "tokenizer.json").symlink_to((source / "tokenizer.json").resolve())
+    data = json.loads((source / "tokenizer_config.json").read_text())
+    data |= {"eos_token": end} | ({"chat_template": TEMPLATES[name]} if name in TEMPLATES else {})
+    (place / "tokenizer_config.json").write_text(json.dumps(data))
+    known = {token["content"]: token["id"] for token in json.loads((source / "tokenizer.json").read_text())["added_tokens"]}
+    for file, tokens in (("config.json", config), ("generation_config.json", generation)):
+        if tokens is not None:
+            ids = [known[token] for token in tokens]
+            (place / file).write_text(json.dumps({"model_type": "llama", "vocab_size": 300_000, "eos_token_id": ids}))
+    return ModelRef(str(place), str(place))
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("named", ["nowhere", "config", "generation", "both"])
+@pytest.mark.parametrize("variant", ["base", "instruct"])
+def test_texts_and_turns_end(tmp_path: Path, name: str, named: str, variant: str) -> None:
+    text, turn = ENDS[name]
+    own = text if variant == "base" else turn
+    listed = [text, turn] if named in ("config", "both") else [own]
+    ref = folder_of(
+        name, tmp_path, end=own, config=listed, generation=[text, turn] if named in ("generation", "both") else None
+    )
+    side = Side(ref)
+    stops = side.tokenizer.convert_ids_to_tokens(side.stop_ids)
+    assert stops[0] == own  # as today, whatever else is found
+    assert set(stops) == ({text, turn} if variant == "base" or named != "nowhere" else {turn})
+    assert side.tokenizer.convert_ids_to_tokens(side.turn_end) == turn
+    assert {side.beta.roles[i] for i in side.stop_ids} == {"stop"}
+    assert len(stops) == len(set(stops))
+
+
+SYSTEM = {"role": "system", "content": "Be as brief as you can be."}
+TURNS = [
+    {"role": "user", "content": "Hello, 世界! How are you today?"},
+    {"role": "assistant", "content": "I am as well as ever, thank you."},
+    {"role": "user", "content": "  And tomorrow?\n"},
+]
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "description": "of a city", "parameters": {"type": "object"}}}
+]
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+CALLED = [
+    {"role": "user", "content": "What is the weather in Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "get_weather", "content": "-3 C, and snow"},
+]
+# Templates that leave out what they do not know, or refuse it.
+WITHOUT_TOOLS = {"llama3": "its tools", "gemma3": "its tools", "deepseek_v3": "its tools"}
+WITHOUT_CALLS = {
+    "llama3": "the tool calls of its assistant message",
+    "deepseek_v3": "the tool calls",
+    "gemma3": "must alternate",
+}
+
+
+def chat_side(name: str, **context: object) -> Side:
+    return Side(ModelRef(str(fetch.MODELS / name), name, **context))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "deepseek_v3"])
+def test_prompts_are_what_the_template_says(name: str) -> None:
+    """Against the template applied by hand: system, several turns, tools, a prefix; nothing of a message is lost."""
+    side = chat_side(name)
+
+    def by_hand(messages: list[dict[str, object]], **told: object) -> list[int]:
+        text = side.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **told)
+        return side.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for messages in ([TURNS[0]], TURNS, [SYSTEM, *TURNS]):
+        assert side.render(messages) == by_hand(messages)
+        assert find_lost(side, messages, None) is None
+        assert side.render([{**m, "tool_calls": None} for m in messages]) == by_hand(messages)  # as a table's column has it
+        prefix = "<answer>\n 42"
+        behind = chat_side(name, prefix=prefix).render(messages)[len(by_hand(messages)) :]
+        assert side.beta.join(behind) == prefix.encode()
+    assert chat_side(name, system=SYSTEM["content"]).render(TURNS) == by_hand([SYSTEM, *TURNS])
+    assert chat_side(name, system="").render([SYSTEM, *TURNS]) == by_hand(TURNS)
+    assert side.render(TURNS, TOOLS) == by_hand(TURNS, tools=TOOLS)
+    lost = find_lost(side, TURNS, TOOLS)
+    assert lost is None if name not in WITHOUT_TOOLS else lost.startswith(WITHOUT_TOOLS[name])
+    try:
+        said = find_lost(side, CALLED, None)
+        assert side.render(CALLED) == by_hand(CALLED)
+    except BadInput as error:
+        said = str(error)
+    assert said is None if name not in WITHOUT_CALLS else WITHOUT_CALLS[name] in str(said)
+
+
+def test_a_thinking_switch() -> None:
+    """Qwen 3's template closes an empty thought where it is told not to think."""
+    messages = [TURNS[0]]
+    side = chat_side("qwen3", chat_template_kwargs='{"enable_thinking": false}')
+    side.check()
+    wanted = side.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    assert side.write(messages) == wanted
+    assert wanted.endswith("<think>\n\n</think>\n\n")
+    assert not chat_side("qwen3").write(messages).endswith("</think>\n\n")
+    with pytest.raises(BadInput, match=r"takes no thinking; it reads .*enable_thinking"):
+        chat_side("qwen3", chat_template_kwargs='{"thinking": false}').check()
