@@ -89,7 +89,7 @@ def test_every_table_has_its_schema(tiny):
 def test_the_folder_is_as_designed(tiny):
     """Names of DESIGN.md §4, and nothing half-made among them."""
     assert {path.name for path in tiny.iterdir()} == {
-        "run.toml", "report.html", "vocab", "prompts", "_manifests", "round=0000", "round=0001", "round=0002",
+        "run.toml", "report.html", "vocab", "prompts", "accounts", "_manifests", "round=0000", "round=0001", "round=0002",
     }  # fmt: skip
     assert {path.name for path in (tiny / "round=0000").iterdir()} == {"evals"}
     for number in (1, 2):
@@ -322,7 +322,7 @@ def test_another_objective_takes_over_rollouts_and_scores(tiny):
     taken = set(sources)
     shards = {f"round=0001/{name}/part-0000{part}" for name in ("rollouts", "scores") for part in (0, 1)}
     evals = {f"round=0000/evals/{role}" for role in ("student", "teacher")}
-    assert taken == shards | evals | {"prompts/train", "prompts/eval", "vocab/student", "vocab/teacher"}
+    assert taken == shards | evals | {"prompts/train", "prompts/eval", "accounts/prompts", "vocab/student", "vocab/teacher"}
     assert all((other / f"{slot}.parquet").samefile(tiny / f"{slot}.parquet") for slot in taken)
     assert all((tiny.parent / name / "run.toml").exists() and name != "other" for name in sources.values())
     assert digests(other)["round=0001/student"] != digests(tiny)["round=0001/student"]
