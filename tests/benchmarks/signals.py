@@ -27,6 +27,7 @@ from tasks.models.reference import ModelRef  # noqa: E402
 from tasks.models.weights import hidden_states, logit_scale_of  # noqa: E402
 from tasks.objectives.divergences import bucketed_jsd  # noqa: E402
 from tasks.score import score_rows  # noqa: E402
+from tasks.signals import make_signal  # noqa: E402
 from tasks.signals.base import keep_likeliest  # noqa: E402
 from tasks.signals.head import Head  # noqa: E402
 from tasks.tokens.byte_laws import (  # noqa: E402
@@ -86,12 +87,13 @@ def main(samples: int, tokens: int, temperature: float) -> None:
         "of it the actual token",
         *(f"error, β = {b}" for b in (1, 0)),
     )
-    messages = {"p": [{"role": "user", "content": "-"}]}
+    prompts = {"p": ([{"role": "user", "content": "-"}], None)}
     actual = torch.tensor([i for ids in completions for i in ids])
     first = torch.tensor([j == 0 for ids in completions for j in range(len(ids))])
     base = None
     for case in CASES[::-1]:  # `sampled` first: what every file holds
-        size, events = stored_size(score_rows(rows, messages, engine, engine.side, case, as_sampled=True), total)
+        signal = make_signal(case.signal, case.k, case.top_p)
+        size, events = stored_size(score_rows(rows, prompts, engine, engine.side, signal, as_sampled=True), total)
         base = size if base is None else base
         error = errors(case, head, noisy, t_hidden, s_hidden, actual, first, ByteLaws(engine.side.vocabulary))
         cells = [case.signal, str(case.k), str(case.top_p), f"{events:.1f}", f"{size:.1f}", f"{base:.1f}"]

@@ -163,7 +163,7 @@ def kill_at(moment: tuple[str, float], potstill: Potstill, pid: int, root: Path,
         deadline = time.monotonic() + 60
         while before and not (root / before).exists() and time.monotonic() < deadline:
             time.sleep(0.002)
-            if "Everything lies" in potstill.out:
+            if "The run is in" in potstill.out:
                 break
         amount *= reference.seconds[slot]
     time.sleep(amount)

@@ -14,7 +14,7 @@ from configs.models import Model
 from tasks.engines.choose import release
 from tasks.models.reference import CONTEXT, ModelRef, make_reference
 from tasks.models.text import Side
-from tasks.preflight import Sample, roll_out_sample, score_sample, teach_sample
+from tasks.preflight import Sample, align_sample, roll_out_sample, score_sample
 from tasks.rows.sources import split_prompts
 
 TEMPLATE = (
@@ -111,10 +111,10 @@ def test_equal_contexts_are_no_difference(recipe, objective, shared, least, most
     sample = Sample(loaded, split_prompts(loaded.prompts, 0)["train"].slice(0, 8), student, teacher)
     rollouts = roll_out_sample(sample)
     scores, own = (score_sample(sample, rollouts, ref) for ref in (teacher, student))
-    prompts = [Side(teacher).render(messages) for messages in sample.messages]
+    prompts = [Side(teacher).render(*prompt) for prompt in sample.asked]
     assert (prompts == rollouts["prompt_token_ids"].to_pylist()) == shared
     assert scores.equals(own) == shared
-    _, loss = teach_sample(sample, rollouts, scores, teacher)
+    _, loss = align_sample(sample, rollouts, scores, teacher)
     release()
     assert least <= abs(loss) <= most
 

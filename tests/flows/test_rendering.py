@@ -5,15 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import tomli_w
 from helpers import made, refused
 from transformers import AutoTokenizer
 
+from configs.schema import Rollout
 from flows.preflight import preflight
 from tasks.gates.rendering import find_lost, rendering_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side
+from tasks.rollout import make_rollouts
+from tasks.rows.messages import store_messages
+from tasks.rows.plan import Row
 
 TURN = "{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}"
 OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -148,11 +153,20 @@ def test_tools_and_calls_reach_the_template(model):
     wanted = side.tokenizer.apply_chat_template([USER, CALL, RESULT], tools=TOOL, add_generation_prompt=True, tokenize=False)
     assert side.write([{**USER, "tool_calls": None}, CALL, RESULT], TOOL) == wanted
     assert side.render([USER, CALL, RESULT], TOOL) == side.tokenizer(wanted, add_special_tokens=False)["input_ids"]
-    rows = [{"messages": [USER, CALL, RESULT], "tools": json.dumps(TOOL), "split": "train"}]
+    rows = [{"messages": store_messages([USER, CALL, RESULT]), "tools": json.dumps(TOOL), "split": "train"}]
     assert {gate.name: gate.ok for gate in rendering_gates("teacher", side.ref, rows, 4)}["teacher: kept"]
     plain = ModelRef(str(model(TOOLS)), "", rendering="plain")
     (kept, *_) = rendering_gates("teacher", plain, rows, 4)
     assert (kept.value, kept.ok) == (1, False)
+
+
+def test_tools_and_calls_reach_what_is_sampled(model):
+    """The stages render a row of the table with its calls and tools, as the gates do."""
+    ref = ModelRef(str(model(TOOLS)), "0")
+    row = {"prompt_id": "p", "messages": store_messages([USER, CALL, RESULT]), "reference": "yes", "tools": json.dumps(TOOL)}
+    rows = [Row(0, 0, "reference", 1, "r")]
+    table = make_rollouts(rows, pa.Table.from_pylist([row]), Rollout(max_new_tokens=4), 1, ref, [])
+    assert table["prompt_token_ids"].to_pylist() == [Side(ref).render([USER, CALL, RESULT], TOOL)]
 
 
 # -- where a prompt ends -----------------------------------------------------------------------------------------------

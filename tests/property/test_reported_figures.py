@@ -69,7 +69,7 @@ def test_an_evaluated_model_is_at_no_distance_from_itself(stops: int, law: dict[
     rows = [{**row, "metadata": None} for row in PROMPTS]
     recipe = recipe_of(ref, **law)
     records = evaluate_prompts(recipe, 0, "student", ref, rows)
-    _add_teacher_logprobs(recipe, records, {row["prompt_id"]: row["messages"] for row in rows}, model=ref, teacher=ref)
+    _add_teacher_logprobs(recipe, records, {row["prompt_id"]: (row["messages"], None) for row in rows}, model=ref, teacher=ref)
     compared = [record for record in records if "divergence" in record]
     assert {record["decoding"] for record in compared} == {"greedy", "sampled"}
     for record in compared:
@@ -91,7 +91,7 @@ def test_aligned_units_compare_both_models_own_laws(law: dict[str, float]) -> No
     rows = [Row(i, 0, "student", 100 + i, f"r{i}") for i in range(len(PROMPTS))]
     recipe = recipe_of(ref, **law)
     rollouts = make_rollouts(rows, prompts, recipe.rollout, 1, ref, [])
-    messages = {row["prompt_id"]: row["messages"] for row in PROMPTS}
+    messages = {row["prompt_id"]: (row["messages"], None) for row in PROMPTS}
     scores = score_rows(rollouts.to_pylist(), messages, TransformersEngine(ref), side(ref), make_signal("sampled"), True)
     vocabulary = side(ref).vocabulary
     objective = objectives.build(recipe_of(ref, "opd").objective, student=vocabulary, teacher=vocabulary)
@@ -131,7 +131,7 @@ def test_the_loss_of_a_students_own_teacher_is_measured_in_the_state_that_trains
     prompts = pa.Table.from_pylist(PROMPTS)
     rows = [Row(i, 0, "student", 100 + i, f"r{i}") for i in range(len(PROMPTS))]
     rollouts = make_rollouts(rows, prompts, recipe.rollout, 1, ref, [])
-    messages = {row["prompt_id"]: row["messages"] for row in PROMPTS}
+    messages = {row["prompt_id"]: (row["messages"], None) for row in PROMPTS}
     signal = make_signal("topk", 10**6)
     scores = score_rows(rollouts.to_pylist(), messages, TransformersEngine(ref), side(ref), signal, True)
     vocabulary = side(ref).vocabulary

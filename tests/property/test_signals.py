@@ -56,7 +56,7 @@ def scores(rows: pa.Table, config: Score) -> pa.Table:
     records = [{**row, "prompt_id": "p"} for row in rows.to_pylist()]
     return score_rows(
         records,
-        {"p": PROMPT},
+        {"p": (PROMPT, None)},
         engine(),
         side(teacher_ref()),
         make_signal(config.signal, config.k, config.top_p),

@@ -132,7 +132,7 @@ def test_a_folder(folder: Path) -> None:
 def test_a_folder_without_parquet(folder: Path) -> None:
     for file in folder.rglob("*.parquet"):
         file.unlink()
-    (folder / "part=b" / "more.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (folder / "part=b" / "more.jsonl.gz").write_bytes(gzip.compress(LINES.encode(), mtime=0))
     assert [file.name for file in find_files(str(folder), "x")] == ["more.jsonl", "more.jsonl.gz"]
 
 
@@ -202,8 +202,8 @@ def test_shares_hold_where_a_path_has_too_few(tmp_path: Path) -> None:
         ("p.json", b'["a"]', ["row 1 is 'a'; give objects"]),
         ("p.json", b"[" * 200_000, ["cannot be read as json"]),
         ("p.jsonl.gz", b"no", ["cannot be read as jsonl", "gzip"]),
-        ("p.jsonl.gz", gzip.compress(LINES.encode())[:-9], ["cannot be read as jsonl", "ended before"]),
-        ("p.jsonl.gz", gzip.compress(LINES.encode())[:20] + bytes(30), ["cannot be read as jsonl"]),
+        ("p.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], ["cannot be read as jsonl", "ended before"]),
+        ("p.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:20] + bytes(30), ["cannot be read as jsonl"]),
         ("p.jsonl.zst", b"no", ["cannot be read as jsonl"]),
         ("p.jsonl.zst", PACK["zst"](LINES.encode())[:-9], ["cannot be read as jsonl"]),
         ("p.jsonl.xz", b"no", ["cannot be read as jsonl"]),
