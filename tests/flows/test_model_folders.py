@@ -100,11 +100,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "smaller head": (shrink_head, ["tokens of text in tokenizer.json lie beyond vocab_size = 200"]),
     "forbidden template": (
         lambda f: (f / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
-        ["chat template says", "unsafe", "correct chat_template.jinja"],
+        ["chat template says", "unsafe", "correct that template"],
     ),
     "template that is none": (
         lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}"),
-        ["chat template says", "correct chat_template.jinja"],
+        ["chat template says", "correct that template"],
     ),
     "cut tokenizer": (lambda f: cut(f, "tokenizer.json"), ["transformers cannot load this model", "tokenizer.json"]),
     "cut config": (lambda f: cut(f, "config.json"), ["config.json"]),
