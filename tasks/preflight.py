@@ -48,8 +48,6 @@ def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teacher:
 def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[Gate]:
     """The gates of a recipe on `count` of its prompts. A new student (None) is not made yet and has no gates."""
     split = deal_prompts(recipe.prompts, recipe.seed)
-    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
-        logger.info(line)
     prompts = split.tables()
     gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
     if student is None:
@@ -58,6 +56,8 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     every = [row for table in prompts.values() for row in table.to_pylist()]
     for role, ref in sample.sides().items():
         gates += rendering_gates(role, ref, every, recipe.rollout.max_new_tokens)
+    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
+        logger.info(line)
     for prompt in sample.asked[:SHOWN]:
         for role, ref in sample.sides().items():
             logger.info("what the %s reads:\n%s", role, side(ref).show(*prompt))

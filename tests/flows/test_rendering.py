@@ -104,7 +104,12 @@ def test_what_a_template_refuses(potstill, recipe, model, tmp_path, command, tem
 
 def test_one_row_of_many_is_found(potstill, recipe):
     rows = [*asked(count=30), {"messages": [USER, USER]}, *asked(count=60)[30:]]
-    refused(potstill("run", recipe(rows, ALTERNATES)), "prompt ", "('what is hello?')", "must alternate")
+    refused(
+        potstill("run", recipe(rows, ALTERNATES), "--set", "prompts.train=64"),
+        "prompt ",
+        "('what is hello?')",
+        "must alternate",
+    )
 
 
 # -- what a template drops ---------------------------------------------------------------------------------------------
