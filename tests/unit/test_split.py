@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import FilePrompts, GymPrompts
@@ -46,6 +46,7 @@ def test_the_counts_are_those_asked_for():
         assert totals(split)["left over"] == 4
 
 
+@settings(deadline=None)  # cores are shared
 @given(numbers, st.one_of(st.none(), sizes), sizes)
 def test_counts(found, train, held_out):
     """As many as asked for where there are enough; otherwise shared in proportion, at least one on each side."""
@@ -60,6 +61,7 @@ def test_counts(found, train, held_out):
         assert len(split.train) == min(train, distinct - len(split.eval))
 
 
+@settings(deadline=None)  # cores are shared
 @given(numbers, st.one_of(st.none(), sizes), sizes)
 def test_every_row_has_one_outcome(found, train, held_out):
     split = split_table([row(number, str(at % 2)) for at, number in enumerate(found)], train, held_out)
@@ -74,6 +76,7 @@ def test_every_row_has_one_outcome(found, train, held_out):
     assert counts["duplicates"] == len(found) - len(set(found)) - other
 
 
+@settings(deadline=None)  # cores are shared
 @given(numbers, sizes, sizes)
 def test_sides_are_distinct_and_in_the_order_of_the_rows(found, train, held_out):
     split = split_table(map(row, found), train, held_out)
@@ -92,6 +95,7 @@ def test_one_prompt_is_too_few():
 # -- what more rows change ---------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # cores are shared
 @given(st.sets(st.integers(0, 200), min_size=20, max_size=60), st.sets(st.integers(0, 200), max_size=60), st.randoms())
 def test_more_rows_move_as_little_as_can_be(there, more, random):
     """Whatever comes, in whatever order: no prompt that was trained on is held out later; one that was held out stays so
@@ -108,6 +112,7 @@ def test_more_rows_move_as_little_as_can_be(there, more, random):
         assert not displaced & set(contents(after.train))
 
 
+@settings(deadline=None)  # cores are shared
 @given(numbers, sizes, sizes)
 def test_the_order_of_rows_moves_none(found, train, held_out):
     one, two = (split_table(map(row, rows), train, held_out) for rows in (found, found[::-1]))
@@ -120,6 +125,7 @@ def test_the_order_of_rows_moves_none(found, train, held_out):
 parts = st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 500)), min_size=1, max_size=5)
 
 
+@settings(deadline=None)  # cores are shared
 @given(parts, st.one_of(st.none(), st.integers(1, 1000)))
 def test_shares(sources, most):
     """Never more than there are; each within one of its exact share of their sum; no larger sum has these shares."""
