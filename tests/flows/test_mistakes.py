@@ -91,7 +91,7 @@ RECIPES = [
     (["compute.address=head:10001"], ["compute: address is for runner = 'ray'", "runner is 'local'", "set runner or leave"]),
     ([RAY, 'compute.address=""'], ["compute.address", "at least 1 character"]),
     # engines
-    (["teacher.engine=vllm"], ["vllm_python: .venv-vllm/bin/python", "no Python that has vLLM", "make vllm"]),
+    (["teacher.engine=vllm"], ["vllm_python: .venv-vllm/bin/python", "not a Python with vLLM", "make vllm"]),
     (["teacher.engine=vllm", "teacher.vllm_python=/nowhere/python"], ["/nowhere/python", "No such file", "make vllm"]),
     (["teacher.engine=vllm", "teacher.vllm_python={place}/good.toml"], ["good.toml", "Permission denied", "make vllm"]),
     (["teacher.engine=vllm", 'teacher.vllm_python=""'], ["teacher.vllm_python", "at least 1 character"]),
