@@ -9,8 +9,10 @@ import polars as pl
 import vl_convert
 
 from configs.load import dump_recipe
+from configs.schema import Gates
 from storage.read import scan
 from storage.store import Run
+from tasks.gates.gate import limit_figure
 from tasks.tokens.align import Kind
 from tasks.views.charts import draw_charts
 from tasks.views.inspect import collect_rows, show_prompts
@@ -46,7 +48,7 @@ def render_report(run: Run) -> str:
         charts=draw_charts(run, rounds) if len(rounds) else {},
         vega=_bundle_vega(),
         prompts=show_prompts(run.address),
-        gates=_list_gates(run.address, done),
+        gates=_list_gates(run.address, done, recipe.gates),
         answers=_collect_answers(run.address, done),
         rollouts=_pick_rollouts(run.address, done),
         full=FULL,
@@ -59,8 +61,11 @@ def _bundle_vega() -> str:
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed")
 
 
-def _list_gates(run: str, number: int) -> list[dict[str, Any]]:
-    return collect_rows(run, "gates", pl.col("round") == number).drop("round", strict=False).to_dicts()
+def _list_gates(run: str, number: int, limits: Gates) -> list[dict[str, Any]]:
+    """A round's figures with their units, limits and results, as preflight shows its own."""
+    rows = collect_rows(run, "gates", pl.col("round") == number).iter_rows(named=True)
+    records = [limit_figure(row["gate"], row["value"], limits, row["detail"]).record() for row in rows]
+    return [{name: value for name, value in record.items() if name != "advice"} for record in records]
 
 
 def _collect_answers(run: str, last: int) -> list[dict[str, Any]]:

@@ -180,3 +180,11 @@ def test_an_old_report_is_replaced(potstill, tiny, tmp_path):
     assert potstill("report", f"{run}/").status == 0
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert not (run / "_tmp").exists()
+
+
+def test_gates_have_units_and_limits(tiny):
+    """As in preflight: `100.0%`, `at most 50.0%`; what has no limit only informs."""
+    page = Page((tiny / "report.html").read_text()).text
+    table = page[page.index("Gates of round") : page.index("The same prompts, before and after")]
+    for word in ("truncated", "at most 100.0%", "nats per token", "at most 0.05 nats per token", "ok"):
+        assert word in table
