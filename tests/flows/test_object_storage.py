@@ -94,7 +94,7 @@ def test_a_run_in_a_bucket(bucket, recipe, tmp_path, monkeypatch):
     assert pl.scan_parquet(f"{root}/tiny/round=*/evals/*.parquet").collect().equals(here)
     assert set(scan(f"{root}/*", "evals").collect()["run"]) == {"tiny"}
     show.check_run(f"{root}/tiny")
-    assert show.list_tables(f"{root}/tiny")[0]["rows"] == 16
+    assert {row["artifact"]: row["rows"] for row in show.list_tables(f"{root}/tiny")}["prompts/eval"] == 16
     assert len(show.show_round(f"{root}/tiny", 2)["Units"]) > 1
 
     before = objects(root)
