@@ -88,9 +88,9 @@ class Rollout(Table):
 
     on_policy: Float = Field(1.0, ge=0, le=1, description="GKD's λ: probability that a row is the student's own sample")
     off_policy: Literal["reference", "teacher"] = Field("reference", description="where the other rows come from")
-    prompts: Int = Field(1024, ge=1, description="prompts a round")
-    samples: Int = Field(1, ge=1, le=1024, description="completions a prompt")
-    shard_rows: Int = Field(4096, ge=1, description="rollouts a file: the unit of work and resume")
+    prompts: Int = Field(1024, ge=1, description="prompts per round")
+    samples: Int = Field(1, ge=1, le=1024, description="completions per prompt")
+    shard_rows: Int = Field(4096, ge=1, description="rollouts per file, which is the unit of work and of resuming")
     max_new_tokens: Int = Field(256, ge=1, description="longest completion, in student tokens, stop included")
     temperature: Float = Field(1.0, gt=0, le=10, description="divides the logits before the softmax")
     top_p: Float = Field(1.0, gt=0, le=1)
@@ -117,7 +117,7 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Train(Table):
-    batch_size: Int = Field(64, ge=1, description="rollouts an optimizer step")
+    batch_size: Int = Field(64, ge=1, description="rollouts per optimizer step")
     micro_batch_size: Int = Field(
         default_factory=lambda train: min(64, train.get("batch_size", 64)),
         ge=1,
@@ -180,16 +180,19 @@ class Gates(Table):
 
     spelled: Float = Field(0.9, ge=0, le=1, description="least share of texts that a tokenizer gives back byte for byte")
     boundary: Float = Field(0.9, ge=0, le=1, description="least share of prompts that end where a token of their text ends")
-    chance: Float = Field(0.9, gt=0, description="most nats a token of known text, as a share of a uniform guess's")
+    chance: Float = Field(0.9, gt=0, description="most nats per token of known text, as a share of a uniform guess's")
     matched: Float = Field(0.5, ge=0, le=1, description="least share of sampled tokens that the teacher has, too")
     one_to_one: Float = Field(0.5, ge=0, le=1, description="least share of units of one token on both sides: gold and strict")
     engine_mean: Float = Field(0.05, ge=0, description="mean gap between an engine's log-probs and those of training, nats")
-    engine_max: Float = Field(1.0, ge=0, description="largest such gap, nats a token")
+    engine_max: Float = Field(1.0, ge=0, description="largest such gap, nats per token")
     noise: Float = Field(0.1, ge=0, description="most of the signal that changes when the teacher scores again")
-    own_teacher: Float = Field(0.05, ge=0, description="largest loss of a student that is its own teacher, nats a unit")
+    own_teacher: Float = Field(0.05, ge=0, description="largest loss of a student that is its own teacher, nats per term")
     lead: Float = Field(0.0, ge=-1, le=1, description="least lead of the teacher in accuracy; stops where it is surely below")
     supervised: Float = Field(
-        0.1, ge=0, le=1, description="least share of completion bytes that the loss speaks of; 'bytes' has one a teacher token"
+        0.1,
+        ge=0,
+        le=1,
+        description="least share of completion bytes that the loss covers; 'bytes' covers one per teacher token",
     )
     dropped: Float = Field(0.2, ge=0, le=1, description="largest share of rollouts that cannot be aligned")
     truncated: Float = Field(0.5, ge=0, le=1, description="largest share of samples cut at rollout.max_new_tokens")

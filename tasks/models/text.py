@@ -144,7 +144,7 @@ class Side:
 
 @lru_cache(maxsize=8)
 def side(ref: ModelRef) -> Side:
-    """The text side of a model, loaded once a process."""
+    """The text side of a model, loaded once per process."""
     return Side(ref)
 
 

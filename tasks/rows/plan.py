@@ -34,7 +34,7 @@ def teacher_writes(config: Rollout) -> bool:
 
 
 def plan_rows(config: Rollout, seed: int, number: int, shard: int, prompt_ids: list[str]) -> list[Row]:
-    """The rows of a shard. Prompts are gone through in a new random order each epoch, over the rounds."""
+    """The rows of a shard. Each epoch, over the rounds, takes the prompts in a new random order."""
     total = config.prompts * config.samples
     rows = []
     for at in range(shard * config.shard_rows, min((shard + 1) * config.shard_rows, total)):

@@ -143,11 +143,11 @@ class Trainer:
         accelerator, size = self.accelerator, self.recipe.train.micro_batch_size
         units, processes = sum(table["units"].to_pylist()), accelerator.num_processes
         table = self.objective.prepare(table, derive_seed(self.recipe.seed, "corrupt", self.step, 0, 0))
-        mine = table.take(np.arange(accelerator.process_index, len(table), processes))
+        share = table.take(np.arange(accelerator.process_index, len(table), processes))
         passes = -(-len(table) // (processes * size))  # of the process with most rows, and so of all: they wait for each other
         loss, tokens = torch.zeros((), device=accelerator.device), 0
         for index in range(passes):
-            rows = mine.slice(index * size, size)
+            rows = share.slice(index * size, size)
             batch = collate(rows if len(rows) else table.slice(0, 1), side(self.ref).pad_id, accelerator.device)
             # Gradients are averaged over processes: the loss is a sum over all their terms. A row that stands in counts 0.
             scale = processes / units if len(rows) else 0.0
