@@ -137,7 +137,7 @@ def test_more_processes_than_gpus_are_refused(job, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_flow_leaves_no_process(tmp_path):
     os.mkfifo(tmp_path / "job.json")  # the processes wait for a writer
-    code = "import sys, tasks.processes as p; p.Path.write_text = print; p.launch('', p.Path(sys.argv[1]), 2)"
+    code = "import sys, tasks.training.processes as p; p.Path.write_text = print; p.launch('', p.Path(sys.argv[1]), 2)"
     flow = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, stdout=subprocess.DEVNULL)
     wait(lambda: len(processes(tmp_path)) >= 4, 60)  # the flow, torchrun and its two
     flow.send_signal(signal.SIGKILL)
