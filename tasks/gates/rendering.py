@@ -15,7 +15,6 @@ from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import load_prompts
 from tasks.rows.sources import digest_files, split_prompts
-from tasks.running.progress import logger
 
 SECONDS = 10.0  # for a side; of more prompts than that the others are left to the stages
 LONG = 16  # characters that a text does not hold by chance
@@ -41,14 +40,11 @@ def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
 
 
 def list_prompts(recipe: Recipe) -> list[Row]:
+    """The prompts of a recipe as rows of both tables; of a procedural task one for each."""
     config = recipe.prompts
     if isinstance(config, GymPrompts):  # whose items are all alike, and take long to make
         config = config.model_copy(update={"train": 1, "eval": 1})
-    logger.disabled = True  # the stage says what there is to say
-    try:
-        return [row for table in split_prompts(config, recipe.seed).values() for row in table.to_pylist()]
-    finally:
-        logger.disabled = False
+    return [row for table in split_prompts(config, recipe.seed).values() for row in table.to_pylist()]
 
 
 def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_tokens: int) -> Iterator[Gate]:

@@ -1,6 +1,7 @@
 """A few prompts of a recipe, and the models that preflight tries on them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyarrow as pa
 
@@ -20,7 +21,7 @@ class Sample:
     student: ModelRef
     teacher: ModelRef | None
 
-    @property
+    @cached_property
     def asked(self) -> list[Prompt]:
         """Each prompt as a template reads it."""
         return load_prompts(self.prompts.to_pylist())
