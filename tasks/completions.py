@@ -15,7 +15,7 @@ from tasks.engines.base import Advance, Sampling, ignore_progress
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
-from tasks.rows.messages import load_prompts
+from tasks.rows.messages import prompts_of
 from tasks.rows.plan import Row, plan_rows
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
@@ -60,7 +60,7 @@ def make_completions(
     chosen = prompts.take(np.array([row.prompt for row in planned], np.int64))
     ids = chosen["prompt_id"].to_pylist()
     text_side, generator, records = side(teacher), get_engine(teacher, config.batch_size), []
-    rendered = [text_side.render(*prompt) for prompt in load_prompts(chosen.to_pylist())]
+    rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
     name = engine_name(teacher)
     sampling, stops = Sampling.of(config), set(text_side.stop_ids)
     sampled = generator.generate(rendered, [row.seed for row in planned], sampling, advance)

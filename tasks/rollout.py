@@ -16,7 +16,7 @@ from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine_name, get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
-from tasks.rows.messages import load_prompts
+from tasks.rows.messages import prompts_of
 from tasks.rows.plan import Row, plan_rows
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
@@ -63,7 +63,7 @@ def make_rollouts(
     chosen = prompts.take(np.array([row.prompt for row in rows]))
     references = chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
-    rendered = [text_side.render(*prompt) for prompt in load_prompts(chosen.to_pylist())]
+    rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
     sampling = Sampling.of(config)
     filled: dict[int, dict[str, Any]] = {}
 

@@ -21,7 +21,7 @@ from tasks.engines.choose import engine_name, get_engine
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side, teacher_ids
-from tasks.rows.messages import Prompt, load_prompts
+from tasks.rows.messages import Prompt, prompts_of
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
@@ -57,7 +57,7 @@ def score_shard(round: Round, shard: Shard) -> Shard:
     def make() -> pa.Table:
         rows = scored.to_pylist()
         table = read_table(round.prompts)
-        prompts = dict(zip(table["prompt_id"].to_pylist(), load_prompts(table.to_pylist()), strict=True))
+        prompts = dict(zip(table["prompt_id"].to_pylist(), prompts_of(table), strict=True))
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
         signal = make_signal(config.signal, config.k, config.top_p)
         with progress(f"round {round.number} scores", len(rows)) as advance:

@@ -9,7 +9,7 @@ from configs.schema import Recipe
 from tasks.engines.base import Engine
 from tasks.engines.choose import get_engine
 from tasks.models.reference import ModelRef
-from tasks.rows.messages import Prompt, load_prompts
+from tasks.rows.messages import Prompt, prompts_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sample:
     @cached_property
     def asked(self) -> list[Prompt]:
         """Each prompt as a template reads it."""
-        return load_prompts(self.prompts.to_pylist())
+        return prompts_of(self.prompts)
 
     def sides(self) -> dict[str, ModelRef]:
         """The models by role; without a teacher the student alone."""

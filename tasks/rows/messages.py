@@ -6,6 +6,8 @@ from decimal import Decimal
 from math import isnan
 from typing import Any
 
+import pyarrow as pa
+
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
 
@@ -118,6 +120,11 @@ def load_prompts(rows: Iterable[dict[str, Any]]) -> list[Prompt]:
     rows = list(rows)
     messages = load_messages(row["messages"] for row in rows)
     return [(m, json.loads(row["tools"]) if row.get("tools") else None) for m, row in zip(messages, rows, strict=True)]
+
+
+def prompts_of(table: pa.Table) -> list[Prompt]:
+    """The same of the whole table, whose other columns stay Arrow's."""
+    return load_prompts(table.select([name for name in ("messages", "tools") if name in table.column_names]).to_pylist())
 
 
 def _message(message: Any, column: str, whole: Any) -> Message:
