@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from tasks.running.attached import kill_attached
+
 PATIENCE = 3.5  # seconds from the signal until the process is ended whatever it does
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
@@ -113,6 +115,7 @@ def _wait_for_stop(seen: int) -> None:
 
 def _end_now(number: int) -> None:
     _say(_line or "stopped; the same command goes on from what is committed")
+    kill_attached()
     os._exit(128 + number)
 
 

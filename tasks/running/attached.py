@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = str(Path(__file__))
+_attached: set[subprocess.Popen[Any]] = set()
 
 
 def start_attached(module: str, *args: str, **options: Any) -> subprocess.Popen[Any]:
     """Start `python -m module args…` attached to this process. `options` are those of Popen."""
     command = [sys.executable, SCRIPT, module, *args]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
+    _attached.add(process)
+    return process
 
 
 def end_attached(process: subprocess.Popen[Any]) -> None:
-    """Kill a child that has a session of its own, and what it has started there."""
+    """Kill an attached child, and what it has started in its session."""
+    _attached.discard(process)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -33,6 +37,13 @@ def end_attached(process: subprocess.Popen[Any]) -> None:
         if pipe is not None:
             with suppress(BrokenPipeError):
                 pipe.close()
+
+
+def kill_attached() -> None:
+    """Kill the attached children that are left, also one that is suspended. For a process that ends at once."""
+    for process in list(_attached):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end_with_the_starter() -> None:
