@@ -1,7 +1,6 @@
 """Prefect in one command: a server where none is configured, the work pool, a worker, and the deployments of prefect.yaml."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
+import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.context import refresh_global_settings_context
@@ -73,10 +73,13 @@ def _running_server(say: Callable[[str], None]) -> Iterator[str]:
 
 
 def _end_worker(worker: "subprocess.Popen[bytes]") -> None:
-    """Tell the flow runs to end, which they report, then end the worker, which would wait for new ones."""
-    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(worker.pid, signal.SIGTERM)
-        worker.wait(GRACE)
+    """Tell the flow runs to end, which they report to the server, then kill the worker, which would wait for more."""
+    with suppress(psutil.NoSuchProcess):
+        runs = psutil.Process(worker.pid).children()
+        for run in runs:
+            run.terminate()
+        for run in psutil.wait_procs(runs, GRACE)[1]:
+            run.kill()
     end_attached(worker)
 
 
