@@ -11,7 +11,7 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
-from flows.ending import end, ending
+from flows.ending import end, ending, work_on
 from flows.terminal import escape_controls, log_plainly, out, print_line, print_table
 
 
@@ -70,6 +70,7 @@ def run(
     from configs.load import load_recipe
 
     recipe = load_recipe(config, set_)
+    work_on(recipe, rounds)
     from flows.server import start_server
 
     wait_for_server = start_server()  # beside the imports and the checks
