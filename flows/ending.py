@@ -26,6 +26,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
 
 _told: int | None = None  # the signal that ends this command
+_over = False  # the command has ended, and the process is about to
 _status = 1
 _said = threading.Lock()  # taken by the thread that says the last line
 _committed: Callable[[], str] | None = None  # what a stop finds committed, as a part of a sentence; called in any thread
@@ -39,7 +40,7 @@ class Told(KeyboardInterrupt):
 @contextmanager
 def ending() -> Iterator[None]:
     """End the process after a command, with the status that it ended with; a stop with one line."""
-    global _status
+    global _over, _status
     _catch_stops()
     try:
         yield
@@ -49,6 +50,7 @@ def ending() -> Iterator[None]:
     except BaseException:  # what a stop breaks need not be Told: imports make other errors of it
         if _told is None:
             traceback.print_exc()
+    _over = True
     if _told is not None:
         _status = 128 + _told
         _say(_describe_stop())
@@ -101,7 +103,7 @@ def _catch_stops() -> None:
 
 def _stop(number: int, _: Any) -> None:
     global _told
-    if _told is None:
+    if _told is None and not _over:
         _told = number
         raise Told
 

@@ -41,7 +41,8 @@ BODIES = {
             except BaseException: pass
     """,
     "in a library in C": "stop_soon(); hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
-    "at exit": "atexit.register(time.sleep, 20); stop_soon(); time.sleep(20)",
+    "at exit": "atexit.register(lambda: (stop(), time.sleep(20))); print = str",
+    "at exit, told before": "atexit.register(time.sleep, 20); stop_soon(); time.sleep(20)",
 }
 COMMAND = """
 import atexit, gc, hashlib, os, sys, threading, time, weakref
