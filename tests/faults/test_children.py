@@ -81,6 +81,17 @@ def test_prefects_temporary_server_ends_with_the_command(potstill, alone):
     Stop(potstill, signal.SIGINT, group=False).goes_on()
 
 
+@pytest.mark.slow
+def test_a_temporary_server_that_cannot_start(potstill, tmp_path):
+    command = arguments(tmp_path / "runs")
+    setting = "sqlite+aiosqlite:////nowhere/prefect.db"
+    code = f"import os; os.environ['PREFECT_SERVER_DATABASE_CONNECTION_URL'] = {setting!r}\n{ALONE}"
+    assert potstill.run("-c", code, tmp_path, *command) == 1
+    assert potstill.err.startswith("potstill: Prefect's temporary server did not start; its last output:\n")
+    assert "unable to open database file" in potstill.err
+    assert "Traceback" not in potstill.err
+
+
 @pytest.fixture
 def model(reference, tmp_path) -> Path:
     folder = tmp_path / "model"
