@@ -14,7 +14,7 @@ import psutil
 import pytest
 from forks import CHECKOUT
 from killing import Potstill, arguments
-from stopping import Stop
+from stopping import Stop, one_message
 
 sys.path.append(str(CHECKOUT / "tests" / "engines"))
 
@@ -79,6 +79,19 @@ def test_prefects_temporary_server_ends_with_the_command(potstill, alone):
     (server,) = children(potstill, "prefect.server")
     server.suspend()
     Stop(potstill, signal.SIGINT, group=False).goes_on()
+
+
+@pytest.mark.slow
+def test_a_temporary_server_that_dies(potstill, alone):
+    """As where memory is short: not waited for, as Prefect's client would."""
+    alone("test-teacher-seed0/_manifests/round=0000/student.json")
+    (server,) = children(potstill, "prefect.server")
+    server.kill()
+    assert potstill.wait() == 1
+    line = one_message(potstill.err)
+    assert line.startswith(
+        "potstill: Prefect's temporary server ended by itself (status -9): stopped in round 1 of 1 of test-teacher"
+    )
 
 
 @pytest.mark.slow
