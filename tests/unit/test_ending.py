@@ -91,7 +91,7 @@ def test_a_stop_says_what_is_committed() -> None:
         stop(); time.sleep(20)
     """
     for code, where in ((body, "3 of tiny"), (body.replace("pass", "stop(); time.sleep(20)"), "1 of teacher")):
-        ended = run(COMMAND.replace("{body}", code.strip()), 15)
+        ended = run(COMMAND.replace("{body}", code.strip()).replace("PATIENCE = 0.5", "PATIENCE = 30"), 15)
         assert ended.stderr == f"potstill: stopped in round 1 of {where}; committed of it: nothing; `potstill 15` goes on\n"
 
 
