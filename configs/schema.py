@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from configs.fields import Bool, Float, Int, Table
-from configs.models import Model
+from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.signals import SIGNALS, SignalName, signals_for
 
@@ -226,6 +226,24 @@ class Recipe(Table):
         if "@" in urlsplit(root).netloc or ("://" in root and "?" in root):
             raise ValueError("a user or key in the URI would be written to disk; give it in the environment instead")
         return root
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teach_itself(cls, data: Any) -> Any:
+        student, teacher = (data.get(role) if isinstance(data, dict) else None for role in ("student", "teacher"))
+        if isinstance(student, dict) and isinstance(teacher, dict) and teacher.get("model") == STUDENT:
+            return data | {"teacher": teach_itself(student, teacher)}
+        return data
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.teacher is not None and self.teacher.model == STUDENT
+
+    @model_validator(mode="after")
+    def _contexts(self) -> "Recipe":
+        check_contexts(self.student, self.teacher)
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":

@@ -55,8 +55,7 @@ def distill(
 def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
     """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
-    teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
-    existing = None if recipe.student.scratch else make_model(recipe, recipe.student)
+    existing, teacher = make_models(recipe)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
     refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
@@ -67,6 +66,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     target = target if at_most is None else min(target, done + at_most)
     prompts = make_prompts(recipe)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
+    teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
@@ -87,6 +87,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
             compute,
         )
         student, trainer = refer_to(recipe.student, trained.student), trained.trainer
+        teacher = teacher_of(recipe, student) if recipe.teacher and recipe.teacher.weights == "round" else teacher
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
         if number > done:
             published.add_round(number)
@@ -104,7 +105,8 @@ def run_round(round: Round, compute: Compute) -> Trained:
         if teacher is not None and recipe.objective.needs_teacher:
             shards = run_shards(score_shard, round, shards)
             if SIGNALS[recipe.score.signal].needs_head:
-                round = replace(round, head=keep_head(recipe, teacher))
+                own = round.slot("teacher") if recipe.teacher and recipe.teacher.weights == "round" else "teacher"
+                round = replace(round, head=keep_head(recipe, teacher, own))
         shards = run_shards(align_shard, round, shards)
     check_round(round, shards)
     return run_in_time(compute, train_round, round, shards)
@@ -116,6 +118,18 @@ def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teac
     if teacher is not None:
         evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "teacher", prompts, model=teacher, teacher=teacher)
         check_lead(recipe, teacher=evals, student=student_evals)
+
+
+def make_models(recipe: Recipe) -> tuple[ModelRef | None, ModelRef | None]:
+    """The student and the teacher. None stands for a new student, its own teacher with it, and for no teacher."""
+    teacher = make_model(recipe, recipe.teacher) if recipe.teacher and not recipe.self_taught else None
+    student = None if recipe.student.scratch else make_model(recipe, recipe.student)
+    return student, teacher or (teacher_of(recipe, student) if student else None)
+
+
+def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
+    """The student as its own teacher, in the teacher's context; None where the recipe has another teacher, or none."""
+    return make_reference(recipe.teacher, student.path, student.digest) if recipe.teacher and recipe.self_taught else None
 
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:

@@ -35,7 +35,9 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
     check_compute(recipe.compute)
     check_scorer(recipe.evaluate)
     scratch = recipe.student.scratch
-    check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
+    needed = scratch is not None and scratch.tokenizer_text == "references"
+    templates = {f"{role}.template": config.template for role, config in configs.items() if config.template is not None}
+    check_prompts(recipe.prompts, recipe.seed, references=needed, templates=templates)
     refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
         if config.recipe is not None:
@@ -43,8 +45,9 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
             maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
             check_recipe(maker, (*above, config.recipe), rendering=rendering)
-        if config.model is not None:
-            refs[role] = ref = make_reference(config, config.model)
+        source = recipe.student.model if role == "teacher" and recipe.self_taught else config.model
+        if source is not None:
+            refs[role] = ref = make_reference(config, source)
             if config.engine != "server":
                 check_weights(ref)
             if config.lora is not None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.models import describe_teacher
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from tasks import objectives
@@ -121,4 +122,5 @@ def measure_lead(sample: Sample, prompts: pa.Table, teacher: ModelRef) -> Gate:
         role: pa.Table.from_pylist(evaluate_prompts(sample.recipe, 0, role, ref, rows))
         for role, ref in (("teacher", teacher), ("student", sample.student))
     }
-    return lead_gate(sample.recipe.gates, teacher=tables["teacher"], student=tables["student"])
+    about = describe_teacher(sample.recipe.student, sample.recipe.teacher)
+    return lead_gate(sample.recipe.gates, **tables, about=about)

@@ -67,8 +67,8 @@ def score_shard(round: Round, shard: Shard) -> Shard:
 
 
 @task(name="head", cache_policy=NO_CACHE)
-def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
-    """Make `teacher/`: the weights of the teacher's head, for a signal that needs them to be read."""
+def keep_head(recipe: Recipe, teacher: ModelRef, slot: str = "teacher") -> Artifact:
+    """Make `teacher/` (or another `slot`): the weights of the teacher's head, for a signal that needs them to be read."""
     run = Run(recipe.root, recipe.name)
     inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
 
@@ -79,7 +79,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
         save_head(head, folder / "teacher")
         return {"teacher": len(head.weight)}
 
-    return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
+    return run.build_files({"teacher": slot}, inputs, make, logger.info)["teacher"]
 
 
 def _stored_fields(recipe: Recipe) -> dict[str, Any]:

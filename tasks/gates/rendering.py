@@ -54,16 +54,16 @@ def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_token
     """
     text_side, lengths, closed, lost, first = side(ref), [], 0, 0, ""
     started = time.monotonic()
-    for number, (messages, tools) in enumerate(load_prompts(rows)):
+    for number, prompt in enumerate(load_prompts(rows)):
         if time.monotonic() - started > SECONDS:
             break
         try:
-            ids = text_side.render(messages, tools)
+            ids = text_side.render(*prompt)
         except BadInput as error:
             raise BadInput(f"{role}, {name_row(rows, number)}: {error}") from None
         lengths.append(len(ids))
         closed += is_closed(text_side, ids)
-        if what := find_lost(text_side, text_side.frame(messages), tools):
+        if what := find_lost(text_side, text_side.frame(prompt.messages, prompt.fields), prompt.tools):
             lost, first = lost + 1, first or f"; {name_row(rows, number)}: {what}"
     if not lengths:
         return

@@ -19,7 +19,7 @@ from storage.lineage import digest_folder, digest_json
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
-CONTEXT = ("system", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
+CONTEXT = ("system", "template", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ModelRef:
     digest: str
     rendering: str = "chat"
     system: str | None = None
+    template: str | None = None
     chat_template: str | None = None  # its text
     chat_template_kwargs: str = "{}"  # as JSON
     prefix: str = ""
@@ -64,7 +65,7 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
 
     A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
     """
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
     if "://" in path and digest:

@@ -23,6 +23,7 @@ TEMPLATE = (
 )
 CONTEXTS: dict[str, Any] = {
     "system": "Say hello.",
+    "template": "{word} world {prompt}",
     "chat_template": "other.jinja",
     "chat_template_kwargs": {"think": False, "tone": "hello"},
     "prefix": " world",
