@@ -11,7 +11,8 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
-from flows.terminal import Terminated, catch_stops, end, escape_controls, log_plainly, out, print_line, print_table
+from flows.terminal import Terminated, catch_stops, end, log_plainly, out, print_line, print_table
+from tasks.views.escapes import escape_controls
 
 
 def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
@@ -173,7 +174,8 @@ def inspect(
     round
         Show this round: its byte accounts and some of its rollouts.
     rollout
-        Show the rollout with this `rollout_id`: each token's bytes, its unit, and both models' log-probs.
+        Show the rollout with this `rollout_id`: the text that each side read, and each token's bytes, its unit, and both
+        models' log-probs.
     lineage
         Show what the last checkpoint (or that of `--round`) was made from, with digests, options and versions.
     verify
@@ -194,7 +196,9 @@ def inspect(
         if lineage:
             tables = trace.trace_lineage(run, round)
         elif rollout is not None:
-            tables = show.show_rollout(run, rollout)
+            from tasks.views.rollout import show_rollout
+
+            tables = show_rollout(run, rollout)
         elif round is not None:
             tables = show.show_round(run, round)
         else:

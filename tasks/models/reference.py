@@ -65,15 +65,20 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
 
     A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
     """
+    if "://" in path and digest:
+        return refer_as_used(config, path, digest)
+    path = local_name(path)
+    if Path(path).is_dir():
+        return refer_as_used(config, path, digest_folder(path))
+    return refer_as_used(config, path, digest_json([path, _hub_commit(path, config.trust_remote_code)]))
+
+
+def refer_as_used(config: Model, path: str, digest: str) -> ModelRef:
+    """The ModelRef for the weights at `path`, whose digest is known, used as `config` says."""
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
-    if "://" in path and digest:
-        return ModelRef(path, digest, **use)
-    path = local_name(path)
-    if Path(path).is_dir():
-        return ModelRef(path, digest_folder(path), **use)
-    return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+    return ModelRef(path, digest, **use)
 
 
 def read_template(path: str) -> str:

@@ -145,8 +145,12 @@ class Side:
         return ids + self.prefix_ids if self.ref.prefix else ids
 
     def show(self, messages: list[Message], tools: list[Any] | None = None, fields: Mapping[str, Any] = NOTHING) -> str:
-        """The very text of a rendered prompt, special tokens included; what a terminal would act on is escaped."""
-        text = self.tokenizer.decode(self.render(messages, tools, fields), clean_up_tokenization_spaces=False)
+        """The very text of a rendered prompt."""
+        return self.spell(self.render(messages, tools, fields))
+
+    def spell(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included; what a terminal would act on is escaped."""
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
