@@ -11,11 +11,13 @@ from configs.errors import BadInput
 from configs.objectives import Objective
 from configs.schema import Prompts, Recipe
 
-# Fields that say where and on how many devices a run is computed. They are not in its keys: a server may move during a run.
+# Fields that say where and on how many devices a run is computed, or how its figures are read. They are not in its keys: a
+# server may move during a run.
 MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing", "train.micro_batch_size"}
-MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens"}
+MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
+PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may hold one
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
 LATER = {"train.dropout"}
@@ -48,7 +50,8 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise BadInput("\n".join(_describe_error(where, data, item) for item in error.errors())) from None
+        wrong = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # for want of another field
+        raise BadInput("\n".join(_describe_error(where, data, item) for item in wrong)) from None
 
 
 def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
@@ -60,6 +63,23 @@ def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
 def dump_recipe(recipe: Recipe) -> str:
     """Format the resolved recipe as TOML, with every default written out."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def dump_content(recipe: Recipe) -> str:
+    """As `dump_recipe`, for others to read: without what changes no result, and without folders of this machine."""
+
+    def shorten(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(entry, key) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [shorten(entry) for entry in value]
+        return Path(value).name if key in PATHS and Path(value).is_absolute() else value
+
+    nested: dict[str, Any] = {"root": True, "compute": True}
+    for field in MACHINERY:
+        table, key = field.split(".")
+        nested.setdefault(table, {})[key] = True
+    return tomli_w.dumps(shorten(recipe.model_dump(mode="json", exclude_none=True, exclude=nested)))
 
 
 def select_content(recipe: Recipe, name: str) -> dict[str, Any]:

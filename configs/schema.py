@@ -173,6 +173,11 @@ class Evaluate(Table):
         description="task: the source's own scorer (reasoning-gym), else exact match; exact: match with the reference; "
         "math: the last number or formula equals the reference's (needs the `math` extra)",
     )
+    best: Literal["sampled", "greedy", "divergence"] = Field(
+        default_factory=lambda evaluate: "sampled" if evaluate.get("samples", 4) else "greedy",
+        description="what the best round has most of: accuracy of samples, greedy accuracy; or least of: divergence from the "
+        "teacher. Left out: sampled where there are samples. It changes no result",
+    )
 
 
 class Gates(Table):
@@ -287,6 +292,10 @@ class Recipe(Table):
                 f"student.device = '{self.student.device}' is one device, but train.processes = {self.train.processes} "
                 "use one each; set student.device = 'auto'"
             )
+        if self.evaluate.best == "sampled" and not self.evaluate.samples:
+            raise ValueError("evaluate.best = 'sampled' needs samples: set evaluate.samples to 1 or more, or best to 'greedy'")
+        if self.evaluate.best == "divergence" and self.teacher is None:
+            raise ValueError("evaluate.best = 'divergence' needs a [teacher]; set it to 'sampled' or 'greedy'")
         if self.train.micro_batch_size > self.train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size} "

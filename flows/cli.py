@@ -20,6 +20,7 @@ def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_parse_whole)]
+Flag = Annotated[bool, Parameter(negative="")]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
 ROUNDS = "Rounds (accuracies with 95% intervals; divergence: nats per byte; tokens: mean length)"
 
@@ -162,8 +163,8 @@ def inspect(
     *,
     round: Whole | None = None,
     rollout: str | None = None,
-    lineage: Annotated[bool, Parameter(negative="")] = False,
-    verify: Annotated[bool, Parameter(negative="")] = False,
+    lineage: Flag = False,
+    verify: Flag = False,
 ) -> None:
     """Show a run's tables, one of its rounds, one rollout token by token, or what a checkpoint was made from.
 
@@ -226,6 +227,28 @@ def report(run: str) -> None:
     show.check_run(run)
     with refuse_damage(run, sizes_first=True):
         print_line(write_report(show.open_run(run)))
+
+
+@app.command
+def push(run: str, repo: str, *, round: Whole | None = None, best: Flag = False, public: Flag = False) -> None:
+    """Send a round's student and its model card to the Hugging Face Hub. The token is taken from HF_TOKEN.
+
+    Parameters
+    ----------
+    run
+        A run's folder or URI, such as runs/quickstart.
+    repo
+        The repository, such as user/quickstart; made where it is missing.
+    round
+        The round to send. Default: the last.
+    best
+        Send the round that is best by the recipe's `evaluate.best`.
+    public
+        Make a new repository public, not private.
+    """
+    from flows.push import push_student
+
+    print_line(push_student(run, repo, number=round, best=best, public=public))
 
 
 @app.command

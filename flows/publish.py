@@ -14,8 +14,10 @@ from prefect.artifacts import (
 from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
+from tasks.views.card import write_card
+from tasks.views.markdown import MEANING, format_table
 from tasks.views.report import write_report
-from tasks.views.rounds import format_markdown, format_rounds, summarise_rounds
+from tasks.views.rounds import format_rounds, summarise_rounds
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
 
@@ -35,11 +37,13 @@ class Publication:
         update_progress_artifact(self.bar, 100 * number / self.target)  # type: ignore[arg-type]
         figures = [f"{key} {rows[-1][key]}{unit}" for key, unit in HEADLINE.items() if rows[-1].get(key) is not None]
         logger.info("round %d: %s", number, ", ".join(figures))
+        write_card(self.run, number)
 
     def finish(self, student: Artifact) -> dict[str, Any]:
         """Publish the summary, and the report if a round was added. Returns the flow's result: run, rounds, last student."""
         table = summarise_rounds(self.run.address)
-        create_markdown_artifact(format_markdown(table, self.run.address), key=slug(self.run.name, "summary"))
+        summary = f"{format_table(format_rounds(table))}\n\n{MEANING}\n\nThe run is in `{self.run.address}`."
+        create_markdown_artifact(summary, key=slug(self.run.name, "summary"))
         if self.target > self.done:
             create_link_artifact(write_report(self.run), link_text="report", key=slug(self.run.name, "report"))
         return {

@@ -48,7 +48,7 @@ def evaluate_model(
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,
-        "recipe": recipe.evaluate.model_dump(),
+        "recipe": select_content(recipe, "evaluate"),
         "rollout": select_content(recipe, "rollout"),
         "seed": recipe.seed,
         "role": role,

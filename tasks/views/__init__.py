@@ -1,1 +1,1 @@
-"""What people look at, from a run's tables alone: inspect, trace, rounds, report, charts, compare, texts."""
+"""What people look at, from a run's tables alone: inspect, trace, rounds, report, charts, card, markdown, compare, texts."""

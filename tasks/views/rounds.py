@@ -73,6 +73,18 @@ def sum_bytes(run: str) -> pl.DataFrame:
     return table.with_columns(pl.col(names) / pl.max_horizontal(pl.sum_horizontal(names), 1))
 
 
+def find_best(table: pl.DataFrame, figure: str) -> int | None:
+    """The round whose student has the largest accuracy, or the least divergence; the earliest of equals, None if none has it.
+
+    `table` is `summarise_rounds` of a run, `figure` the recipe's `evaluate.best`.
+    """
+    if table.is_empty():
+        return None
+    trained = table.filter(pl.col("model") == "student", pl.col("round") > 0, pl.col(figure).is_not_null())
+    best = trained.sort(figure, "round", descending=[figure != "divergence", False]).head(1)
+    return None if best.is_empty() else int(best["round"][0])
+
+
 def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table for people: accuracies such as `0.716 [0.66, 0.77]`, other shares in percent."""
 
@@ -96,11 +108,3 @@ def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
 
 def _format_value(value: float | None, pattern: str) -> str | None:
     return None if value is None else pattern.format(value)
-
-
-def format_markdown(table: pl.DataFrame, where: str) -> str:
-    """The table of rounds as Markdown, with the address of the run."""
-    rows = format_rounds(table)
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join([*lines, "", f"Divergence is in nats per byte. The run is in `{where}`."])

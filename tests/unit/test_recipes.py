@@ -263,7 +263,7 @@ def test_a_run_may_go_on_with_other_machinery(plain):
 def test_keys_name_all_but_machinery(plain):
     """What may change while a run goes on must leave its stages' keys as they are; what may not must change them."""
     recipe = load_recipe(plain)
-    for name in ("rollout", "score", "train"):
+    for name in ("rollout", "score", "train", "evaluate"):
         left_out = getattr(recipe, name).model_dump().keys() - select_content(recipe, name).keys()
         no_part = {field for field in MACHINERY | LATER if field.startswith(f"{name}.")}
         assert {f"{name}.{key}" for key in left_out} == no_part
