@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
+from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
 from flows.terminal import Terminated, catch_stops, end, log_plainly, out, print_line, print_table
 from tasks.views.escapes import escape_controls
 
@@ -39,7 +39,7 @@ def main() -> None:
         app(exit_on_error=False, print_error=False)
     except (BadInput, CycloptsError) as error:
         end(str(error), 2)
-    except (CannotWrite, Stopped) as error:
+    except (CannotWrite, Damaged, Stopped) as error:
         end(str(error), 1)
     except Unavailable as error:
         end(f"{error}\npotstill: the same command goes on from what is committed", 1)
@@ -74,13 +74,20 @@ def run(
     from configs.load import load_recipe
 
     recipe = load_recipe(config, set_)
-    from flows.distill import distill
-    from flows.refuse import check_recipe
+    from flows.start import announce, check_data, find_result
     from storage.store import Run
 
-    check_recipe(recipe)  # before Prefect's server is started in vain
+    Run(recipe.root, recipe.name).check_recipe(recipe)
     Run(recipe.root, recipe.name).check_free()
-    result = distill(str(config), rounds=rounds, overrides=set_)
+    announce(config, recipe, rounds)
+    if (result := find_result(recipe, rounds)) is None:
+        check_data(recipe)
+        from flows.refuse import check_recipe
+
+        check_recipe(recipe)
+        from flows.distill import distill
+
+        result = distill(str(config), rounds=rounds, overrides=set_)
     print_table(ROUNDS, result["table"])
     print_line(f"The run is in {result['run']}, its last student in {result['student']}")
 

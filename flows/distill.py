@@ -14,7 +14,9 @@ from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
 from flows.publish import Publication
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
+from flows.start import count_settled, settle
 from storage.artifacts import Artifact
+from storage.damage import mend
 from storage.store import Run, round_slot
 from tasks.align import align_shard
 from tasks.check import check_lead, check_round
@@ -49,7 +51,7 @@ def distill(
     check_recipe(recipe)
     nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
     with hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
-        return run_rounds(recipe, rounds, at_most)
+        return mend(lambda: run_rounds(recipe, rounds, at_most))
 
 
 def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
@@ -70,8 +72,13 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
-    published, trainer = Publication(run, done, target), None
-    for number in range(1, target + 1):
+    if (settled := count_settled(recipe)) is None:
+        settle(recipe, settled := 0)
+    settled = min(settled, target)  # rounds that need not be looked up again
+    published, trainer = Publication(run, done, target), run.find(round_slot(settled, "trainer"))
+    if checkpoint := run.find(round_slot(settled, "student")):
+        student = refer_to(recipe.student, checkpoint)
+    for number in range(settled + 1, target + 1):
         compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
         trained = run_round(
             Round(
@@ -89,6 +96,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
         student, trainer = refer_to(recipe.student, trained.student), trained.trainer
         teacher = teacher_of(recipe, student) if recipe.teacher and recipe.teacher.weights == "round" else teacher
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
+        settle(recipe, number)
         if number > done:
             published.add_round(number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
@@ -139,7 +147,8 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
         return make_reference(config, config.model)
     overrides = inherit_overrides(recipe, config.recipe)
     maker = load_recipe(config.recipe, overrides)
-    distill(config.recipe, overrides=overrides)
+    if (count_settled(maker) or 0) < maker.rounds:
+        distill(config.recipe, overrides=overrides)
     checkpoint = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
     assert checkpoint is not None
     return refer_to(config, checkpoint)

@@ -11,6 +11,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from flows.start import describe_result
 from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
@@ -46,12 +47,7 @@ class Publication:
         create_markdown_artifact(summary, key=slug(self.run.name, "summary"))
         if self.target > self.done:
             create_link_artifact(write_report(self.run), link_text="report", key=slug(self.run.name, "report"))
-        return {
-            "run": self.run.address,
-            "rounds": self.run.rounds_done(),
-            "student": student.path,
-            "table": format_rounds(table),
-        }
+        return describe_result(self.run, student)
 
 
 def slug(*parts: str) -> str:

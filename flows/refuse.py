@@ -1,24 +1,20 @@
 """Refuse a recipe that cannot work before anything is written, with one message that says what would be right."""
 
-from typing import Literal
-
 from configs.errors import BadInput
 from configs.load import inherit_overrides, load_recipe
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
+from flows.start import check_data, models_of
+from storage.receipt import read_receipt, trust_inputs
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
 from tasks.models.reference import ModelRef, check_machine, make_reference
 from tasks.models.text import side
 from tasks.models.weights import check_weights
-from tasks.rows.scorers import check_scorer
-from tasks.rows.sources import check_prompts
 from tasks.training.adapters import check_lora
 from tasks.training.processes import check_processes
-
-ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
 
 def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool = True) -> None:
@@ -26,18 +22,14 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
 
     `above` are the recipes that need this one's model. Preflight has `rendering` among its gates.
     """
-    Run(recipe.root, recipe.name).check_recipe(recipe)
-    configs = {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
+    check_data(recipe)
+    trust_inputs(read_receipt(Run(recipe.root, recipe.name)))
+    configs = models_of(recipe)
     for role, config in configs.items() if recipe.compute.runner == "local" else ():
         if config.engine != "server":
             check_machine(role, config)
     check_processes(recipe)
     check_compute(recipe.compute)
-    check_scorer(recipe.evaluate)
-    scratch = recipe.student.scratch
-    needed = scratch is not None and scratch.tokenizer_text == "references"
-    templates = {f"{role}.template": config.template for role, config in configs.items() if config.template is not None}
-    check_prompts(recipe.prompts, recipe.seed, references=needed, templates=templates)
     refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
         if config.recipe is not None:

@@ -12,7 +12,8 @@ from configs.schema import Rollout
 from storage.artifacts import read_table
 from storage.schemas import COMPLETIONS
 from tasks.engines.base import Advance, Sampling, ignore_progress
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import prompts_of

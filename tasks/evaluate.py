@@ -14,7 +14,8 @@ from storage.artifacts import Artifact, read_table
 from storage.schemas import EVALS
 from storage.store import Run, round_slot
 from tasks.engines.base import Sampling
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
 from tasks.models.reference import ModelRef
 from tasks.models.text import side, teacher_ids
 from tasks.rows.messages import Prompt, load_prompts

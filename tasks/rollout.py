@@ -13,7 +13,8 @@ from configs.schema import Rollout
 from storage.artifacts import read_table
 from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import prompts_of

@@ -17,7 +17,8 @@ from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side, teacher_ids

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from configs.errors import BadInput
+from configs.errors import BadInput, Damaged
 from configs.models import Model
 from storage.artifacts import Artifact, local_folder
 from storage.lineage import digest_folder, digest_json
@@ -43,17 +43,21 @@ class ModelRef:
     urls: tuple[str, ...] = ()
     vllm_python: str = ""
     vllm_memory: float = 0.9
+    committed: bool = False  # by a run: its content is held against its digest before it is read
 
     @property
     def local(self) -> str:
-        """Its folder on this machine, or its hub id. A folder on object storage is fetched once per machine."""
-        return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
+        """Its folder on this machine, or its hub id. A folder on object storage is fetched once per machine.
+
+        Raises Damaged where a run committed it and it is not what it was.
+        """
+        return local_folder(Artifact(self.path, self.digest)) if self.committed else self.path
 
     @property
     def identity(self) -> dict[str, Any]:
         """What can change a result, for keys: not where the model or its engine lies, and not the device.
 
-        The stages that use its engine add the engine's name (`tasks.engines.choose.engine_name`).
+        The stages that use its engine add the engine's name (`tasks.engines.names.engine_name`).
         """
         always = {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
         unset = {field.name: field.default for field in fields(self) if field.name in CONTEXT}
@@ -63,22 +67,22 @@ class ModelRef:
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
     """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
 
-    A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
+    With a `digest` it is a run's checkpoint, which has a URI for `path` on object storage.
     """
-    if "://" in path and digest:
-        return refer_as_used(config, path, digest)
+    if digest:
+        return refer_as_used(config, path, digest, committed=True)
     path = local_name(path)
     if Path(path).is_dir():
         return refer_as_used(config, path, digest_folder(path))
     return refer_as_used(config, path, digest_json([path, _hub_commit(path, config.trust_remote_code)]))
 
 
-def refer_as_used(config: Model, path: str, digest: str) -> ModelRef:
+def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
     """The ModelRef for the weights at `path`, whose digest is known, used as `config` says."""
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
-    return ModelRef(path, digest, **use)
+    return ModelRef(path, digest, committed=committed, **use)
 
 
 def read_template(path: str) -> str:
@@ -106,7 +110,7 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turn the errors with which transformers fails to load `name` into one BadInput."""
     try:
         yield
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
+    except (BadInput, Damaged, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged file makes of a library: SafetensorError, TypeError, ZeroDivisionError, …
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
