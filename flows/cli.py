@@ -11,7 +11,8 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
-from flows.terminal import Terminated, catch_stops, end, log_plainly, out, print_line, print_table
+from flows.ending import end, ending
+from flows.terminal import log_plainly, out, print_line, print_table
 from tasks.views.escapes import escape_controls
 
 
@@ -28,24 +29,21 @@ app = App(
     name="potstill",
     help="On-policy distillation of a large language model into a small one of any family.",
     version=version("potstill"),
-    suppress_keyboard_interrupt=False,  # `main` handles it
+    suppress_keyboard_interrupt=False,  # `ending` handles it
 )
 
 
 def main() -> None:
     """Entry point. A user's mistake, a stop and a full disk each end with one message; `configs.errors` has their statuses."""
-    catch_stops()
-    try:
-        app(exit_on_error=False, print_error=False)
-    except (BadInput, CycloptsError) as error:
-        end(str(error), 2)
-    except (CannotWrite, Damaged, Stopped) as error:
-        end(str(error), 1)
-    except Unavailable as error:
-        end(f"{error}\npotstill: the same command goes on from what is committed", 1)
-    except KeyboardInterrupt as stop:
-        status = 143 if isinstance(stop, Terminated) else 130
-        end("stopped; the same command goes on from what is committed", status)
+    with ending():
+        try:
+            app(exit_on_error=False, print_error=False)
+        except (BadInput, CycloptsError) as error:
+            end(str(error), 2)
+        except (CannotWrite, Damaged, Stopped) as error:
+            end(str(error), 1)
+        except Unavailable as error:
+            end(f"{error}\npotstill: the same command goes on from what is committed", 1)
 
 
 @app.command
@@ -81,12 +79,16 @@ def run(
     Run(recipe.root, recipe.name).check_free()
     announce(config, recipe, rounds)
     if (result := find_result(recipe, rounds)) is None:
+        from flows.server import start_server
+
+        wait_for_server = start_server()  # beside the imports and the checks
         check_data(recipe)
         from flows.refuse import check_recipe
 
         check_recipe(recipe)
         from flows.distill import distill
 
+        wait_for_server()
         result = distill(str(config), rounds=rounds, overrides=set_)
     print_table(ROUNDS, result["table"])
     print_line(f"The run is in {result['run']}, its last student in {result['student']}")
@@ -116,10 +118,14 @@ def preflight(
     from configs.load import load_recipe
 
     recipe = load_recipe(config, set_)
+    from flows.server import start_server
+
+    wait_for_server = start_server()  # beside the imports and the checks
     from flows.preflight import preflight as run_preflight
     from flows.refuse import check_recipe
 
-    check_recipe(recipe, rendering=False)  # before Prefect's server is started in vain
+    check_recipe(recipe, rendering=False)
+    wait_for_server()
     rows = run_preflight(str(config), prompts=prompts, overrides=set_)
     print_table("Preflight", [{key: row[key] for key in ("gate", "value", "limit", "result", "detail")} for row in rows])
     if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["result"] == "BREACHED"]:
@@ -155,11 +161,15 @@ def compare(
     if not all(seed.strip().isdecimal() for seed in seeds.split(",") if seeds):
         raise BadInput(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
     log_plainly()
+    from flows.server import start_server
+
+    wait_for_server = start_server()  # beside the imports and the checks
     from flows.compare import compare as run_comparison
     from flows.compare import plan_runs
 
     names, numbers = tuple(objectives.split(",")), tuple(int(seed) for seed in seeds.split(",") if seeds)
-    plan_runs(str(config), names, numbers, set_)  # before Prefect's server is started in vain
+    plan_runs(str(config), names, numbers, set_)
+    wait_for_server()
     rows = run_comparison(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_)
     print_table("Objectives (difference: of accuracy; divergence: nats per byte; seconds: of training)", rows)
 

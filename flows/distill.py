@@ -1,6 +1,7 @@
 """The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from configs.models import Model
 from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
+from flows.ending import stoppable
 from flows.publish import Publication
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
@@ -32,6 +34,7 @@ from tasks.running.progress import logger
 from tasks.score import keep_head, score_shard
 from tasks.scratch import make_scratch
 from tasks.train import train_round
+from tasks.views.rounds import describe_committed
 from tasks.vocab import match_vocabularies
 
 
@@ -49,12 +52,18 @@ def distill(
     """Run a recipe, or continue its run. Committed work is not done again; a complete run is left as it is."""
     recipe = load_recipe(config, overrides)
     check_recipe(recipe)
+    target = recipe.rounds if rounds is None else rounds
+    run = Run(recipe.root, recipe.name)
     nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
-    with hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
-        return mend(lambda: run_rounds(recipe, rounds, at_most))
+    with (
+        stoppable(partial(describe_committed, run, recipe.rollout, target)),
+        hold_accelerators(recipe),
+        run.lock(logger.info, wait=nested),
+    ):
+        return mend(lambda: run_rounds(recipe, target, at_most))
 
 
-def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
+def run_rounds(recipe: Recipe, rounds: int, at_most: int | None) -> dict[str, Any]:
     """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
     existing, teacher = make_models(recipe)
@@ -64,8 +73,7 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     run.freeze(recipe)
 
     done = run.rounds_done()
-    target = recipe.rounds if rounds is None else rounds
-    target = target if at_most is None else min(target, done + at_most)
+    target = rounds if at_most is None else min(rounds, done + at_most)
     prompts = make_prompts(recipe)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     teacher = teacher or teacher_of(recipe, start)

@@ -9,6 +9,7 @@ from pydantic import Field
 from configs.load import load_recipe
 from flows.compute import hold_accelerators
 from flows.distill import make_models
+from flows.ending import stoppable
 from flows.publish import slug
 from flows.refuse import check_pair, check_recipe
 from tasks.preflight import try_recipe
@@ -26,7 +27,7 @@ def preflight(
     """
     recipe = load_recipe(config, overrides)
     check_recipe(recipe, rendering=False)
-    with hold_accelerators(recipe):
+    with stoppable(), hold_accelerators(recipe):
         student, teacher = make_models(recipe)
         check_pair(recipe, student=student, teacher=teacher)
         rows = try_recipe(recipe, prompts, student=student, teacher=teacher)

@@ -32,7 +32,7 @@ def check_data(recipe: Recipe) -> None:
     check_scorer(recipe.evaluate)
     scratch = recipe.student.scratch
     needed = scratch is not None and scratch.tokenizer_text == "references"
-    templates = {f"{role}.template": config.template for role, config in models_of(recipe).items() if config.template is not None}
+    templates = {f"{role}.template": config.template for role, config in models_of(recipe).items() if config.template}
     check_prompts(recipe.prompts, recipe.seed, references=needed, templates=templates)
 
 
