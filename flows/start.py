@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.load import inherit_overrides, load_recipe
-from configs.models import Model
+from configs.models import STUDENT, Model
 from configs.schema import FilePrompts, Recipe
 from storage.artifacts import Artifact
 from storage.lineage import digest_code, digest_json, versions
@@ -91,7 +91,7 @@ def describe_source(recipe: Recipe) -> str | None:
             if settled is None or settled < maker.rounds or made is None:
                 return None
             content = made.digest
-        elif config.model is not None and not Path(config.model).exists():
+        elif config.model not in (None, STUDENT) and not Path(config.model).exists():
             content = find_hub_commit(config.model)
             if content is None:
                 return None
