@@ -313,5 +313,16 @@ def align(
         print_table(title, rows)
 
 
+@app.command
+def up() -> None:
+    """Start Prefect's server, a worker and the deployments of prefect.yaml, all in one. Ctrl-C ends all of it.
+
+    A server that PREFECT_API_URL or a profile of Prefect names is used in place of a new one.
+    """
+    from flows.up import bring_up
+
+    bring_up(print_line)
+
+
 if __name__ == "__main__":
     main()

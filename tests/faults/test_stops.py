@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shlex
 import signal
 import subprocess
 import time
@@ -10,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from killing import Potstill, Reference, arguments, committed, damages, digests, halves, steps, wait_for
-
-PATIENCE = 10.0  # seconds until a command has ended; on a quiet machine it takes half of them at most
+from stopping import Stop, one_message
 
 
 def when(path: Path) -> None:
@@ -25,49 +22,12 @@ def when(path: Path) -> None:
         time.sleep(0.005)
 
 
-def one_message(text: str) -> str:
-    """The last line, which is the only one of its kind; the others are plain lines of the log."""
-    *log, last = text.strip().splitlines()
-    assert "Traceback" not in text
-    assert last.startswith("potstill: ")
-    assert not any(line.startswith("potstill: ") for line in log), text
-    assert all(line[2] == line[5] == ":" for line in log), text
-    return last
-
-
 def ended_as_unbroken(potstill: Potstill, root: Path, reference) -> None:
     assert potstill.run(*arguments(root)) == 0, potstill.err
     assert digests(root) == reference.digests
     assert steps(root) == reference.steps
     assert halves(root) == []
     assert damages(root) == {}
-
-
-class Stop:
-    """A command that is told to end: the processes that it has, the last line and what is left of it."""
-
-    def __init__(self, potstill: Potstill, number: int, group: bool):
-        pid = potstill.pid
-        process = psutil.Process(pid)
-        tree = [process, *process.children(recursive=True)]
-        started = time.monotonic()
-        (os.killpg if group else os.kill)(pid, number)
-        status = potstill.wait()
-        self.seconds, self.processes = time.monotonic() - started, len(tree)
-        _, left = psutil.wait_procs(tree, timeout=2)
-        assert not left, left
-        assert status == 128 + number, potstill.err
-        assert self.seconds < PATIENCE
-        assert potstill.out == ""
-        self.line = one_message(potstill.err)
-        self.command = f"potstill {shlex.join(potstill.arguments)}"
-
-    def goes_on(self, *parts: str) -> None:
-        """The line says what is committed, and the command that goes on."""
-        assert self.line.startswith("potstill: stopped in round ")
-        assert self.line.endswith(f"; `{self.command}` goes on")
-        for part in parts:
-            assert part in self.line
 
 
 def crashed(server: str) -> list[str]:
@@ -111,7 +71,7 @@ def stop_in(stages: list[str], told: list[tuple[int, bool]], potstill: Potstill,
 
 def test_a_stop_in_the_middle_of_a_run(potstill, reference, tmp_path):
     """Here with the session's Prefect server, where the flow runs end as crashed."""
-    stop_in(["scratch", "scores", "training"], TOLD, potstill, tmp_path / "runs", reference)
+    stop_in(["scores", "training"], TOLD, potstill, tmp_path / "runs", reference)
 
 
 @pytest.mark.slow
