@@ -49,8 +49,17 @@ def _check_template(template: str) -> str:
     return template
 
 
+def _check_local(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            "an address, and files of prompts are read from this machine: download it first, or set source = 'hub'"
+        )
+    return path
+
+
 Text = Annotated[str, pydantic.StringConstraints(min_length=1)]
 Template = Annotated[str, pydantic.AfterValidator(_check_template)]
+LocalPath = Annotated[str, pydantic.StringConstraints(min_length=1), pydantic.AfterValidator(_check_local)]
 Url = Annotated[str, pydantic.AfterValidator(_check_address)]
 Layers = Annotated[list[str] | str, pydantic.BeforeValidator(_check_layers)]
 

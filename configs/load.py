@@ -132,6 +132,8 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     """
 
     def resolve(path: str) -> str:
+        if "://" in path:
+            return path
         full, here = (folder / path).resolve(), Path.cwd().resolve()
         return str(full.relative_to(here) if full.is_relative_to(here) else full)
 

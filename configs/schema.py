@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.fields import Bool, Float, Int, Table
+from configs.fields import Bool, Float, Int, LocalPath, Table
 from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.signals import SIGNALS, SignalName, signals_for
@@ -46,7 +46,7 @@ class TablePrompts(PromptSource):
 
 
 class WeightedPath(Table):
-    path: str = Field(min_length=1, description="as prompts.path")
+    path: LocalPath = Field(description="as prompts.path")
     weight: Float | None = Field(None, gt=0, description="its share of the training prompts, relative to the others'")
 
 
@@ -54,8 +54,8 @@ class FilePrompts(TablePrompts):
     """Rows of files."""
 
     source: Literal["file"]
-    path: str | None = Field(
-        None, min_length=1, description="a file, a folder of them or a pattern such as data/*.parquet; relative to the recipe"
+    path: LocalPath | None = Field(
+        None, description="a file, a folder of them or a pattern such as data/*.parquet; relative to the recipe"
     )
     paths: tuple[WeightedPath, ...] = Field((), description="several of them, in place of path")
 

@@ -14,7 +14,7 @@ from tasks.models.chat import Message
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import load_prompts
-from tasks.rows.sources import digest_files, split_prompts
+from tasks.rows.sources import digest_source, split_prompts
 
 SECONDS = 10.0  # for a side; of more prompts than that the others are left to the stages
 LONG = 16  # characters that a text does not hold by chance
@@ -27,7 +27,7 @@ _passed: set[str] = set()  # what this process has looked at already: a command 
 def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
     """Raise BadInput where a side cannot read the prompts of a recipe as they are meant. Of a task two items are made."""
     config, most, rows = recipe.prompts, recipe.rollout.max_new_tokens, None
-    files = digest_files(config)
+    files = digest_source(config)
     for role, ref in sides.items():
         key = digest_json([role, ref.path, ref.identity, config.model_dump(mode="json"), files, recipe.seed, most])
         if key in _passed:

@@ -1,7 +1,7 @@
 """Where prompts come from: procedural tasks, files, data sets of the hub."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from string import Formatter
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from storage.lineage import digest_file, digest_json
 from tasks.models.template import Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
+from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
 from tasks.rows.messages import Message, Refused, check_prompt, read_reference
 from tasks.rows.split import SourceRow, Split, split_stream, split_table
 from tasks.running.progress import logger
@@ -38,7 +39,7 @@ def check_prompts(
     if isinstance(config, GymPrompts):
         _check_templates(templates, [next(_gym_rows(config, seed))])
         return
-    key = digest_json([config.model_dump(mode="json"), digest_files(config), references, dict(templates)])
+    key = digest_json([config.model_dump(mode="json"), digest_source(config), references, dict(templates)])
     if key in CHECKED:
         return
     split = deal_prompts(config, seed)
@@ -104,11 +105,15 @@ def _where(config: Prompts) -> str:
     return f"{field_of(config)}: {found}"
 
 
-def digest_files(config: Prompts) -> list[str]:
-    """Digests of all files that are read, in order; none where the source is no file."""
-    if not isinstance(config, FilePrompts):
-        return []
-    return [digest_file(file) for entry in config.entries for file in find_files(entry.path, field_of(config))]
+def digest_source(config: Prompts) -> list[str]:
+    """Digests of all that is read: of each file in order, of a data set's rows; none of a generated task."""
+    match config:
+        case GymPrompts():
+            return []
+        case FilePrompts():
+            return [digest_file(file) for entry in config.entries for file in find_files(entry.path, field_of(config))]
+        case HubPrompts():
+            return [digest_hub_dataset(config)]
 
 
 # -- procedural tasks --------------------------------------------------------------------------------------------------
@@ -153,15 +158,7 @@ def _file_rows(config: FilePrompts) -> Iterator[SourceRow]:
 
 
 def _hub_rows(config: HubPrompts) -> Iterator[SourceRow]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise BadInput("prompts.source: 'hub' needs the datasets package: pip install -e '.[hub]'") from None
-    try:
-        loaded: Iterable[Row] = load_dataset(config.dataset, config.subset, split=config.hub_split)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"prompts.dataset: {config.dataset} cannot be loaded: {error}") from None
-    rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(loaded, 1)]
+    rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(load_hub_dataset(config), 1)]
     yield from _table_rows(config, "prompts.dataset", rows, config.dataset)
 
 
