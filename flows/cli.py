@@ -269,5 +269,8 @@ def align(
         print_table(title, rows)
 
 
+app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
+
+
 if __name__ == "__main__":
     main()
