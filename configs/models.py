@@ -16,7 +16,7 @@ class Scratch(Table):
     tokenizer_text: Literal["all", "references"] = Field(
         "all", description="what the tokenizer is trained on: prompts and references, or references alone"
     )
-    layers: Int = Field(3, ge=1, le=200)
+    layers: Int = Field(3, ge=1, le=200, description="transformer blocks")
     width: Int = Field(96, ge=8, le=65_536, description="hidden size")
     heads: Int = Field(4, ge=1, le=512, description="attention heads; divides the width")
     feed_forward: Int = Field(256, ge=8, le=262_144, description="inner size of the MLP")
@@ -32,7 +32,7 @@ class Scratch(Table):
 class Lora(Table):
     """Low-rank adapters (needs the `lora` extra): they alone are trained, and merged into each round's checkpoint."""
 
-    rank: Int = Field(16, ge=1, le=4096)
+    rank: Int = Field(16, ge=1, le=4096, description="of each adapter's two matrices")
     alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="the adapters' output is scaled by alpha / rank")
     targets: Layers = Field(
         "all-linear",
@@ -95,7 +95,7 @@ class Model(Context):
         description="cpu, cuda, cuda:1, mps, xpu; auto: a GPU if any",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
-    trust_remote_code: Bool = False
+    trust_remote_code: Bool = Field(False, description="run the code that the model's folder brings")
     engine: Literal["transformers", "vllm", "server"] = Field(
         "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
     )

@@ -46,6 +46,8 @@ class TablePrompts(PromptSource):
 
 
 class WeightedPath(Table):
+    """Rows from one of several places."""
+
     path: LocalPath = Field(description="as prompts.path")
     weight: Float | None = Field(None, gt=0, description="its share of the training prompts, relative to the others'")
 
@@ -76,7 +78,7 @@ class HubPrompts(TablePrompts):
 
     source: Literal["hub"]
     dataset: str = Field(min_length=1, description="hub id or local folder")
-    subset: str | None = None
+    subset: str | None = Field(None, description="the dataset's configuration, where it has several")
     hub_split: str = Field("train", min_length=1, description="the dataset's split to read from")
 
 
@@ -93,7 +95,7 @@ class Rollout(Table):
     shard_rows: Int = Field(4096, ge=1, description="rollouts per file, which is the unit of work and of resuming")
     max_new_tokens: Int = Field(256, ge=1, description="longest completion, in student tokens, stop included")
     temperature: Float = Field(1.0, gt=0, le=10, description="divides the logits before the softmax")
-    top_p: Float = Field(1.0, gt=0, le=1)
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens that have this mass; 1: from all")
     top_k: Int = Field(0, ge=0, description="0: all tokens")
     batch_size: Int = Field(256, ge=1, description="sequences generated at once")
 
@@ -117,6 +119,8 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Train(Table):
+    """How a round's rollouts become the next student."""
+
     batch_size: Int = Field(64, ge=1, description="rollouts per optimizer step")
     micro_batch_size: Int = Field(
         default_factory=lambda train: min(64, train.get("batch_size", 64)),
@@ -124,11 +128,11 @@ class Train(Table):
         description="rollouts per forward pass; left out: 64, or the whole of a smaller batch",
     )
     epochs: Int = Field(1, ge=1, description="passes over a round's rollouts")
-    learning_rate: Float = Field(1e-5, gt=0, le=1)
+    learning_rate: Float = Field(1e-5, gt=0, le=1, description="its largest value; AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="over all rounds of the recipe")
-    warmup_steps: Int = Field(0, ge=0)
-    weight_decay: Float = Field(0.0, ge=0, le=1)
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    warmup_steps: Int = Field(0, ge=0, description="optimizer steps in which the learning rate rises to its largest value")
+    weight_decay: Float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices alone")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of both moments")
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
     dropout: Bool = Field(False, description="use the dropout of the model's config; else there is none in training")
@@ -167,6 +171,8 @@ class Compute(Table):
 
 
 class Evaluate(Table):
+    """How answers to held-out prompts are made and graded."""
+
     samples: Int = Field(4, ge=0, le=1024, description="sampled completions an eval prompt, beside the greedy one")
     scorer: Literal["task", "exact", "math"] = Field(
         "task",
@@ -211,14 +217,14 @@ class Recipe(Table):
 
     name: str = Field(pattern=NAME, description="the run's folder under root; letters, digits, . _ -")
     root: str = Field("runs", min_length=1, description="folder or URI that holds the runs")
-    seed: Int = Field(0, ge=0, lt=2**31)
+    seed: Int = Field(0, ge=0, lt=2**31, description="everything random derives from it")
     rounds: Int = Field(1, ge=1, le=9999, description="rounds of a complete run; the learning rate's horizon")
     student: Model
     teacher: Model | None = None
-    prompts: Prompts
+    prompts: Prompts = Field(description="where prompts come from")
     rollout: Rollout = Rollout()
     score: Score = Score()
-    objective: Objective
+    objective: Objective = Field(description="what training makes small")
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()

@@ -324,5 +324,8 @@ def up() -> None:
     bring_up(print_line)
 
 
+app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
+
+
 if __name__ == "__main__":
     main()
