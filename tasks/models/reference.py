@@ -64,7 +64,7 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
 
     A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
     """
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "markers", "unpaired"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
     if "://" in path and digest:
