@@ -106,6 +106,14 @@ class Model(Context):
     vllm_memory: Float = Field(0.9, gt=0, le=1, description="engine = 'vllm': share of a GPU's memory that it takes")
 
     lora: Lora | None = Field(None, description="for a student: train adapters and not all weights")
+    markers: tuple[tuple[Text, Text], ...] = Field(
+        (),
+        description="for a teacher of another tokenizer: pairs of what the student and what it writes in one place of an "
+        "answer, tokens or text, as [['<think>\\n', '<|channel|>analysis<|message|>']]",
+    )
+    unpaired: Literal["end", "skip"] = Field(
+        "end", description="for such a teacher: a control token that no marker pairs ends what is supervised, or is skipped"
+    )
 
     @model_validator(mode="after")
     def _engine_fields(self) -> "Model":

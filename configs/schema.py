@@ -275,6 +275,9 @@ class Recipe(Table):
             )
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
+        for key in ("markers", "unpaired"):
+            if getattr(self.student, key) != type(self.student).model_fields[key].default:
+                raise ValueError(f"student.{key}: it says how a teacher reads the student's answers; give teacher.{key}")
         if self.student.lora is not None and self.train.sharding == "full":
             raise ValueError("student.lora trains few weights: set train.sharding = 'none'")
         if self.objective.given_text and self.rollout.on_policy > 0:

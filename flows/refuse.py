@@ -10,6 +10,7 @@ from storage.receipt import read_receipt, trust_inputs
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
+from tasks.models.pair import make_markers
 from tasks.models.reference import ModelRef, check_machine, make_reference
 from tasks.models.text import side
 from tasks.models.weights import check_weights
@@ -61,9 +62,15 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
             f"score.k = {recipe.score.k} is more than the {side(teacher).vocabulary.size} ids "
             f"of the teacher's vocabulary ({teacher.path}); set score.k to at most that"
         )
-    if student is None or teacher is None or not recipe.objective.one_tokenizer:
+    if student is None or teacher is None:
         return
-    if not side(student).vocabulary.same_as(side(teacher).vocabulary):
+    same = make_markers(recipe, student=side(student), teacher=side(teacher)).same
+    if same and recipe.teacher is not None and recipe.teacher.markers:
+        raise BadInput(
+            f"teacher.markers pairs what two tokenizers write; {student.path} and {teacher.path} have one, so their control "
+            "tokens are tokens like any other; leave it out"
+        )
+    if recipe.objective.one_tokenizer and not same:
         raise BadInput(
             f"objective.name = '{recipe.objective.name}' needs one tokenizer on both sides; "
             f"the tokenizers of {student.path} and {teacher.path} differ; choose objective.name = 'bytes' or 'gold'"

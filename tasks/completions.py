@@ -23,7 +23,7 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 2
+CODE = 3
 
 
 @task(name="completions", task_run_name="completions-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
@@ -68,6 +68,6 @@ def make_completions(
     for row, prompt_id, completion in zip(planned, ids, sampled, strict=True):
         text, whole = split_completion(text_side.beta, completion.ids, stops)
         finish = "stop" if whole and completion.ids[-1] in stops else "length"
-        record = (row.rollout_id, prompt_id, teacher.digest, text, finish, name)
+        record = (row.rollout_id, prompt_id, teacher.digest, text, completion.ids, finish, name)
         records.append(dict(zip(COMPLETIONS.names, record, strict=True)))
     return pa.Table.from_pylist(records, COMPLETIONS)

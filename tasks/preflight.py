@@ -95,10 +95,11 @@ def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_to
     """A teacher's scores of the rollouts, in batches of `batch_tokens` (default: the recipe's)."""
     rows = rollouts.select(["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]).to_pylist()
     prompts = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.asked, strict=True))
-    as_sampled = side(sample.student).vocabulary.same_as(side(teacher).vocabulary)
+    student, markers = side(sample.student), sample.markers(teacher)
     config = sample.recipe.score
     signal = make_signal(config.signal, config.k, config.top_p)
-    return score_rows(rows, prompts, sample.engine(teacher, batch_tokens), side(teacher), signal, as_sampled)
+    engine = sample.engine(teacher, batch_tokens)
+    return score_rows(rows, prompts, engine, signal, markers, student=student, teacher=side(teacher))
 
 
 def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> tuple[pa.Table, float]:
@@ -111,7 +112,8 @@ def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: 
         head = head_of(engine.model, engine.size)
     objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
     signal = make_signal(config.signal, config.k, config.top_p)
-    aligned = align_rollouts(rollouts, scores, objective, signal, head, student=s_side, teacher=t_side)
+    markers = sample.markers(teacher)
+    aligned = align_rollouts(rollouts, scores, objective, signal, head, markers, student=s_side, teacher=t_side)
     return aligned, mean_loss(recipe, rollouts, aligned, student=sample.student, teacher=teacher)
 
 

@@ -20,8 +20,9 @@ from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
 from tasks.engines.transformers import TransformersEngine
+from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
-from tasks.models.text import Side, side, teacher_ids
+from tasks.models.text import Side, side
 from tasks.rows.messages import Prompt, prompts_of
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
@@ -29,6 +30,7 @@ from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
 from tasks.signals.base import Signal
 from tasks.signals.head import head_of, save_head
+from tasks.tokens.markers import Markers
 
 CODE = 1
 HEAD_CODE = 1
@@ -41,9 +43,12 @@ def score_shard(round: Round, shard: Shard) -> Shard:
     recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
     assert teacher is not None
     assert shard.rollouts is not None
-    as_sampled = side(round.student).vocabulary.same_as(side(teacher).vocabulary)
-    # The key holds the scored columns only: another student's rollouts with the same texts need no new scores.
-    scored = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
+    student, markers = side(round.student), make_markers(recipe, student=side(round.student), teacher=side(teacher))
+    scored = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"])
+    if not markers.same:
+        # The key holds what is scored: other rollouts with the same texts need no new scores. Ids count where they are more.
+        scored = hide_ids(scored, student, markers)
+    said = marker_inputs(recipe) if "token_ids" in scored.column_names else {}
     inputs = {
         "stage": "scores",
         "code": CODE,
@@ -52,7 +57,8 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         "prompts": round.prompts.digest,
         "rollouts": digest_table(scored),
         "recipe": _stored_fields(recipe),
-        "as_sampled": as_sampled,
+        "as_sampled": markers.same,
+        **({} if markers.same else said),
     }
 
     def make() -> pa.Table:
@@ -62,7 +68,7 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
         signal = make_signal(config.signal, config.k, config.top_p)
         with progress(f"round {round.number} scores", len(rows)) as advance:
-            return score_rows(rows, prompts, engine, side(teacher), signal, as_sampled, advance)
+            return score_rows(rows, prompts, engine, signal, markers, advance, student=student, teacher=side(teacher))
 
     return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
 
@@ -93,16 +99,18 @@ def score_rows(
     rows: Sequence[dict[str, Any]],
     prompts: dict[str, Prompt],
     engine: Engine,
-    teacher: Side,
     signal: Signal,
-    as_sampled: bool,
+    markers: Markers,
     advance: Advance = ignore_progress,
+    *,
+    student: Side,
+    teacher: Side,
 ) -> pa.Table:
-    """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason): one row of `SCORES` each, in order.
+    """Scores of `rows` (rollouts with prompt_id, text, finish_reason, and token_ids where they are more than the text).
 
-    `prompts` are by `prompt_id`. `as_sampled`: the sampled ids are scored, not the encoding of the text.
+    One row of `SCORES` each, in order. `prompts` are by `prompt_id`.
     """
-    completions = teacher_ids(rows, teacher, as_sampled)
+    completions = teacher_ids(rows, student=student, teacher=teacher, markers=markers)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))

@@ -12,7 +12,7 @@ from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
-from tasks.objectives.pairing import model_logprobs_of
+from tasks.objectives.sampled import model_logprobs_of
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.align import Kind

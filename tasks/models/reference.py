@@ -79,7 +79,7 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
 
 def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
     """The ModelRef for the weights at `path`, whose digest is known, used as `config` says."""
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights"})
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights", "markers", "unpaired"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
     return ModelRef(path, digest, committed=committed, **use)

@@ -1,7 +1,7 @@
 """A model's text side, without its weights: tokenizer, token bytes, stop ids, rendering of prompts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -165,18 +165,3 @@ def tokenizer_of(name: str) -> Side:
     text_side = side(ModelRef(local_name(name), "", rendering="plain"))
     text_side.check()
     return text_side
-
-
-def teacher_ids(rows: Sequence[dict[str, Any]], teacher: Side, as_sampled: bool) -> list[list[int] | None]:
-    """Each completion in the teacher's ids, its stop included; None where its tokenizer cannot spell the text.
-
-    `rows` have `token_ids`, `text` and `finish_reason`. With one vocabulary on both sides (`as_sampled`) the sampled ids
-    themselves are used: a student may split a text in other ways than `encode` does.
-    """
-    if as_sampled:
-        return [row["token_ids"] or None for row in rows]
-    encoded = teacher.encoder.encode([row["text"] or "" for row in rows])
-    stop = teacher.stop_ids[:1]
-    return [
-        None if ids is None else ids + stop * (row["finish_reason"] == "stop") for ids, row in zip(encoded, rows, strict=True)
-    ]
