@@ -11,7 +11,7 @@ from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
-from flows.ending import end, ending
+from flows.ending import end, ending, work_on
 from flows.terminal import log_plainly, out, print_line, print_table
 from tasks.views.escapes import escape_controls
 
@@ -72,6 +72,7 @@ def run(
     from configs.load import load_recipe
 
     recipe = load_recipe(config, set_)
+    work_on(recipe, rounds)
     from flows.start import announce, check_data, find_result
     from storage.store import Run
 

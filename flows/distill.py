@@ -1,7 +1,6 @@
 """The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +33,6 @@ from tasks.running.progress import logger
 from tasks.score import keep_head, score_shard
 from tasks.scratch import make_scratch
 from tasks.train import train_round
-from tasks.views.rounds import describe_committed
 from tasks.vocab import match_vocabularies
 
 
@@ -53,13 +51,8 @@ def distill(
     recipe = load_recipe(config, overrides)
     check_recipe(recipe)
     target = recipe.rounds if rounds is None else rounds
-    run = Run(recipe.root, recipe.name)
     nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
-    with (
-        stoppable(partial(describe_committed, run, recipe.rollout, target)),
-        hold_accelerators(recipe),
-        run.lock(logger.info, wait=nested),
-    ):
+    with stoppable(recipe, target), hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
         return mend(lambda: run_rounds(recipe, target, at_most))
 
 

@@ -13,9 +13,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks.running.attached import kill_attached
+
+if TYPE_CHECKING:  # which takes a while to import, and a stop may come at once
+    from configs.schema import Recipe
 
 PATIENCE = 3.5  # seconds from the signal until the process is ended whatever it does
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -24,7 +28,7 @@ SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
 _told: int | None = None  # the signal that ends this command
 _status = 1
 _said = threading.Lock()  # taken by the thread that says the last line
-_committed: Callable[[], str] | None = None  # what a stop finds committed, as a part of a sentence
+_committed: Callable[[], str] | None = None  # what a stop finds committed, as a part of a sentence; called in any thread
 _line = ""
 
 
@@ -60,14 +64,22 @@ def end(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def work_on(recipe: "Recipe", rounds: int | None) -> None:
+    """Let a stop say what is committed of this recipe's run."""
+    global _committed
+    _committed = partial(_describe_committed, recipe, recipe.rounds if rounds is None else rounds)
+
+
 @contextmanager
-def stoppable(committed: Callable[[], str] | None = None) -> Iterator[None]:
-    """What a flow does, so that a stop says what is `committed`, which is called at the stop, perhaps in another thread.
+def stoppable(recipe: "Recipe | None" = None, rounds: int | None = None) -> Iterator[None]:
+    """What a flow does, on a recipe's run if it works on one.
 
     In a command SIGTERM is taken back from Prefect, whose own handler breaks off what ends the flow if the signal comes twice.
     """
     global _committed
-    before, _committed = _committed, committed or _committed
+    before = _committed
+    if recipe is not None:
+        work_on(recipe, rounds)
     if signal.getsignal(signal.SIGINT) is _stop:  # this process is a command, not a worker's
         signal.signal(signal.SIGTERM, _stop)
     yield
@@ -133,6 +145,25 @@ def _describe_stop() -> str:
         return f"stopped {_committed()}; `{command}` goes on"
     except Exception:  # the disk may be what is wrong
         return f"stopped; `{command}` goes on from what is committed"
+
+
+def _describe_committed(recipe: "Recipe", rounds: int) -> str:
+    """Where the run stands, such as `in round 2 of 3 of tiny; committed of it: rollouts, 1 of 2 shards of scores`."""
+    from storage.store import Run, round_slot
+    from tasks.rows.plan import count_shards
+
+    run = Run(recipe.root, recipe.name)
+    number = run.rounds_done() + 1
+    if number > rounds:
+        return f"with all {rounds} rounds of {run.name} committed"
+    tables = [slot.split("/")[1] for slot in run.slots() if slot.startswith(round_slot(number) + "/")]
+    shards, found = count_shards(recipe.rollout), []
+    for table in ("completions", "rollouts", "scores", "aligned"):
+        if made := tables.count(table):
+            found.append(table if made == shards else f"{made} of {shards} shards of {table}")
+    if "steps" in tables:  # the last of what training commits
+        found.append("the trained student")
+    return f"in round {number} of {rounds} of {run.name}; committed of it: {', '.join(found) or 'nothing'}"
 
 
 def _say(line: str) -> None:

@@ -4,10 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from configs.schema import Rollout
 from storage.read import scan
-from storage.store import Run, round_slot
-from tasks.rows.plan import count_shards
 from tasks.views.estimates import Estimate, estimate_accuracy
 
 
@@ -111,18 +108,3 @@ def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
 
 def _format_value(value: float | None, pattern: str) -> str | None:
     return None if value is None else pattern.format(value)
-
-
-def describe_committed(run: Run, rollout: Rollout, rounds: int) -> str:
-    """Where a run of so many rounds stands: `in round 2 of 3 of tiny; committed of it: rollouts, 1 of 2 shards of scores`."""
-    number = run.rounds_done() + 1
-    if number > rounds:
-        return f"with all {rounds} rounds of {run.name} committed"
-    tables = [slot.split("/")[1] for slot in run.slots() if slot.startswith(round_slot(number) + "/")]
-    shards, found = count_shards(rollout), []
-    for table in ("completions", "rollouts", "scores", "aligned"):
-        if made := tables.count(table):
-            found.append(table if made == shards else f"{made} of {shards} shards of {table}")
-    if "steps" in tables:  # the last of what training commits
-        found.append("the trained student")
-    return f"in round {number} of {rounds} of {run.name}; committed of it: {', '.join(found) or 'nothing'}"

@@ -36,16 +36,16 @@ def crashed(server: str) -> list[str]:
     return [run["state_type"] for run in found]
 
 
-# A moment in each stage, in the order in which they come; (number, whether the process group gets it) go round.
+# What is in the making in each stage, in the order in which they come, with others between them.
 STAGES = {
+    "prompts": "test-teacher-seed0/prompts/train",
     "scratch": "test-student-seed0/round=0000/student",
-    "prompts": "tiny/prompts/train",
     "vocab": "tiny/vocab/teacher",
     "evaluation": "tiny/round=0000/evals/teacher",
-    "rollouts": "tiny/round=0001/rollouts/part-00000",
-    "scores": "tiny/round=0001/scores/part-00001",
-    "alignment": "tiny/round=0002/aligned/part-00000",
-    "check": "tiny/round=0002/gates/part-00000",
+    "scores": "tiny/round=0001/scores/part-00000",
+    "check": "tiny/round=0001/gates/part-00000",
+    "rollouts": "tiny/round=0002/rollouts/part-00001",
+    "alignment": "tiny/round=0002/aligned/part-00001",
     "training": "tiny/round=0002/student",
     "report": "tiny/round=0002/evals/student",
 }

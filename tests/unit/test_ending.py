@@ -80,14 +80,18 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def test_a_stop_says_what_is_committed() -> None:
+    """Of the run in hand: a teacher's that is made first, then the run's own."""
     body = """
-    with ending.stoppable(lambda: "in round 1"):
-        with ending.stoppable(lambda: "in round 2"): pass
+    from pathlib import Path
+    from configs.load import load_recipe
+    recipe = load_recipe(Path("tests/recipes/tiny.toml"), ("root=/nowhere",))
+    with ending.stoppable(recipe, 3):
+        with ending.stoppable(recipe.model_copy(update={"name": "teacher"}), 1): pass
         stop(); time.sleep(20)
     """
-    assert run(COMMAND.replace("{body}", body.strip()), 15).stderr == "potstill: stopped in round 1; `potstill 15` goes on\n"
-    inner = body.replace("pass", "stop(); time.sleep(20)")
-    assert run(COMMAND.replace("{body}", inner.strip()), 15).stderr == "potstill: stopped in round 2; `potstill 15` goes on\n"
+    for code, where in ((body, "3 of tiny"), (body.replace("pass", "stop(); time.sleep(20)"), "1 of teacher")):
+        ended = run(COMMAND.replace("{body}", code.strip()), 15)
+        assert ended.stderr == f"potstill: stopped in round 1 of {where}; committed of it: nothing; `potstill 15` goes on\n"
 
 
 @pytest.mark.parametrize(("body", "status"), [("pass", 0), ("sys.exit(1)", 1), ("ending.end('why', 2)", 2), ("1 / 0", 1)])
