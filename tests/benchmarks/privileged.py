@@ -4,7 +4,7 @@
 
 Makes the words and, for each seed, a model that has learnt to read a prompt with the answer in it (`privileged/reader.toml`).
 Then it distils from itself (`privileged/privileged.toml`): with the answer in the teacher's prompt, from its weights before
-round 1 or of each round, and in the student's own context. Prints accuracies with 95% intervals.
+round 1 or of each round, and in the same context. Prints accuracies with 95% intervals.
 """
 
 import argparse
@@ -25,8 +25,8 @@ READ = 12_000  # words that the reader learns from; the others are distilled and
 PLAIN = 0.2  # share of the reader's rows that have no answer in the prompt
 RUNS = {
     "the answer, weights before round 1": (),
-    "the answer, weights of each round": ("teacher.weights=round",),
     "the same context": ("teacher.template={prompt}",),
+    "the answer, weights of each round": ("teacher.weights=round",),
 }
 
 
