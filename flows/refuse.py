@@ -11,7 +11,7 @@ from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
 from tasks.models.pair import make_markers
-from tasks.models.reference import ModelRef, check_machine, make_reference
+from tasks.models.reference import ModelRef, check_machine, make_reference, read_template
 from tasks.models.text import side
 from tasks.models.weights import check_weights
 from tasks.training.adapters import check_lora
@@ -33,6 +33,8 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
     check_compute(recipe.compute)
     refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
+        if config.chat_template is not None:
+            read_template(config.chat_template)  # before a model is made that it is for
         if config.recipe is not None:
             if config.recipe in above:
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")

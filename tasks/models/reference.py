@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -16,6 +17,7 @@ from configs.errors import BadInput, Damaged
 from configs.models import Model
 from storage.artifacts import Artifact, local_folder
 from storage.lineage import digest_folder, digest_json
+from tasks.models.chat import parse_chat_template
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
@@ -86,10 +88,15 @@ def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = Fa
 
 
 def read_template(path: str) -> str:
+    """The chat template in a file. Raises BadInput where it cannot be read, or is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
+        parse_chat_template(text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"chat_template: {path}: cannot be read ({error}); give a file with a chat template in it") from None
+    except TemplateSyntaxError as error:
+        raise BadInput(f"chat_template: {path}: line {error.lineno} does not parse ({error.message}); correct it") from None
+    return text
 
 
 def local_name(name: str) -> str:

@@ -11,7 +11,7 @@ from configs.objectives import Bytes, Gold
 from configs.schema import FilePrompts
 
 CHECKOUT = Path(__file__).parents[2]
-RECIPES = sorted([*(CHECKOUT / "configs").rglob("*.toml"), *(CHECKOUT / "tests" / "recipes").rglob("*.toml")])
+RECIPES = sorted(path for place in ("configs", "tests") for path in (CHECKOUT / place).rglob("*.toml"))
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
 
 PLAIN = """
