@@ -14,6 +14,7 @@ from storage.artifacts import read_table
 from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import engine_name, get_engine
+from tasks.gates.rendering import expect_room
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import prompts_of
@@ -64,6 +65,7 @@ def make_rollouts(
     references = chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
+    expect_room("student", student, rendered, config.max_new_tokens)
     sampling = Sampling.of(config)
     filled: dict[int, dict[str, Any]] = {}
 

@@ -25,6 +25,8 @@ def lead_gate(limits: Gates, *, teacher: pa.Table, student: pa.Table) -> Gate:
     The figure of the gate is the upper end of the 95% interval, so that chance alone does not stop a run.
     """
     t_shares, s_shares = _shares_correct_of(teacher), _shares_correct_of(student)
+    if not len(t_shares):
+        return Gate("lead", None, limits.lead, detail="no prompt has a reference to grade by")
     leads = t_shares - s_shares
     spread = 1.96 * float(leads.std(ddof=1)) / len(leads) ** 0.5 if len(leads) > 1 else 1.0
     detail = f"teacher {t_shares.mean():.3f}, student {s_shares.mean():.3f}; the lead is at most the figure, with 97.5%"
@@ -38,7 +40,7 @@ def _shares_correct_of(evals: pa.Table) -> np.ndarray:
     frame = pl.from_arrow(evals)
     assert isinstance(frame, pl.DataFrame)
     kind = "sampled" if (frame["decoding"] == "sampled").any() else "greedy"
-    some = frame.filter(pl.col("decoding") == kind)
+    some = frame.filter(pl.col("decoding") == kind).drop_nulls("correct")
     return some.group_by("prompt_id").agg(pl.col("correct").mean()).sort("prompt_id")["correct"].to_numpy()
 
 

@@ -25,6 +25,15 @@ def make_scorer(kind: str) -> Scorer:
     return {"task": _task, "exact": lambda: score_exact, "math": _math}[kind]()
 
 
+def is_graded(kind: str, row: dict[str, Any]) -> bool:
+    """Whether there is anything to grade an answer to this prompt by: a reference, or a task's own scorer."""
+    return row["reference"] is not None or (kind == "task" and _is_of_task(json.loads(row["metadata"] or "{}")))
+
+
+def _is_of_task(metadata: dict[str, Any]) -> bool:
+    return metadata.keys() >= {"task", "options", "entry"}  # a data set may have a column of one of these names
+
+
 def score_exact(text: str, row: dict[str, Any]) -> float:
     """Whether the text is the reference."""
     return float(text.strip() == (row["reference"] or "").strip())
@@ -36,7 +45,7 @@ def _task() -> Scorer:
 
     def score(text: str, row: dict[str, Any]) -> float:
         metadata = json.loads(row["metadata"] or "{}")
-        if not metadata.keys() >= {"task", "options", "entry"}:  # a data set may have a column of that name
+        if not _is_of_task(metadata):
             return score_exact(text, row)
         from reasoning_gym.utils import extract_answer
 
