@@ -14,6 +14,7 @@ from storage.schemas import COMPLETIONS
 from tasks.engines.base import Advance, Sampling, ignore_progress
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
+from tasks.gates.rendering import expect_room
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import prompts_of
@@ -62,6 +63,7 @@ def make_completions(
     ids = chosen["prompt_id"].to_pylist()
     text_side, generator, records = side(teacher), get_engine(teacher, config.batch_size), []
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
+    expect_room("teacher", teacher, rendered, config.max_new_tokens)
     name = engine_name(teacher)
     sampling, stops = Sampling.of(config), set(text_side.stop_ids)
     sampled = generator.generate(rendered, [row.seed for row in planned], sampling, advance)

@@ -20,7 +20,7 @@ from tasks.models.pair import find_answers, make_markers, marker_inputs, teacher
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import Prompt, load_prompts
-from tasks.rows.scorers import make_scorer
+from tasks.rows.scorers import is_graded, make_scorer
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.running.seeds import derive_seed
@@ -60,6 +60,8 @@ def evaluate_model(
         inputs["divergence"] = "both at temperature 1"
     if teacher is not None and model != teacher:
         inputs |= marker_inputs(recipe)
+    if not all(is_graded(recipe.evaluate.scorer, row) for row in read_table(prompts, ["reference", "metadata"]).to_pylist()):
+        inputs["graded"] = "what has a reference"
 
     def make() -> pa.Table:
         rows = read_table(prompts).to_pylist()
@@ -98,7 +100,8 @@ def evaluate_prompts(
                 for row, ids, completion in zip(rows, rendered, completions, strict=True):
                     whole = split_completion(text_side.beta, completion.ids, stops)[1]
                     text, answer = spell_answer(text_side.beta, completion.ids, stops)
-                    value = max(score(text, row), score(answer, row))
+                    graded = is_graded(recipe.evaluate.scorer, row)
+                    value = max(score(text, row), score(answer, row)) if graded else None
                     records.append(
                         {
                             "model": role,
@@ -109,7 +112,7 @@ def evaluate_prompts(
                             "text": text,
                             "reference": row["reference"],
                             "score": value,
-                            "correct": value >= 1.0,
+                            "correct": None if value is None else value >= 1.0,
                             "finish_reason": "stop" if completion.ids[-1] in stops else "length",
                             "tokens": len(completion.ids),
                             "bytes": len(text.encode()),

@@ -1,6 +1,7 @@
 """The preflight stage: a small round in memory, on a few prompts. It finds what would make a run fail or waste its time."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -65,10 +66,11 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
-    started = time.monotonic()
-    rollouts = roll_out_sample(sample)
-    scores = None if teacher is None else score_sample(sample, rollouts, teacher)
-    seconds = time.monotonic() - started
+    rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample))
+    tables, scores = [rollouts], None
+    if teacher is not None:
+        scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
+        seconds += more
     gates += [chance_gate(sample, role, ref) for role, ref in sample.sides().items()]
     release()
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
@@ -78,10 +80,19 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
         same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
         _, loss = align_sample(sample, rollouts, score_sample(sample, rollouts, same), same)
         gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
-        gates += objective_gates(sample, rollouts, *align_sample(sample, rollouts, scores, teacher), teacher)
+        aligned, loss = align_sample(sample, rollouts, scores, teacher)
+        tables += [scores, aligned]
+        gates += objective_gates(sample, rollouts, aligned, loss, teacher)
         gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
     release()
-    return [*gates, *cost_gates(sample, [rollouts] if scores is None else [rollouts, scores], seconds)]
+    return [*gates, *cost_gates(sample, tables, seconds)]
+
+
+def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table]) -> tuple[pa.Table, float]:
+    """What `make` makes with a model, and the seconds that it takes once the model is loaded."""
+    sample.engine(ref)
+    started = time.monotonic()
+    return make(), time.monotonic() - started
 
 
 def roll_out_sample(sample: Sample) -> pa.Table:

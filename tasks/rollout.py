@@ -15,6 +15,7 @@ from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
+from tasks.gates.rendering import expect_room
 from tasks.models.pair import make_markers, marker_inputs, student_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
@@ -76,6 +77,7 @@ def make_rollouts(
     references = chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
+    expect_room("student", student, rendered, config.max_new_tokens)
     sampling = Sampling.of(config)
     filled: dict[int, dict[str, Any]] = {}
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.errors import BadInput
 from configs.load import select_content
 from configs.schema import Recipe
 from configs.signals import SIGNALS
@@ -20,6 +21,7 @@ from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
 from tasks.engines.transformers import TransformersEngine
+from tasks.gates.rendering import context_of
 from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
@@ -111,11 +113,18 @@ def score_rows(
     One row of `SCORES` each, in order. `prompts` are by `prompt_id`.
     """
     completions = teacher_ids(rows, student=student, teacher=teacher, markers=markers)
+    context = context_of(teacher.ref)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
         scorable = [i for i in batch if completions[i]]
         rendered = [teacher.render(*prompts[rows[i]["prompt_id"]]) for i in scorable]
+        lengths = [len(ids) + len(completions[i] or []) for i, ids in zip(scorable, rendered, strict=True)]
+        if context and max(lengths, default=0) > context:
+            raise BadInput(
+                f"teacher: room: a prompt with its answer has {max(lengths)} tokens, and {teacher.ref.path} has room for "
+                f"{context}; shorten the prompts, lower rollout.max_new_tokens, or take a model with a longer context"
+            )
         results = engine.score(rendered, [completions[i] or [] for i in scorable], signal)
         by_row: dict[int, TokenScores] = dict(zip(scorable, results, strict=True))
         for i in batch:

@@ -70,10 +70,25 @@ def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_token
     of = f"of {len(lengths)} prompts" + (f" that were looked at (there are {len(rows)})" if len(lengths) < len(rows) else "")
     yield Gate(f"{role}: kept", lost, 0, detail=of + first)
     yield Gate(f"{role}: closed", closed, 0, detail=of)
-    if context := context_of(ref):
-        over, longest = sum(n + max_new_tokens > context for n in lengths), max(lengths)
-        detail = f"longest prompt {longest} tokens, and rollout.max_new_tokens = {max_new_tokens}; too long: {over} {of}"
-        yield Gate(f"{role}: room", longest + max_new_tokens, context, detail=detail)
+    if gate := room_gate(role, ref, lengths, max_new_tokens, of):
+        yield gate
+
+
+def room_gate(role: str, ref: ModelRef, lengths: Sequence[int], max_new_tokens: int, of: str = "") -> Gate | None:
+    """Whether prompts of these lengths, in tokens, leave room for an answer; None where the model sets no limit."""
+    if not lengths or not (context := context_of(ref)):
+        return None
+    over, longest = sum(n + max_new_tokens > context for n in lengths), max(lengths)
+    of = of or f"of {len(lengths)} prompts"
+    detail = f"longest prompt {longest} tokens, and rollout.max_new_tokens = {max_new_tokens}; too long: {over} {of}"
+    return Gate(f"{role}: room", longest + max_new_tokens, context, detail=detail)
+
+
+def expect_room(role: str, ref: ModelRef, rendered: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raise BadInput where prompts of a shard leave no room: `refuse_rendering` looks at as many as it has time for."""
+    gate = room_gate(role, ref, [len(ids) for ids in rendered], max_new_tokens)
+    if gate is not None and gate.ok is False:
+        raise BadInput(gate.complaint())
 
 
 def name_row(rows: Sequence[Row], number: int) -> str:

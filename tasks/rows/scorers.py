@@ -26,6 +26,11 @@ def make_scorer(kind: str) -> Scorer:
     return {"task": _task, "exact": lambda: score_exact, "math": _math}[kind]()
 
 
+def is_graded(kind: str, row: dict[str, Any]) -> bool:
+    """Whether there is anything to grade an answer to this prompt by: a reference, or a task's own scorer."""
+    return row["reference"] is not None or (kind == "task" and is_of_task(json.loads(row["metadata"] or "{}")))
+
+
 def score_exact(text: str, row: dict[str, Any]) -> float:
     """Whether the text is the reference."""
     return float(text.strip() == (row["reference"] or "").strip())

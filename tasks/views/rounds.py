@@ -27,7 +27,7 @@ def summarise_rounds(run: str) -> pl.DataFrame:
     estimates: dict[tuple[str, int, str], Estimate] = {}
     rows = []
     for (model, number), group in evals.group_by(["model", "round"]):
-        for (decoding,), some in group.group_by(["decoding"]):
+        for (decoding,), some in group.drop_nulls("correct").group_by(["decoding"]):
             estimates[str(model), int(str(number)), str(decoding)] = estimate_accuracy(some)
         sampled = group.filter(pl.col("decoding") == "sampled") if (group["decoding"] == "sampled").any() else group
         rows.append(

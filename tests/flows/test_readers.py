@@ -12,14 +12,18 @@ import tomli_w
 from helpers import made
 from transformers import AutoTokenizer
 
+from configs.load import load_recipe
 from flows.distill import distill
 from storage.read import scan
 from storage.store import Run
-from tasks.models.reference import ModelRef
+from tasks.models.reference import ModelRef, make_reference
 from tasks.models.text import Side
+from tasks.preflight import examine
+from tasks.views.compare import compare_runs
 from tasks.views.readers import Readers
 from tasks.views.report import write_report
 from tasks.views.rollout import show_rollout
+from tasks.views.rounds import summarise_rounds
 
 SECRET = "Be <b>brief</b>; the answer is in French."
 FIRST = "0001-000000-000"
@@ -164,3 +168,33 @@ def test_the_students_text_is_of_the_ids_it_read(folder):
         pl.Series(side.tokenizer(shown.replace("\\x1b", "\x1b"), add_special_tokens=False)["input_ids"]).to_list()
         == (row["prompt_token_ids"])
     )
+
+
+def test_no_accuracy_without_anything_to_grade_by(folder):
+    """An empty answer would be the "reference" of a prompt that has none; the report says nothing rather than 0.000."""
+    run = str(folder / "runs" / "readers")
+    evals = scan(run, "evals").collect()
+    assert len(evals)
+    assert evals["score"].null_count() == evals["correct"].null_count() == len(evals)
+    rounds = summarise_rounds(run)
+    assert rounds["sampled"].null_count() == rounds["recovered"].null_count() == len(rounds)
+    assert rounds.filter(model="student")["divergence"].null_count() == 0 or rounds["tokens"].null_count() == 0
+    page = (folder / "runs" / "readers" / "report.html").read_text()
+    assert "Accuracy on held-out prompts" not in page
+    assert 'class="text wrong"' not in page
+    (row,) = compare_runs({"bytes": [run]}, 1)
+    assert (row["accuracy"], row["difference"]) == ("", "")
+
+
+def test_the_disk_that_preflight_counts_is_what_a_run_takes(folder):
+    """Rollouts, scores and what is aligned of them, by row."""
+    recipe = load_recipe(folder / "readers.toml")
+    refs = {
+        role: make_reference(config, str(config.model)) for role in ("student", "teacher") if (config := getattr(recipe, role))
+    }
+    (gate,) = [gate for gate in examine(recipe, 4, **refs) if gate.name == "disk"]
+    slots = [f"round=0001/{table}/part-00000" for table in ("rollouts", "scores", "aligned")]
+    tables = [manifest for slot in slots if (manifest := Run(recipe.root, "readers").manifest(slot))]
+    assert len(tables) == 3
+    taken = sum(table["bytes"] for table in tables) / 4
+    assert float(gate.detail.split(" ")[0].replace(",", "")) == pytest.approx(taken, rel=0.1)
