@@ -192,6 +192,9 @@ class Gates(Table):
     spelled: Float = Field(0.9, ge=0, le=1, description="least share of texts that a tokenizer gives back byte for byte")
     boundary: Float = Field(0.9, ge=0, le=1, description="least share of prompts that end where a token of their text ends")
     chance: Float = Field(0.9, gt=0, description="most nats per token of known text, as a share of a uniform guess's")
+    expected: Float = Field(
+        0.5, ge=0, le=1, description="most that both sides differ in whether an answer begins with thinking or a control token"
+    )
     matched: Float = Field(0.5, ge=0, le=1, description="least share of sampled tokens that the teacher has, too")
     one_to_one: Float = Field(0.5, ge=0, le=1, description="least share of units of one token on both sides: gold and strict")
     engine_mean: Float = Field(0.05, ge=0, description="mean gap between an engine's log-probs and those of training, nats")

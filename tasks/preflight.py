@@ -19,6 +19,7 @@ from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
 from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
+from tasks.gates.expected import expect, expected_gate
 from tasks.gates.gate import Gate
 from tasks.gates.rendering import rendering_gates
 from tasks.gates.round import engine_gates, lead_gate
@@ -71,7 +72,12 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if teacher is not None:
         scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
         seconds += more
-    gates += [chance_gate(sample, role, ref) for role, ref in sample.sides().items()]
+    expected = {}
+    for role, ref in sample.sides().items():
+        gates.append(chance_gate(sample, role, ref))
+        expected[role] = expect(sample, role, ref)
+    if teacher is not None:
+        gates.append(expected_gate(sample, student=expected["student"], teacher=expected["teacher"]))
     release()
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None and scores is not None:

@@ -17,6 +17,8 @@ from tasks.tokens.align import Units
 from tasks.tokens.byte_laws import expand_ranges
 from tasks.tokens.ragged import offsets_of, ragged
 
+WHOLE = -1  # as `inside` of a term: its one event is the path of a marker, or of a control token, as a whole
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -67,7 +69,7 @@ class Projection:
     logprobs: np.ndarray  # [events]
     rest: np.ndarray  # [terms], log mass outside the events; what that is depends on the objective (MATHS.md §4)
     supervised: np.ndarray  # [rows], bytes that a term covers
-    inside: np.ndarray | None = None  # [terms], bytes of the last token that were read before (`bytes` only)
+    inside: np.ndarray | None = None  # [terms], bytes of the last token that were read before (`bytes`), or WHOLE
     behaviour: np.ndarray | None = None  # [terms], log-prob under the policy that sampled the term (`opd` reads it)
     unmatched_counts: np.ndarray | None = None  # [terms], teacher's masses without an event (`gold` only)
     unmatched_logprobs: np.ndarray | None = None  # those log masses, flat, the largest first

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 
 from configs.objectives import Bytes
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of, project_units, unit_sums
+from tasks.objectives.base import WHOLE, ObjectiveModule, Pairing, Projection, Terms, log_of, project_units, unit_sums
 from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.byte_laws import REST, STOP, TINY, ByteLaws, first_classes
 from tasks.tokens.ragged import add_up, expand, index_in_row, offsets_of, rows_of
 from tasks.tokens.vocabulary import Vocabulary
-
-WHOLE = -1  # as `inside` of a term: it is a control token or marker as a whole, not a byte
 
 
 class BytesObjective(ObjectiveModule):

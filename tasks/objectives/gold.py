@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from configs.objectives import Gold
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
+from tasks.objectives.base import WHOLE, ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
 from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind
@@ -77,6 +77,7 @@ class GoldObjective(ObjectiveModule):
                 logprobs=np.log(masses),
                 rest=np.log(np.maximum(1 - covered, 0)),
                 supervised=np.bincount(row, units.sizes * (counts > 0), pairing.rows).astype(np.int64),
+                inside=np.where(units.kind == Kind.MARKER, WHOLE, 0) if len(markers) else None,
                 unmatched_counts=unmatched_counts,
                 unmatched_logprobs=np.log(unmatched[order]),
             )
@@ -136,7 +137,8 @@ class GoldObjective(ObjectiveModule):
         if unmatched:
             path_mass = rest_of_path.exp()
             top, total = law[:, events:] * path_mass[:, None], self.unmatched.total(mass)[at] * path_mass
-            loss = loss + unmatched * self._sorted_l1(top, total, terms.unmatched.exp())
+            difference = self._sorted_l1(top, total, terms.unmatched.exp())
+            loss = loss + unmatched * difference.masked_fill(terms.inside == WHOLE, 0)
         return loss
 
     @staticmethod
