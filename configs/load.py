@@ -75,7 +75,7 @@ def dump_content(recipe: Recipe) -> str:
             return [shorten(entry) for entry in value]
         return Path(value).name if key in PATHS and Path(value).is_absolute() else value
 
-    nested: dict[str, Any] = {"root": True, "compute": True}
+    nested: dict[str, Any] = {"root": True, "compute": True, "track": True}
     for field in MACHINERY:
         table, key = field.split(".")
         nested.setdefault(table, {})[key] = True
@@ -94,10 +94,12 @@ def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
 def list_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line for each field that differs: `train.batch_size is 64 in the run, 128 in this recipe`.
 
-    Gates, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`) are left
-    out: they may change while a run goes on.
+    Gates, trackers, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`)
+    are left out: they may change while a run goes on.
     """
-    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"root", "gates", "compute"})) for recipe in (old, new))
+    left, right = (
+        flatten(recipe.model_dump(mode="json", exclude={"root", "gates", "compute", "track"})) for recipe in (old, new)
+    )
     return [
         f"{key} is {left.get(key, 'absent')!r} in the run, {right.get(key, 'absent')!r} in this recipe"
         for key in sorted(left.keys() | right.keys())
@@ -189,11 +191,12 @@ def _fields_of(data: dict[str, Any], location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of nested tables by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -12,8 +12,9 @@ from configs.models import Model
 from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
-from flows.publish import Publication
+from flows.publish import Publication, name_rounds
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
+from flows.track import Trackers, follow
 from storage.artifacts import Artifact
 from storage.store import Run, round_slot
 from tasks.align import align_shard
@@ -34,7 +35,13 @@ from tasks.vocab import match_vocabularies
 
 
 def _name_flow_run() -> str:
-    return f"distill-{Path(runtime.flow_run.parameters['config']).stem}"
+    told = runtime.flow_run.parameters
+    try:
+        recipe = load_recipe(told["config"], told["overrides"])
+        done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
+    except Exception:  # the flow says what is wrong
+        return Path(told["config"]).stem
+    return name_rounds(recipe.name, done=done, target=target)
 
 
 @flow(name="distill", flow_run_name=_name_flow_run, validate_parameters=True)
@@ -48,11 +55,12 @@ def distill(
     recipe = load_recipe(config, overrides)
     check_recipe(recipe)
     nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
-    with hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
-        return run_rounds(recipe, rounds, at_most)
+    run = Run(recipe.root, recipe.name)
+    with hold_accelerators(recipe), run.lock(logger.info, wait=nested), follow(run, recipe) as trackers:
+        return run_rounds(recipe, rounds, at_most, trackers)
 
 
-def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
+def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None, trackers: Trackers) -> dict[str, Any]:
     """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
     teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
@@ -62,15 +70,14 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
     run.freeze(recipe)
 
-    done = run.rounds_done()
-    target = recipe.rounds if rounds is None else rounds
-    target = target if at_most is None else min(target, done + at_most)
+    done, target = plan_rounds(recipe, rounds, at_most)
     prompts = make_prompts(recipe)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
-    published, trainer = Publication(run, done, target), None
+    trackers.send(done)
+    published, trainer = Publication(run, recipe, done=done, target=target), None
     for number in range(1, target + 1):
         compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
         trained = run_round(
@@ -90,7 +97,15 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
         if number > done:
             published.add_round(number)
+            trackers.send(number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
+
+
+def plan_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> tuple[int, int]:
+    """How many rounds the run has, and how many it shall have."""
+    done = Run(recipe.root, recipe.name).rounds_done()
+    target = recipe.rounds if rounds is None else rounds
+    return done, target if at_most is None else min(target, done + at_most)
 
 
 def run_round(round: Round, compute: Compute) -> Trained:

@@ -7,6 +7,7 @@ from configs.load import inherit_overrides, load_recipe
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
+from flows.track import check_trackers
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
@@ -33,6 +34,7 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
             check_machine(role, config)
     check_processes(recipe)
     check_compute(recipe.compute)
+    check_trackers(recipe)
     check_scorer(recipe.evaluate)
     scratch = recipe.student.scratch
     check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
