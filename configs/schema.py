@@ -9,6 +9,7 @@ from configs.fields import Bool, Float, Int, LocalPath, Table
 from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.signals import SIGNALS, SignalName, signals_for
+from configs.track import Track
 
 MOST = 32_767  # events per token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -232,6 +233,7 @@ class Recipe(Table):
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     compute: Compute = Compute()
+    track: Track = Track()
 
     @field_validator("root")
     @classmethod

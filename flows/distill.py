@@ -13,9 +13,10 @@ from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
 from flows.ending import stoppable
-from flows.publish import Publication
+from flows.publish import Publication, name_rounds
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
+from flows.track import Trackers, follow
 from storage.artifacts import Artifact
 from storage.damage import mend
 from storage.store import Run, round_slot
@@ -37,7 +38,13 @@ from tasks.vocab import match_vocabularies
 
 
 def _name_flow_run() -> str:
-    return f"distill-{Path(runtime.flow_run.parameters['config']).stem}"
+    told = runtime.flow_run.parameters
+    try:
+        recipe = load_recipe(told["config"], told["overrides"])
+        done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
+    except Exception:  # the flow says what is wrong
+        return Path(told["config"]).stem
+    return name_rounds(recipe.name, done=done, target=target)
 
 
 @flow(name="distill", flow_run_name=_name_flow_run, validate_parameters=True)
@@ -52,11 +59,17 @@ def distill(
     check_recipe(recipe)
     target = recipe.rounds if rounds is None else rounds
     nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
-    with stoppable(recipe, target), hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
-        return mend(lambda: run_rounds(recipe, target, at_most))
+    run = Run(recipe.root, recipe.name)
+    with (
+        stoppable(recipe, target),
+        hold_accelerators(recipe),
+        run.lock(logger.info, wait=nested),
+        follow(run, recipe) as trackers,
+    ):
+        return mend(lambda: run_rounds(recipe, target, at_most, trackers))
 
 
-def run_rounds(recipe: Recipe, rounds: int, at_most: int | None) -> dict[str, Any]:
+def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Trackers) -> dict[str, Any]:
     """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
     existing, teacher = make_models(recipe)
@@ -65,18 +78,18 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None) -> dict[str, An
     refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
     run.freeze(recipe)
 
-    done = run.rounds_done()
-    target = rounds if at_most is None else min(rounds, done + at_most)
+    done, target = plan_rounds(recipe, rounds, at_most)
     prompts = make_prompts(recipe)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
+    trackers.send(done)
     if (settled := count_settled(recipe)) is None:
         settle(recipe, settled := 0)
     settled = min(settled, target)  # rounds that need not be looked up again
-    published, trainer = Publication(run, done, target), run.find(round_slot(settled, "trainer"))
+    published, trainer = Publication(run, recipe, done=done, target=target), run.find(round_slot(settled, "trainer"))
     if checkpoint := run.find(round_slot(settled, "student")):
         student = refer_to(recipe.student, checkpoint)
     for number in range(settled + 1, target + 1):
@@ -100,7 +113,15 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None) -> dict[str, An
         settle(recipe, number)
         if number > done:
             published.add_round(number)
+            trackers.send(number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
+
+
+def plan_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> tuple[int, int]:
+    """How many rounds the run has, and how many it shall have."""
+    done = Run(recipe.root, recipe.name).rounds_done()
+    target = recipe.rounds if rounds is None else rounds
+    return done, target if at_most is None else min(target, done + at_most)
 
 
 def run_round(round: Round, compute: Compute) -> Trained:

@@ -6,6 +6,7 @@ from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
 from flows.start import check_data, models_of
+from flows.track import check_trackers
 from storage.receipt import read_receipt, trust_inputs
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
@@ -31,6 +32,7 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
             check_machine(role, config)
     check_processes(recipe)
     check_compute(recipe.compute)
+    check_trackers(recipe)
     refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
         if config.chat_template is not None:

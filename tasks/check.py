@@ -22,7 +22,7 @@ from tasks.running.progress import logger
 CODE = 1
 
 
-@task(name="gates", task_run_name="gates-{round.number}", cache_policy=NO_CACHE)
+@task(name="gates", task_run_name="round {round.number} · gates", cache_policy=NO_CACHE)
 def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
     """Make `round=…/gates/part-00000`: the figures of a round's rollouts. Raises Stopped where a limit is breached."""
     recipe, limits = round.recipe, round.recipe.gates

@@ -27,7 +27,12 @@ from tasks.tokens.token_bytes import split_completion
 CODE = 3
 
 
-@task(name="completions", task_run_name="completions-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(
+    name="completions",
+    task_run_name="round {round.number} · completions · shard {shard.number}",
+    cache_policy=NO_CACHE,
+    **RETRIES,
+)
 def complete_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/completions/part-…`: the teacher's completions for those rows of a shard whose source is the teacher."""
     recipe, config, teacher = round.recipe, round.recipe.rollout, round.teacher

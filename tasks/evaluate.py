@@ -30,7 +30,7 @@ from tasks.tokens.token_bytes import spell_answer, split_completion
 CODE = 2
 
 
-@task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="evaluate", task_run_name="round {number} · evaluate {role}", cache_policy=NO_CACHE, **RETRIES)
 def evaluate_model(
     recipe: Recipe,
     number: int,

@@ -30,7 +30,7 @@ from tasks.tokens.token_bytes import split_completion
 CODE = 2
 
 
-@task(name="rollouts", task_run_name="rollouts-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="rollouts", task_run_name="round {round.number} · rollouts · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def roll_out(round: Round, shard: Shard) -> Shard:
     """Make `round=…/rollouts/part-…`: one shard's completions. Rows whose source is the teacher get `shard.completions`."""
     recipe, config = round.recipe, round.recipe.rollout

@@ -39,7 +39,7 @@ HEAD_CODE = 1
 ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 
 
-@task(name="scores", task_run_name="scores-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="scores", task_run_name="round {round.number} · scores · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
     recipe, config, teacher = round.recipe, round.recipe.score, round.teacher

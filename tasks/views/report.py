@@ -62,7 +62,7 @@ def render_report(run: Run) -> str:
         vega=_bundle_vega(),
         prompts=show_prompts(run.address),
         gates=_list_gates(run.address, done, recipe.gates),
-        answers=_collect_answers(run.address, done),
+        answers=collect_answers(run.address, done),
         rollouts=rollouts,
         missing=readers.missing,
         full=FULL,
@@ -82,7 +82,7 @@ def _list_gates(run: str, number: int, limits: Gates) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "advice"} for record in records]
 
 
-def _collect_answers(run: str, last: int) -> list[dict[str, Any]]:
+def collect_answers(run: str, last: int) -> list[dict[str, Any]]:
     """The first held-out prompts with their reference and the answers before and after; greedy ones if the run has them."""
     evals = collect_rows(run, "evals", pl.col("round").is_in([0, last]))
     if evals.is_empty():
