@@ -72,9 +72,9 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
-    if (settled := count_settled(recipe)) is None:
-        settle(recipe, settled := 0)
-    settled = min(settled, target)  # rounds that need not be looked up again
+    settled = min(count_settled(recipe) or 0, target)  # rounds that need not be looked up again
+    if not done:
+        settle(recipe, 0)
     published, trainer = Publication(run, done, target), run.find(round_slot(settled, "trainer"))
     if checkpoint := run.find(round_slot(settled, "student")):
         student = refer_to(recipe.student, checkpoint)
@@ -95,7 +95,8 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
         )
         student, trainer = refer_to(recipe.student, trained.student), trained.trainer
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
-        settle(recipe, number)
+        if number >= min(done, target):
+            settle(recipe, number)
         if number > done:
             published.add_round(number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
