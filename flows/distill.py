@@ -86,12 +86,13 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
     trackers.send(done)
-    if (settled := count_settled(recipe)) is None:
-        settle(recipe, settled := 0)
-    settled = min(settled, target)  # rounds that need not be looked up again
+    settled = min(count_settled(recipe) or 0, target)  # rounds that need not be looked up again
+    if not done:
+        settle(recipe, 0)
     published, trainer = Publication(run, recipe, done=done, target=target), run.find(round_slot(settled, "trainer"))
     if checkpoint := run.find(round_slot(settled, "student")):
         student = refer_to(recipe.student, checkpoint)
+        teacher = renew_teacher(recipe, teacher, student=student)
     for number in range(settled + 1, target + 1):
         compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
         trained = run_round(
@@ -108,9 +109,10 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
             compute,
         )
         student, trainer = refer_to(recipe.student, trained.student), trained.trainer
-        teacher = teacher_of(recipe, student) if recipe.teacher and recipe.teacher.weights == "round" else teacher
+        teacher = renew_teacher(recipe, teacher, student=student)
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
-        settle(recipe, number)
+        if number >= min(done, target):
+            settle(recipe, number)
         if number > done:
             published.add_round(number)
             trackers.send(number)
@@ -179,3 +181,8 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
 def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
     """The reference to a committed checkpoint, used as `config` says."""
     return make_reference(config, checkpoint.path, checkpoint.digest)
+
+
+def renew_teacher(recipe: Recipe, teacher: ModelRef | None, *, student: ModelRef) -> ModelRef | None:
+    """The next round's teacher: the student as it is now where `teacher.weights` says so, else the same as before."""
+    return teacher_of(recipe, student) if recipe.teacher and recipe.teacher.weights == "round" else teacher
