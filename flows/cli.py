@@ -10,9 +10,10 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
+from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
 from flows.ending import end, ending, work_on
-from flows.terminal import escape_controls, log_plainly, out, print_line, print_table
+from flows.terminal import log_plainly, out, print_line, print_table
+from tasks.views.escapes import escape_controls
 
 
 def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
@@ -20,6 +21,7 @@ def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_parse_whole)]
+Flag = Annotated[bool, Parameter(negative="")]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
 ROUNDS = "Rounds (accuracies with 95% intervals; divergence: nats per byte; tokens: mean length)"
 
@@ -38,7 +40,7 @@ def main() -> None:
             app(exit_on_error=False, print_error=False)
         except (BadInput, CycloptsError) as error:
             end(str(error), 2)
-        except (CannotWrite, Stopped) as error:
+        except (CannotWrite, Damaged, Stopped) as error:
             end(str(error), 1)
         except Unavailable as error:
             end(f"{error}\npotstill: the same command goes on from what is committed", 1)
@@ -71,17 +73,24 @@ def run(
 
     recipe = load_recipe(config, set_)
     work_on(recipe, rounds)
-    from flows.server import start_server
-
-    wait_for_server = start_server()  # beside the imports and the checks
-    from flows.distill import distill
-    from flows.refuse import check_recipe
+    from flows.start import announce, check_data, find_result
     from storage.store import Run
 
-    check_recipe(recipe)
+    Run(recipe.root, recipe.name).check_recipe(recipe)
     Run(recipe.root, recipe.name).check_free()
-    wait_for_server()
-    result = distill(str(config), rounds=rounds, overrides=set_)
+    announce(config, recipe, rounds)
+    if (result := find_result(recipe, rounds)) is None:
+        from flows.server import start_server
+
+        wait_for_server = start_server()  # beside the imports and the checks
+        check_data(recipe)
+        from flows.refuse import check_recipe
+
+        check_recipe(recipe)
+        from flows.distill import distill
+
+        wait_for_server()
+        result = distill(str(config), rounds=rounds, overrides=set_)
     print_table(ROUNDS, result["table"])
     print_line(f"The run is in {result['run']}, its last student in {result['student']}")
 
@@ -172,8 +181,8 @@ def inspect(
     *,
     round: Whole | None = None,
     rollout: str | None = None,
-    lineage: Annotated[bool, Parameter(negative="")] = False,
-    verify: Annotated[bool, Parameter(negative="")] = False,
+    lineage: Flag = False,
+    verify: Flag = False,
 ) -> None:
     """Show a run's tables, one of its rounds, one rollout token by token, or what a checkpoint was made from.
 
@@ -184,7 +193,8 @@ def inspect(
     round
         Show this round: its byte accounts and some of its rollouts.
     rollout
-        Show the rollout with this `rollout_id`: each token's bytes, its unit, and both models' log-probs.
+        Show the rollout with this `rollout_id`: the text that each side read, and each token's bytes, its unit, and both
+        models' log-probs.
     lineage
         Show what the last checkpoint (or that of `--round`) was made from, with digests, options and versions.
     verify
@@ -205,7 +215,9 @@ def inspect(
         if lineage:
             tables = trace.trace_lineage(run, round)
         elif rollout is not None:
-            tables = show.show_rollout(run, rollout)
+            from tasks.views.rollout import show_rollout
+
+            tables = show_rollout(run, rollout)
         elif round is not None:
             tables = show.show_round(run, round)
         else:
@@ -233,6 +245,28 @@ def report(run: str) -> None:
     show.check_run(run)
     with refuse_damage(run, sizes_first=True):
         print_line(write_report(show.open_run(run)))
+
+
+@app.command
+def push(run: str, repo: str, *, round: Whole | None = None, best: Flag = False, public: Flag = False) -> None:
+    """Send a round's student and its model card to the Hugging Face Hub. The token is taken from HF_TOKEN.
+
+    Parameters
+    ----------
+    run
+        A run's folder or URI, such as runs/quickstart.
+    repo
+        The repository, such as user/quickstart; made where it is missing.
+    round
+        The round to send. Default: the last.
+    best
+        Send the round that is best by the recipe's `evaluate.best`.
+    public
+        Make a new repository public, not private.
+    """
+    from flows.push import push_student
+
+    print_line(push_student(run, repo, number=round, best=best, public=public))
 
 
 @app.command
@@ -289,6 +323,9 @@ def up() -> None:
     from flows.up import bring_up
 
     bring_up(print_line)
+
+
+app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tasks.views.escapes import escape_controls
+
 out = Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -20,15 +22,6 @@ def log_plainly() -> None:
     logger = logging.getLogger("potstill")
     logger.addHandler(handler)
     logger.propagate = False
-
-
-# A model can write sequences that a terminal obeys: they are shown, but for line ends and tabs.
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
-def escape_controls(text: str) -> str:
-    """The text with control characters as `\\x1b`."""
-    return text.translate(CONTROLS)
 
 
 def print_line(text: str) -> None:

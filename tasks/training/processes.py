@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed import init_process_group
 
-from configs.errors import BadInput, Stopped
+from configs.errors import BadInput, Damaged, Stopped
 from configs.schema import Recipe
 from tasks.models.reference import device_of
 from tasks.running.attached import SCRIPT as ATTACHED
@@ -21,6 +21,7 @@ from tasks.running.attached import end_attached, start_attached
 from tasks.running.progress import logger
 
 LAST_WORDS = 20  # lines of each process's output that an error quotes
+ENDS = (BadInput, Stopped, Damaged)  # of a process, which the one that started it raises again
 MARK = "potstill| "  # prefix that tells our log lines from what libraries print
 
 
@@ -37,7 +38,7 @@ def check_processes(recipe: Recipe) -> None:
 def launch(job: str, folder: Path, processes: int) -> None:
     """Run `tasks.training.trainer.train` on `job` (JSON) in `processes` processes, and log their lines here.
 
-    Raises BadInput or Stopped where one of them does, and RuntimeError with the last output of each where one fails.
+    Raises BadInput, Stopped or Damaged where one of them does, and RuntimeError with the last output of each where one fails.
     """
     (folder / "job.json").write_text(job)
     # By default torchrun's processes meet at a port on every interface of the machine. Nobody else can reach a file.
@@ -70,7 +71,7 @@ def launch(job: str, folder: Path, processes: int) -> None:
         running.wait()
     finally:
         end_attached(running)
-    for kind in (BadInput, Stopped):
+    for kind in ENDS:
         if (message := folder / kind.__name__).exists():
             raise kind(message.read_text())
     if running.returncode:
@@ -91,8 +92,8 @@ def main(folder: Path) -> None:
     try:
         init_process_group(init_method=f"file://{folder}/processes", rank=rank, world_size=processes)
         train(JOB.validate_json((folder / "job.json").read_text()), folder)
-    except (BadInput, Stopped) as error:
-        (folder / type(error).__name__).write_text(str(error))
+    except ENDS as error:
+        (folder / type(error).__name__).write_text(error.args[0])
         status = 2
     except Exception:
         traceback.print_exc()
