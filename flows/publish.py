@@ -15,7 +15,6 @@ from flows.start import describe_result
 from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
-from tasks.views.report import write_report
 from tasks.views.rounds import format_markdown, format_rounds, summarise_rounds
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
@@ -42,6 +41,8 @@ class Publication:
         table = summarise_rounds(self.run.address)
         create_markdown_artifact(format_markdown(table, self.run.address), key=slug(self.run.name, "summary"))
         if self.target > self.done:
+            from tasks.views.report import write_report  # its charts' libraries are half a second of a start
+
             create_link_artifact(write_report(self.run), link_text="report", key=slug(self.run.name, "report"))
         return describe_result(self.run, student)
 

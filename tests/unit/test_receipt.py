@@ -15,6 +15,7 @@ from storage.receipt import FILE, files_hold, inputs_hold, read_receipt, trust_i
 from storage.schemas import STEPS
 from storage.store import Run
 
+LIES = '{"made_from": "recipe", "rounds": "many", "files": [], "inputs": {"a": [1, 2]}}'
 SLOTS = ("prompts/train", "round=0001/steps/part-00000", "round=0002/steps/part-00000")
 
 
@@ -125,7 +126,7 @@ def test_a_copy_with_its_times_holds_and_one_without_them_is_read_once(run, tmp_
     assert holds(there)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rounds": 3}', "\x00" * 64])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rounds": 3}', LIES, "\x00" * 64])
 def test_a_receipt_that_is_none(run, text):
     (Path(run.path) / FILE).write_text(text)
     assert read_receipt(run) is None
