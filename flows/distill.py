@@ -143,4 +143,4 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
 
 def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
     """The reference to a committed checkpoint, used as `config` says."""
-    return make_reference(config, checkpoint.path, checkpoint.digest)
+    return replace(make_reference(config, checkpoint.path, checkpoint.digest), committed=True)

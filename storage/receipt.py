@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import TypeAdapter
 
@@ -69,10 +69,14 @@ def files_hold(receipt: Receipt, run: Run) -> bool:
 
 
 def _stamp_files(run: Run, rounds: int) -> dict[str, list[int]]:
-    """Bytes and time of every manifest up to a round, and of every file in the folders that they are about."""
-    manifests = {path: stamp for path, stamp in _stamp_folder(run, MANIFESTS).items() if _round_of(path) <= rounds}
-    tops = {path.split("/")[1].removesuffix(".json") for path in manifests}
-    return manifests | {path: stamp for top in sorted(tops) for path, stamp in _stamp_folder(run, top).items()}
+    """Bytes and time of every manifest up to a round, and of every file that they are about."""
+    found = {path: stamp for path, stamp in _stamp_folder(run, MANIFESTS).items() if _round_of(path) <= rounds}
+    slots = {path.removeprefix(f"{MANIFESTS}/").removesuffix(".json") for path in found}
+    for top in sorted({slot.partition("/")[0] for slot in slots}):
+        for path, stamp in _stamp_folder(run, top).items():
+            if posixpath.splitext(path)[0] in slots or not slots.isdisjoint(map(str, PurePosixPath(path).parents)):
+                found[path] = stamp
+    return found
 
 
 def _round_of(path: str) -> int:

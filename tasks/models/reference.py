@@ -50,7 +50,7 @@ class ModelRef:
 
         Raises Damaged where a run committed it and it is not what it was.
         """
-        return local_folder(Artifact(self.path, self.digest)) if self.committed else self.path
+        return local_folder(Artifact(self.path, self.digest)) if self.committed or "://" in self.path else self.path
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -66,13 +66,13 @@ class ModelRef:
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
     """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
 
-    With a `digest` it is a run's checkpoint, which has a URI for `path` on object storage.
+    Its content is not read where its `digest` is known. A checkpoint of a run on object storage has a URI for `path`.
     """
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
     if digest:
-        return ModelRef(path, digest, committed=True, **use)
+        return ModelRef(path, digest, **use)
     path = local_name(path)
     if Path(path).is_dir():
         return ModelRef(path, digest_folder(path), **use)

@@ -115,6 +115,17 @@ def test_rounds_that_are_still_made_are_no_part_of_it(run):
     assert holds(run)
 
 
+def test_what_is_no_artifact_may_change(run):
+    """A page beside a checkpoint, a report, a tracker's log."""
+    for place in ("round=0001/README.md", "report.html", "logs/events"):
+        file = Path(run.path) / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("a")
+        write_receipt(run, "recipe", 1, [])
+        file.write_text("b" * 9)
+        assert holds(run)
+
+
 def test_a_copy_with_its_times_holds_and_one_without_them_is_read_once(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "with" / "a")
     assert holds(Run(str(tmp_path / "with"), "a"))
