@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.load import inherit_overrides, load_recipe
-from configs.models import Model
+from configs.models import STUDENT, Model
 from configs.schema import FilePrompts, Recipe
 from storage.artifacts import Artifact
 from storage.lineage import digest_code, digest_json, versions
@@ -31,7 +31,9 @@ def check_data(recipe: Recipe) -> None:
     Run(recipe.root, recipe.name).check_recipe(recipe)
     check_scorer(recipe.evaluate)
     scratch = recipe.student.scratch
-    check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
+    needed = scratch is not None and scratch.tokenizer_text == "references"
+    templates = {f"{role}.template": config.template for role, config in models_of(recipe).items() if config.template}
+    check_prompts(recipe.prompts, recipe.seed, references=needed, templates=templates)
 
 
 def announce(config: Path, recipe: Recipe, rounds: int | None) -> None:
@@ -89,7 +91,7 @@ def describe_source(recipe: Recipe) -> str | None:
             if settled is None or settled < maker.rounds or made is None:
                 return None
             content = made.digest
-        elif config.model is not None and not Path(config.model).exists():
+        elif config.model not in (None, STUDENT) and not Path(config.model).exists():
             content = find_hub_commit(config.model)
             if content is None:
                 return None

@@ -113,6 +113,7 @@ class Child:
                 stderr=log,
                 text=True,
                 env=environment(ref.device),
+                start_new_session=True,  # a signal to the command's group is the command's; the child ends with its input
             )
         try:
             self._read_reply()

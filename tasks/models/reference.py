@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -16,10 +17,11 @@ from configs.errors import BadInput, Damaged
 from configs.models import Model
 from storage.artifacts import Artifact, local_folder
 from storage.lineage import digest_folder, digest_json
+from tasks.models.chat import parse_chat_template
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
-CONTEXT = ("system", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
+CONTEXT = ("system", "template", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ModelRef:
     digest: str
     rendering: str = "chat"
     system: str | None = None
+    template: str | None = None
     chat_template: str | None = None  # its text
     chat_template_kwargs: str = "{}"  # as JSON
     prefix: str = ""
@@ -63,27 +66,35 @@ class ModelRef:
         return always | {name: value for name in CONTEXT if (value := getattr(self, name)) != unset[name]}
 
 
-def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
-    """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
-
-    Its content is not read where its `digest` is known. A checkpoint of a run on object storage has a URI for `path`.
-    """
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
-    use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
-    use["chat_template"] = config.chat_template and read_template(config.chat_template)
-    if digest:
-        return ModelRef(path, digest, **use)
+def make_reference(config: Model, path: str) -> ModelRef:
+    """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says."""
     path = local_name(path)
     if Path(path).is_dir():
-        return ModelRef(path, digest_folder(path), **use)
-    return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+        return refer_as_used(config, path, digest_folder(path))
+    return refer_as_used(config, path, digest_json([path, _hub_commit(path, config.trust_remote_code)]))
+
+
+def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
+    """The ModelRef for the weights at `path`, whose digest is known, used as `config` says.
+
+    A checkpoint that a run `committed` has a URI for `path` on object storage.
+    """
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights", "markers", "unpaired"})
+    use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
+    use["chat_template"] = config.chat_template and read_template(config.chat_template)
+    return ModelRef(path, digest, committed=committed, **use)
 
 
 def read_template(path: str) -> str:
+    """The chat template in a file. Raises BadInput where it cannot be read, or is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
+        parse_chat_template(text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"chat_template: {path}: cannot be read ({error}); give a file with a chat template in it") from None
+    except TemplateSyntaxError as error:
+        raise BadInput(f"chat_template: {path}: line {error.lineno} does not parse ({error.message}); correct it") from None
+    return text
 
 
 def local_name(name: str) -> str:
