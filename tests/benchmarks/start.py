@@ -79,9 +79,10 @@ def grow(run: Run, size: int) -> None:
 
 def time_lines(process: subprocess.Popen, until: str = "") -> tuple[float, float]:
     """Seconds to the first line and to the end; with `until` to the line that has it, after which the process is ended."""
-    started, first = time.monotonic(), 0.0
+    started, first, said = time.monotonic(), 0.0, []
     assert process.stdout is not None
     for line in process.stdout:
+        said.append(line)
         first = first or time.monotonic() - started
         if until and until in line:
             process.terminate()
@@ -89,7 +90,7 @@ def time_lines(process: subprocess.Popen, until: str = "") -> tuple[float, float
             process.communicate()
             return first, ended
     status, ended = process.wait(), time.monotonic() - started
-    assert (status, until) == (0, "")
+    assert (status, until) == (0, ""), "".join(said)
     return first or ended, ended
 
 
