@@ -71,7 +71,7 @@ def count_settled(recipe: Recipe) -> int | None:
     trust_inputs(receipt)
     made_from = describe_source(recipe)
     whole = made_from == receipt.made_from and inputs_hold(receipt, find_inputs(recipe)) and files_hold(receipt, run)
-    return receipt.rounds if whole else None
+    return min(receipt.rounds, run.rounds_done()) if whole else None
 
 
 def settle(recipe: Recipe, rounds: int) -> None:
