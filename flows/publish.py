@@ -1,9 +1,11 @@
 """What a flow run shows in Prefect's UI: its progress, a table of rounds, a summary, the report's address."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefect import runtime
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -12,6 +14,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from configs.load import load_recipe
 from configs.schema import Recipe
 from storage.artifacts import Artifact
 from storage.store import Run
@@ -62,6 +65,19 @@ class Publication:
             "student": student.path,
             "table": format_rounds(summarise_rounds(self.run.address)),
         }
+
+
+def named(describe: Callable[[Recipe, dict[str, Any]], str]) -> Callable[[], str]:
+    """For a flow's `flow_run_name`: what `describe` says of its recipe and parameters; else the name of the recipe's file."""
+
+    def name() -> str:
+        told = runtime.flow_run.parameters
+        try:
+            return describe(load_recipe(told["config"], told["overrides"]), told)
+        except Exception:  # the flow says what is wrong
+            return Path(told["config"]).stem
+
+    return name
 
 
 def name_rounds(name: str, *, done: int, target: int) -> str:
