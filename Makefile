@@ -9,7 +9,7 @@ SHARED = -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints format clean
+.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints schema format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -91,6 +91,9 @@ constraints:  ## renew constraints.txt: the newest versions that pyproject.toml 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(VENV)/.installed  ## the JSON Schema of recipes, after a field changed
+	$(BIN)/potstill recipe --schema > configs/recipe.schema.json
 
 clean:
 	rm -rf runs

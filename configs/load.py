@@ -2,14 +2,14 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from configs.errors import BadInput
-from configs.objectives import Objective
-from configs.schema import Prompts, Recipe
+from configs.mistakes import describe_mistake
+from configs.schema import Recipe
 
 # Fields that say where and on how many devices a run is computed, or how its figures are read. They are not in its keys: a
 # server may move during a run.
@@ -18,6 +18,7 @@ MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may hold one
+FREE = {"root", "gates", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
 LATER = {"train.dropout"}
@@ -51,7 +52,7 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         wrong = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # for want of another field
-        raise BadInput("\n".join(_describe_error(where, data, item) for item in wrong)) from None
+        raise BadInput("\n".join(f"{where}: {describe_mistake(item)}" for item in wrong)) from None
 
 
 def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
@@ -97,14 +98,17 @@ def list_differences(old: Recipe, new: Recipe) -> list[str]:
     Gates, trackers, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`)
     are left out: they may change while a run goes on.
     """
-    left, right = (
-        flatten(recipe.model_dump(mode="json", exclude={"root", "gates", "compute", "track"})) for recipe in (old, new)
-    )
+    left, right = (flatten(recipe.model_dump(mode="json", exclude=FREE)) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} in the run, {right.get(key, 'absent')!r} in this recipe"
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key) and key not in MACHINERY
     ]
+
+
+def may_change(field: str) -> bool:
+    """Whether a run goes on where this field of its recipe has another value."""
+    return field in MACHINERY or field.partition(".")[0] in FREE
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -134,6 +138,8 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     """
 
     def resolve(path: str) -> str:
+        if "://" in path:
+            return path
         full, here = (folder / path).resolve(), Path.cwd().resolve()
         return str(full.relative_to(here) if full.is_relative_to(here) else full)
 
@@ -148,47 +154,6 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
         for entry in (prompts, *(several if isinstance(several, list) else [])):
             if isinstance(entry, dict) and isinstance(entry.get("path"), str):
                 entry["path"] = resolve(entry["path"])
-
-
-def _describe_error(where: str, data: dict[str, Any], error: Any) -> str:
-    tags = {"prompts": Prompts, "objective": Objective}
-    location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] in tags:
-        del location[1]  # pydantic names the chosen variant there
-    field = ".".join(location)
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return f"{where}: {field}: unknown key; known here: {', '.join(_fields_of(data, location[:-1]))}"
-    if kind == "union_tag_invalid":
-        return f"{where}: {field}.{_tag_of(field)}: unknown '{error['ctx']['tag']}'; one of {error['ctx']['expected_tags']}"
-    if kind == "union_tag_not_found":
-        return f"{where}: {field}.{_tag_of(field)}: missing; one of {', '.join(_variants_of(tags[field]))}"
-    if kind == "missing":
-        return f"{where}: {field}: missing; set it"
-    found = "" if kind == "value_error" else f" (found {error['input']!r})"
-    message = message.replace("valid tuple", "list")  # what TOML calls it
-    return f"{where}: {field + ': ' if field else ''}{message}{found}"
-
-
-def _tag_of(field: str) -> str:
-    return "source" if field == "prompts" else "name"
-
-
-def _variants_of(union: Any) -> dict[str, type[BaseModel]]:
-    models = get_args(get_args(union)[0])
-    return {get_args((m.model_fields.get("source") or m.model_fields["name"]).annotation)[0]: m for m in models}
-
-
-def _fields_of(data: dict[str, Any], location: list[str]) -> list[str]:
-    """The fields of the table at `location`, for the message about an unknown key."""
-    model: Any = Recipe
-    for part in filter(str.isidentifier, location):  # not a place in a list
-        annotation = model.model_fields[part].annotation
-        if part in ("prompts", "objective"):
-            model = _variants_of(Prompts if part == "prompts" else Objective)[data[part][_tag_of(part)]]
-        else:
-            model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
-    return list(model.model_fields)
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prefect.artifacts import (
 
 from configs.load import load_recipe
 from configs.schema import Recipe
+from flows.start import describe_result
 from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
@@ -59,12 +60,7 @@ class Publication:
             )
             about = "the report: one file with everything that it shows; a browser opens it from its own address bar"
             create_link_artifact(link, link_text=address, key=slug(self.run.name, "report"), description=about)
-        return {
-            "run": self.run.address,
-            "rounds": self.run.rounds_done(),
-            "student": student.path,
-            "table": format_rounds(summarise_rounds(self.run.address)),
-        }
+        return describe_result(self.run, student)
 
 
 def named(describe: Callable[[Recipe, dict[str, Any]], str]) -> Callable[[], str]:

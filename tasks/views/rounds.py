@@ -4,8 +4,10 @@ from typing import Any
 
 import polars as pl
 
+from configs.schema import Recipe
 from storage.read import scan
 from tasks.views.estimates import Estimate, estimate_accuracy
+from tasks.views.inspect import open_run
 
 
 def summarise_rounds(run: str) -> pl.DataFrame:
@@ -21,16 +23,18 @@ def summarise_rounds(run: str) -> pl.DataFrame:
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return pl.DataFrame()  # a run that has only begun
     supervised = dict(sum_bytes(run).select("round", "supervised").iter_rows())
+    recipe = open_run(run).frozen_recipe()
     estimates: dict[tuple[str, int, str], Estimate] = {}
     rows = []
     for (model, number), group in evals.group_by(["model", "round"]):
-        for (decoding,), some in group.group_by(["decoding"]):
+        for (decoding,), some in group.drop_nulls("correct").group_by(["decoding"]):
             estimates[str(model), int(str(number)), str(decoding)] = estimate_accuracy(some)
         sampled = group.filter(pl.col("decoding") == "sampled") if (group["decoding"] == "sampled").any() else group
         rows.append(
             {
                 "model": model,
                 "round": number,
+                "title": name_teacher(recipe, 1) if model == "teacher" else f"student, round {number}",
                 "divergence": _divergence_of(sampled),
                 "tokens": sampled["tokens"].mean(),
                 "truncated": (sampled["finish_reason"] == "length").mean(),
@@ -53,6 +57,13 @@ def summarise_rounds(run: str) -> pl.DataFrame:
             row["recovered"] = (estimates[*key, decoding].value - before.value) / (teacher.value - before.value)
     rows.sort(key=lambda row: (row["model"] != "teacher", row["round"]))
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def name_teacher(recipe: Recipe | None, number: int) -> str:
+    """Who scores a round, counted from 1: the teacher, or the student that it was after which round (0: before any)."""
+    if recipe is None or recipe.teacher is None or not recipe.self_taught:
+        return "teacher"
+    return f"teacher: student at round {number - 1 if recipe.teacher.weights == 'round' else 0}"
 
 
 def _divergence_of(evals: pl.DataFrame) -> float | None:
@@ -93,7 +104,7 @@ def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
 
     return [
         {
-            "model": row["model"] if row["model"] == "teacher" else f"student, round {row['round']}",
+            "model": row["title"],
             "sampled": format_interval(row, "sampled"),
             "greedy": format_interval(row, "greedy"),
             "recovered": _format_value(row["recovered"], "{:.0%}"),
