@@ -1,7 +1,6 @@
 """The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, runtime
@@ -13,7 +12,7 @@ from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
 from flows.ending import stoppable
-from flows.publish import Publication, name_rounds
+from flows.publish import Publication, name_rounds, named
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
 from flows.track import Trackers, follow
@@ -37,17 +36,12 @@ from tasks.train import train_round
 from tasks.vocab import match_vocabularies
 
 
-def _name_flow_run() -> str:
-    told = runtime.flow_run.parameters
-    try:
-        recipe = load_recipe(told["config"], told["overrides"])
-        done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
-    except Exception:  # the flow says what is wrong
-        return Path(told["config"]).stem
+def _describe_flow_run(recipe: Recipe, told: dict[str, Any]) -> str:
+    done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
     return name_rounds(recipe.name, done=done, target=target)
 
 
-@flow(name="distill", flow_run_name=_name_flow_run, validate_parameters=True)
+@flow(name="distill", flow_run_name=named(_describe_flow_run), validate_parameters=True)
 def distill(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
     rounds: Annotated[int | None, Field(ge=0, description="rounds the run shall have in all; default: the recipe's")] = None,
