@@ -5,10 +5,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.fields import Bool, Float, Int, Table
-from configs.models import Model
+from configs.fields import Bool, Float, Int, LocalPath, Table
+from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.signals import SIGNALS, SignalName, signals_for
+from configs.track import Track
 
 MOST = 32_767  # events per token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -48,7 +49,7 @@ class TablePrompts(PromptSource):
 class WeightedPath(Table):
     """Rows from one of several places."""
 
-    path: str = Field(min_length=1, description="as prompts.path")
+    path: LocalPath = Field(description="as prompts.path")
     weight: Float | None = Field(None, gt=0, description="its share of the training prompts, relative to the others'")
 
 
@@ -56,8 +57,8 @@ class FilePrompts(TablePrompts):
     """Rows of files."""
 
     source: Literal["file"]
-    path: str | None = Field(
-        None, min_length=1, description="a file, a folder of them or a pattern such as data/*.parquet; relative to the recipe"
+    path: LocalPath | None = Field(
+        None, description="a file, a folder of them or a pattern such as data/*.parquet; relative to the recipe"
     )
     paths: tuple[WeightedPath, ...] = Field((), description="several of them, in place of path")
 
@@ -179,6 +180,11 @@ class Evaluate(Table):
         description="task: the source's own scorer (reasoning-gym), else exact match; exact: match with the reference; "
         "math: the last number or formula equals the reference's (needs the `math` extra)",
     )
+    best: Literal["sampled", "greedy", "divergence"] = Field(
+        default_factory=lambda evaluate: "sampled" if evaluate.get("samples", 4) else "greedy",
+        description="what the best round has most of: accuracy of samples, greedy accuracy; or least of: divergence from the "
+        "teacher. Left out: sampled where there are samples. It changes no result",
+    )
 
 
 class Gates(Table):
@@ -187,6 +193,9 @@ class Gates(Table):
     spelled: Float = Field(0.9, ge=0, le=1, description="least share of texts that a tokenizer gives back byte for byte")
     boundary: Float = Field(0.9, ge=0, le=1, description="least share of prompts that end where a token of their text ends")
     chance: Float = Field(0.9, gt=0, description="most nats per token of known text, as a share of a uniform guess's")
+    expected: Float = Field(
+        0.5, ge=0, le=1, description="most that both sides differ in whether an answer begins with thinking or a control token"
+    )
     matched: Float = Field(0.5, ge=0, le=1, description="least share of sampled tokens that the teacher has, too")
     one_to_one: Float = Field(0.5, ge=0, le=1, description="least share of units of one token on both sides: gold and strict")
     engine_mean: Float = Field(0.05, ge=0, description="mean gap between an engine's log-probs and those of training, nats")
@@ -224,6 +233,7 @@ class Recipe(Table):
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     compute: Compute = Compute()
+    track: Track = Track()
 
     @field_validator("root")
     @classmethod
@@ -232,6 +242,24 @@ class Recipe(Table):
         if "@" in urlsplit(root).netloc or ("://" in root and "?" in root):
             raise ValueError("a user or key in the URI would be written to disk; give it in the environment instead")
         return root
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teach_itself(cls, data: Any) -> Any:
+        student, teacher = (data.get(role) if isinstance(data, dict) else None for role in ("student", "teacher"))
+        if isinstance(student, dict) and isinstance(teacher, dict) and teacher.get("model") == STUDENT:
+            return data | {"teacher": teach_itself(student, teacher)}
+        return data
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.teacher is not None and self.teacher.model == STUDENT
+
+    @model_validator(mode="after")
+    def _contexts(self) -> "Recipe":
+        check_contexts(self.student, self.teacher)
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
@@ -252,6 +280,9 @@ class Recipe(Table):
             )
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
+        for key in ("markers", "unpaired"):
+            if getattr(self.student, key) != type(self.student).model_fields[key].default:
+                raise ValueError(f"student.{key}: it says how a teacher reads the student's answers; give teacher.{key}")
         if self.student.lora is not None and self.train.sharding == "full":
             raise ValueError("student.lora trains few weights: set train.sharding = 'none'")
         if self.objective.given_text and self.rollout.on_policy > 0:
@@ -275,6 +306,10 @@ class Recipe(Table):
                 f"student.device = '{self.student.device}' is one device, but train.processes = {self.train.processes} "
                 "use one each; set student.device = 'auto'"
             )
+        if self.evaluate.best == "sampled" and not self.evaluate.samples:
+            raise ValueError("evaluate.best = 'sampled' needs samples: set evaluate.samples to 1 or more, or best to 'greedy'")
+        if self.evaluate.best == "divergence" and self.teacher is None:
+            raise ValueError("evaluate.best = 'divergence' needs a [teacher]; set it to 'sampled' or 'greedy'")
         if self.train.micro_batch_size > self.train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size} "

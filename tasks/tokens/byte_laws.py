@@ -77,14 +77,14 @@ class ByteLaws(nn.Module):
             self.register_buffer(name, torch.tensor(table), persistent=False)
 
     def forward(
-        self, logits: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
+        self, mass: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
         """The law at each term, probabilities `[terms, 258]`: (cover + path · first) / (Σ cover + path).
 
-        `logits` (or log-probs) `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
+        Distributions `mass` `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
         `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have been read.
         """
-        mass, size = logits.softmax(-1), logits.shape[1]
+        size = mass.shape[1]
         cells = mass.new_zeros(len(mass), len(self.first)).index_add(1, self.cell, mass)
         first = mass.new_zeros(len(mass), CLASSES).index_add(1, self.first, cells)
 
@@ -116,5 +116,5 @@ def boundary_laws(laws: ByteLaws, logprobs: torch.Tensor, actual: torch.Tensor, 
     """
     end = torch.arange(1, len(actual) + 1, device=actual.device)
     start = (end - 1 - (~first).long()).clamp(min=0)
-    law: torch.Tensor = laws(logprobs, actual, start, end, torch.zeros_like(end))
+    law: torch.Tensor = laws(logprobs.softmax(-1), actual, start, end, torch.zeros_like(end))
     return law

@@ -13,7 +13,8 @@ from toys import full_logprobs, student_ref, teacher_ref, twin_ref
 from configs.errors import BadInput, Unavailable
 from tasks.engines import http, remote, server
 from tasks.engines.base import Sampling, TokenScores
-from tasks.engines.choose import check_engine, engine_name
+from tasks.engines.choose import check_engine
+from tasks.engines.names import engine_name
 from tasks.engines.server import ServerEngine
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.reference import ModelRef

@@ -11,7 +11,7 @@ from configs.objectives import Bytes, Gold
 from configs.schema import FilePrompts
 
 CHECKOUT = Path(__file__).parents[2]
-RECIPES = sorted([*(CHECKOUT / "configs").rglob("*.toml"), *(CHECKOUT / "tests" / "recipes").rglob("*.toml")])
+RECIPES = sorted(path for place in ("configs", "tests") for path in (CHECKOUT / place).rglob("*.toml"))
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
 
 PLAIN = """
@@ -279,7 +279,7 @@ def test_a_run_may_go_on_with_other_machinery(plain):
 def test_keys_name_all_but_machinery(plain):
     """What may change while a run goes on must leave its stages' keys as they are; what may not must change them."""
     recipe = load_recipe(plain)
-    for name in ("rollout", "score", "train"):
+    for name in ("rollout", "score", "train", "evaluate"):
         left_out = getattr(recipe, name).model_dump().keys() - select_content(recipe, name).keys()
         no_part = {field for field in MACHINERY | LATER if field.startswith(f"{name}.")}
         assert {f"{name}.{key}" for key in left_out} == no_part
