@@ -27,6 +27,7 @@ from tasks.rows.messages import load_prompts, store_messages
 from tasks.rows.plan import Row
 from tasks.score import score_rows
 from tasks.signals import make_signal
+from tasks.tokens.markers import ONE_TOKENIZER
 
 TURN = "{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}"
 OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -245,10 +246,11 @@ def test_prompts_that_nobody_had_time_to_look_at(model, monkeypatch):
     assert list(rendering_gates("student", ref, [row], 4)) == []
     with pytest.raises(BadInput, match=r"student: room: .* tokens .*too long: 1 of 1 prompts.* at most 64 tokens is allowed"):
         make_rollouts([Row(0, 0, "student", 1, "r")], pa.Table.from_pylist([row]), Rollout(max_new_tokens=4), 1, ref, [])
-    given = [{"rollout_id": "r", "prompt_id": "p", "text": "hello", "finish_reason": "stop", "token_ids": None}]
-    engine = get_engine(ref)
+    side, prompts = Side(ref), {"p": load_prompts([row])[0]}
+    ids = side.encoder.encode(["hello"])[0]
+    given = [{"rollout_id": "r", "prompt_id": "p", "text": "hello", "finish_reason": "stop", "token_ids": ids}]
     with pytest.raises(BadInput, match=r"teacher: room: a prompt with its answer has \d+ tokens, and .* has room for 64"):
-        score_rows(given, {"p": load_prompts([row])[0]}, engine, Side(ref), make_signal("sampled"), False)
+        score_rows(given, prompts, get_engine(ref), make_signal("sampled"), ONE_TOKENIZER, student=side, teacher=side)
     release()
 
 
