@@ -44,6 +44,11 @@ class TablePrompts(PromptSource):
 
     convention: str | None = Field(None, min_length=1, description="left out: recognised from the columns")
     columns: Columns = Columns()
+    unusable: Literal["refuse", "leave_out"] = Field(
+        "refuse",
+        description="rows that cannot be read, or that a side cannot read whole or has no room for: refuse ends the command, "
+        "leave_out goes on without them, counted by reason",
+    )
 
 
 class WeightedPath(Table):

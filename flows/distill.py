@@ -69,11 +69,12 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     existing, teacher = make_models(recipe)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
-    refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
+    sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None}
+    refuse_rendering(recipe, sides)
     run.freeze(recipe)
 
     done, target = plan_rounds(recipe, rounds, at_most)
-    prompts = make_prompts(recipe)
+    prompts = make_prompts(recipe, sides)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
