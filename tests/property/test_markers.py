@@ -334,9 +334,7 @@ def test_bpm_gives_the_markers_probability_to_its_first_token(seed: int) -> None
         if row["status"] != "ok":
             continue
         bounds = [0, *np.cumsum(row["target_counts"]).tolist()]
-        cells = [
-            dict(zip(row["target_ids"][a:b], row["target_logprobs"][a:b], strict=True)) for a, b in pairwise(bounds)
-        ]
+        cells = [dict(zip(row["target_ids"][a:b], row["target_logprobs"][a:b], strict=True)) for a, b in pairwise(bounds)]
         terms = [unit for unit in made.units if unit[2] != Kind.SKIPPED]
         for cell, (own, other, kind) in zip(cells, terms, strict=True):
             if kind == Kind.MARKER and made.student[own[0]] in (C0, C1):
