@@ -54,6 +54,8 @@ def writers(tmp_path_factory) -> dict[str, Path]:
         "teacher": writer(folder / "teacher", 310, {"<end>": 1.0, "<system>": 1.5, "<assistant>": 1.5}, 1),
         "plain": writer(folder / "plain", 310, {"<end>": 1.0}, 2),
         "silent": writer(folder / "silent", 290, {"<end>": 1.0}, 3),
+        "thinking": writer(folder / "thinking", 290, {"<end>": 1.0, "<user>": 6.0}, 4),
+        "thinker": writer(folder / "thinker", 310, {"<end>": 1.0, "<system>": 6.0}, 5),
     }
 
 
@@ -186,13 +188,14 @@ def expected(path: Path) -> dict[str, str]:
 
 
 def test_a_teacher_that_thinks_alone_is_a_breach(recipe, server) -> None:
-    alone = expected(recipe(own="silent"))
+    alone = expected(recipe(own="silent", other="thinker"))
     assert alone["result"] == "BREACHED"
     assert "<system> (teacher's)" in alone["detail"]
     assert "enable_thinking" in alone["advice"]
     assert "teacher.markers" in alone["advice"]
     assert expected(recipe(own="silent", other="plain"))["result"] == "ok"
-    assert expected(recipe(teacher={"markers": TOKENS}))["result"] == "ok"
+    assert expected(recipe(own="thinking", other="thinker", teacher={"markers": TOKENS}))["result"] == "ok"
+    assert expected(recipe(own="thinking", other="thinker"))["result"] == "BREACHED"  # each by a token that the other lacks
 
 
 @pytest.mark.parametrize(
