@@ -12,7 +12,7 @@ from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptS
 from storage.lineage import digest_file, digest_json
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
-from tasks.rows.messages import Message, Refused, check_prompt, read_reference
+from tasks.rows.messages import Message, Refused, check_prompt, read_reasoning, read_reference
 from tasks.rows.split import SourceRow, Split, split_stream, split_table
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
@@ -167,10 +167,14 @@ def _table_rows(
             if convention.needs:
                 check_prompt(reading.messages, convention.needs[0])
             messages = _fill_template(config.template, row, reading.messages, place)
+            reasoning = read_reasoning(row, consumed)
         except Refused as error:
             refused.append(f"{place}: {error}")
             continue
-        metadata = json.dumps({key: value for key, value in row.items() if key not in consumed}, default=str)
+        kept = {key: value for key, value in row.items() if key not in consumed}
+        if reading.reference is not None and reasoning:
+            kept["reasoning_content"] = reasoning
+        metadata = json.dumps(kept, default=str)
         tools = None if reading.tools is None else json.dumps(reading.tools)
         yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight)
     if refused:
