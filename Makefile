@@ -9,7 +9,7 @@ SHARED = -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray constraints format clean
+.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints schema format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -75,6 +75,10 @@ engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 a
 ray: .venv-ray/.installed  ## shards on a real Ray cluster of two nodes, in an environment of its own
 	.venv-ray/bin/python -m pytest tests/ray/test_ray.py
 
+browser: $(VENV)/.installed  ## report, model card's picture and Prefect's UI in a Chromium of this machine (apt-get install chromium; or CHROMIUM=path)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
 constraints:  ## renew constraints.txt: the newest versions that pyproject.toml allows, for `make test` to try
 	$(PYTHON) -m venv --clear .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet --upgrade pip
@@ -87,6 +91,9 @@ constraints:  ## renew constraints.txt: the newest versions that pyproject.toml 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(VENV)/.installed  ## the JSON Schema of recipes, after a field changed
+	$(BIN)/potstill recipe --schema > configs/recipe.schema.json
 
 clean:
 	rm -rf runs

@@ -1,25 +1,22 @@
 """Refuse a recipe that cannot work before anything is written, with one message that says what would be right."""
 
-from typing import Literal
-
 from configs.errors import BadInput
 from configs.load import inherit_overrides, load_recipe
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
+from flows.start import check_data, models_of
+from flows.track import check_trackers
+from storage.receipt import read_receipt, trust_inputs
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
 from tasks.models.pair import make_markers
-from tasks.models.reference import ModelRef, check_machine, make_reference
+from tasks.models.reference import ModelRef, check_machine, make_reference, read_template
 from tasks.models.text import side
 from tasks.models.weights import check_weights
-from tasks.rows.scorers import check_scorer
-from tasks.rows.sources import check_prompts
 from tasks.training.adapters import check_lora
 from tasks.training.processes import check_processes
-
-ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
 
 def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool = True) -> None:
@@ -27,25 +24,27 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
 
     `above` are the recipes that need this one's model. Preflight has `rendering` among its gates.
     """
-    Run(recipe.root, recipe.name).check_recipe(recipe)
-    configs = {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
+    check_data(recipe)
+    trust_inputs(read_receipt(Run(recipe.root, recipe.name)))
+    configs = models_of(recipe)
     for role, config in configs.items() if recipe.compute.runner == "local" else ():
         if config.engine != "server":
             check_machine(role, config)
     check_processes(recipe)
     check_compute(recipe.compute)
-    check_scorer(recipe.evaluate)
-    scratch = recipe.student.scratch
-    check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
+    check_trackers(recipe)
     refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
+        if config.chat_template is not None:
+            read_template(config.chat_template)  # before a model is made that it is for
         if config.recipe is not None:
             if config.recipe in above:
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
             maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
             check_recipe(maker, (*above, config.recipe), rendering=rendering)
-        if config.model is not None:
-            refs[role] = ref = make_reference(config, config.model)
+        source = recipe.student.model if role == "teacher" and recipe.self_taught else config.model
+        if source is not None:
+            refs[role] = ref = make_reference(config, source)
             if config.engine != "server":
                 check_weights(ref)
             if config.lora is not None:

@@ -148,7 +148,7 @@ EVALS = pa.schema(
         "sample": pa.int32(),
         "text": pa.string(),
         "reference": pa.string(),
-        "score": pa.float64(),
+        "score": pa.float64(),  # null, as `correct`, where there is nothing to grade by
         "correct": pa.bool_(),
         "finish_reason": pa.string(),
         "tokens": pa.int32(),

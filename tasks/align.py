@@ -28,7 +28,7 @@ from tasks.tokens.ragged import flat, ragged, rows_of
 CODE = 3
 
 
-@task(name="aligned", task_run_name="aligned-{round.number}-{shard.number}", cache_policy=NO_CACHE)
+@task(name="aligned", task_run_name="round {round.number} · align · shard {shard.number}", cache_policy=NO_CACHE)
 def align_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/aligned/part-…`: units, targets and byte accounts of one shard, in the rollouts' order."""
     recipe, rollouts, scores = round.recipe, shard.rollouts, shard.scores

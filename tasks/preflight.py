@@ -1,6 +1,7 @@
 """The preflight stage: a small round in memory, on a few prompts. It finds what would make a run fail or waste its time."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.models import describe_teacher
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from tasks import objectives
@@ -65,10 +67,11 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
-    started = time.monotonic()
-    rollouts = roll_out_sample(sample)
-    scores = None if teacher is None else score_sample(sample, rollouts, teacher)
-    seconds = time.monotonic() - started
+    rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample))
+    tables, scores = [rollouts], None
+    if teacher is not None:
+        scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
+        seconds += more
     expected = {}
     for role, ref in sample.sides().items():
         gates.append(chance_gate(sample, role, ref))
@@ -83,10 +86,19 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
         same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
         _, loss = align_sample(sample, rollouts, score_sample(sample, rollouts, same), same)
         gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
-        gates += objective_gates(sample, rollouts, *align_sample(sample, rollouts, scores, teacher), teacher)
+        aligned, loss = align_sample(sample, rollouts, scores, teacher)
+        tables += [scores, aligned]
+        gates += objective_gates(sample, rollouts, aligned, loss, teacher)
         gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
     release()
-    return [*gates, *cost_gates(sample, [rollouts] if scores is None else [rollouts, scores], seconds)]
+    return [*gates, *cost_gates(sample, tables, seconds)]
+
+
+def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table]) -> tuple[pa.Table, float]:
+    """What `make` makes with a model, and the seconds that it takes once the model is loaded."""
+    sample.engine(ref)
+    started = time.monotonic()
+    return make(), time.monotonic() - started
 
 
 def roll_out_sample(sample: Sample) -> pa.Table:
@@ -129,4 +141,5 @@ def measure_lead(sample: Sample, prompts: pa.Table, teacher: ModelRef) -> Gate:
         role: pa.Table.from_pylist(evaluate_prompts(sample.recipe, 0, role, ref, rows))
         for role, ref in (("teacher", teacher), ("student", sample.student))
     }
-    return lead_gate(sample.recipe.gates, teacher=tables["teacher"], student=tables["student"])
+    about = describe_teacher(sample.recipe.student, sample.recipe.teacher)
+    return lead_gate(sample.recipe.gates, **tables, about=about)

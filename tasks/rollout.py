@@ -13,7 +13,9 @@ from configs.schema import Rollout
 from storage.artifacts import read_table
 from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
+from tasks.gates.rendering import expect_room
 from tasks.models.pair import make_markers, marker_inputs, student_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
@@ -29,7 +31,7 @@ from tasks.tokens.token_bytes import split_completion
 CODE = 2
 
 
-@task(name="rollouts", task_run_name="rollouts-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="rollouts", task_run_name="round {round.number} · rollouts · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def roll_out(round: Round, shard: Shard) -> Shard:
     """Make `round=…/rollouts/part-…`: one shard's completions. Rows whose source is the teacher get `shard.completions`."""
     recipe, config = round.recipe, round.recipe.rollout
@@ -81,6 +83,7 @@ def make_rollouts(
     references = chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
+    expect_room("student", student, rendered, config.max_new_tokens)
     sampling = Sampling.of(config)
     filled: dict[int, dict[str, Any]] = {}
 
@@ -136,9 +139,9 @@ def _spell_references(rows: list[Row], prompts: pa.Table, text_side: Side) -> li
     metadata = prompts["metadata"].to_pylist()
     thought = [i for i, row in enumerate(rows) if row.source == "reference" and references[i] and reasoning_of(metadata[i])]
     left_out = 0
-    for i, (messages, tools) in zip(thought, prompts_of(prompts.take(pa.array(thought, pa.int64()))), strict=True):
+    for i, prompt in zip(thought, prompts_of(prompts.take(pa.array(thought, pa.int64()))), strict=True):
         answer = {"role": "assistant", "content": references[i], "reasoning_content": reasoning_of(metadata[i])}
-        ids = text_side.render_answer(messages, tools, answer)
+        ids = text_side.render_answer(*prompt, answer)
         spelled[i], left_out = (spelled[i], left_out + 1) if ids is None else (ids, left_out)
     if left_out:
         logger.warning("%d references have a reasoning_content that the student's chat template does not write", left_out)

@@ -9,6 +9,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.errors import BadInput
 from configs.load import select_content
 from configs.schema import Recipe
 from configs.signals import SIGNALS
@@ -17,8 +18,10 @@ from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
 from tasks.engines.transformers import TransformersEngine
+from tasks.gates.rendering import context_of
 from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
@@ -36,7 +39,7 @@ HEAD_CODE = 1
 ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 
 
-@task(name="scores", task_run_name="scores-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="scores", task_run_name="round {round.number} · scores · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
     recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
@@ -73,8 +76,8 @@ def score_shard(round: Round, shard: Shard) -> Shard:
 
 
 @task(name="head", cache_policy=NO_CACHE)
-def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
-    """Make `teacher/`: the weights of the teacher's head, for a signal that needs them to be read."""
+def keep_head(recipe: Recipe, teacher: ModelRef, slot: str = "teacher") -> Artifact:
+    """Make `teacher/` (or another `slot`): the weights of the teacher's head, for a signal that needs them to be read."""
     run = Run(recipe.root, recipe.name)
     inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
 
@@ -85,7 +88,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
         save_head(head, folder / "teacher")
         return {"teacher": len(head.weight)}
 
-    return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
+    return run.build_files({"teacher": slot}, inputs, make, logger.info)["teacher"]
 
 
 def _stored_fields(recipe: Recipe) -> dict[str, Any]:
@@ -110,11 +113,18 @@ def score_rows(
     One row of `SCORES` each, in order. `prompts` are by `prompt_id`.
     """
     completions = teacher_ids(rows, student=student, teacher=teacher, markers=markers)
+    context = context_of(teacher.ref)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
         scorable = [i for i in batch if completions[i]]
         rendered = [teacher.render(*prompts[rows[i]["prompt_id"]]) for i in scorable]
+        lengths = [len(ids) + len(completions[i] or []) for i, ids in zip(scorable, rendered, strict=True)]
+        if context and max(lengths, default=0) > context:
+            raise BadInput(
+                f"teacher: room: a prompt with its answer has {max(lengths)} tokens, and {teacher.ref.path} has room for "
+                f"{context}; shorten the prompts, lower rollout.max_new_tokens, or take a model with a longer context"
+            )
         results = engine.score(rendered, [completions[i] or [] for i in scorable], signal)
         by_row: dict[int, TokenScores] = dict(zip(scorable, results, strict=True))
         for i in batch:
