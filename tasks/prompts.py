@@ -19,7 +19,7 @@ from tasks.rows.sources import deal_prompts, digest_source, field_of, warn_of_fe
 from tasks.rows.split import Split
 from tasks.running.progress import logger
 
-CODE = 2
+CODE = 3
 
 
 @task(name="prompts", cache_policy=NO_CACHE)

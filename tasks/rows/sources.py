@@ -15,7 +15,7 @@ from tasks.models.template import Unfilled, fill_template, last_of_user, write_l
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
-from tasks.rows.messages import Message, Refused, check_prompt, read_reference
+from tasks.rows.messages import Message, Refused, check_prompt, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
@@ -185,12 +185,16 @@ def _table_rows(
             if convention.needs:
                 check_prompt(reading.messages, convention.needs[0])
             messages = _fill_template(config.template, row, reading.messages, place)
+            reasoning = read_reasoning(row, consumed)
         except Refused as error:
             refused.append(f"{place}: {error}")
             if config.unusable == "leave_out":
                 yield RefusedRow(source, convention.title, Refusal(UNREAD, refused[-1]))
             continue
-        metadata = json.dumps({key: value for key, value in row.items() if key not in consumed}, default=str)
+        kept = {key: value for key, value in row.items() if key not in consumed}
+        if reading.reference is not None and reasoning:
+            kept["reasoning_content"] = reasoning
+        metadata = json.dumps(kept, default=str)
         tools = None if reading.tools is None else json.dumps(reading.tools)
         yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight, place)
     if refused and config.unusable == "refuse":
