@@ -22,7 +22,7 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 2
+CODE = 3
 
 
 @task(name="completions", task_run_name="completions-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)

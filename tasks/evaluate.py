@@ -25,7 +25,7 @@ from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.token_bytes import spell_answer, split_completion
 
-CODE = 1
+CODE = 2
 
 
 @task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE, **RETRIES)

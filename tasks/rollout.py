@@ -24,7 +24,7 @@ from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 1
+CODE = 2
 
 
 @task(name="rollouts", task_run_name="rollouts-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
