@@ -15,7 +15,7 @@ class GrowingLayer(DynamicLayer):
     """Keys and values in buffers with room for more tokens: a DynamicLayer copies all of them each step, this one none."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.buffers: list[torch.Tensor] = []
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
