@@ -10,9 +10,10 @@ from tasks.engines.decoding import Decoder
 from tasks.engines.sampling import Sampler
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
-from tasks.models.weights import check_head, hidden_states, load_weights, logits_of
-from tasks.signals.base import SCORE_CHUNK, Chunk, Signal, join_chunks, split_columns
+from tasks.models.weights import check_head, head_logits, hidden_states, load_weights, logits_of
+from tasks.signals.base import SCORE_CHUNK, Chunk, Signal, copy_to_host, join_chunks, split_columns
 from tasks.tokens.byte_laws import ByteLaws
+from tasks.tokens.ragged import expand
 
 
 class TransformersEngine:
@@ -74,47 +75,53 @@ class TransformersEngine:
         results: list[TokenScores | None] = [None] * len(prompts)
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         for rows in length_batches(lengths, self.batch_tokens):
-            width = max(lengths[i] for i in rows)
-            pad = self.side.pad_id
-            ids = torch.tensor([prompts[i] + completions[i] + [pad] * (width - lengths[i]) for i in rows], device=self.device)
-            hidden = hidden_states(self.model, ids)
-            row = torch.tensor([r for r, i in enumerate(rows) for _ in completions[i]], device=self.device)
-            time = torch.tensor([len(prompts[i]) + t for i in rows for t in range(len(completions[i]))], device=self.device)
-            first = torch.tensor([t == 0 for i in rows for t in range(len(completions[i]))], device=self.device)
-            logprobs, columns = self._scores(hidden[row, time - 1], ids[row, time], first, signal)
-            ends = np.cumsum([len(completions[i]) for i in rows])
-            parts = zip(rows, np.split(logprobs, ends[:-1]), split_columns(signal, columns, ends), strict=True)
+            ids = np.full((len(rows), max(lengths[i] for i in rows)), self.side.pad_id)
+            for row, i in enumerate(rows):
+                ids[row, : lengths[i]] = prompts[i] + completions[i]
+            starts, ends = np.array([len(prompts[i]) for i in rows]), np.array([lengths[i] for i in rows])
+            time, row_of = expand(starts, ends)
+            whole, at, before = (self._tensor(values) for values in (ids, row_of, time - 1))
+            hidden = hidden_states(self.model, whole)[at, before]
+            actual, first = self._tensor(ids[row_of, time]), self._tensor(time == starts[row_of])
+            columns = self._scores(hidden, actual, first, signal)
+            logprobs, bounds = columns.pop("logprobs"), np.cumsum(ends - starts)
+            parts = zip(rows, np.split(logprobs, bounds[:-1]), split_columns(signal, columns, bounds), strict=True)
             for i, path, part in parts:
                 results[i] = TokenScores(path, part)
         return [result for result in results if result is not None]
 
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
+
     def _scores(
         self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Log-probs and the signal's columns at flat positions, in chunks; `first` marks each completion's first token.
+    ) -> dict[str, np.ndarray]:
+        """The signal's columns at flat positions, and `logprobs`, float32, in chunks; `first` marks a completion's first token.
 
-        `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`, as are the float32 log-probs.
+        `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`.
         """
         stops = torch.tensor(self.side.stop_ids, device=self.device)
-        chosen, chunks = [], []
-        for at in torch.split(torch.arange(len(actual), device=self.device), SCORE_CHUNK):
-            lead = int(at[0] > 0)
-            window = torch.cat([at[:lead] - 1, at])
-            logprobs = logits_of(self.model, hidden[window], self.size).log_softmax(-1)
-            here = logprobs[lead:]
-            path = here.gather(1, actual[at][:, None])[:, 0]
-            chosen.append(torch.where(torch.isin(actual[at], stops), here[:, stops].logsumexp(-1), path).cpu().numpy())
+        stopped = torch.isin(actual, stops)
+        chunks = []
+        for start in range(0, len(actual), SCORE_CHUNK):
+            lead = min(start, 1)
+            window, here = slice(start - lead, start + SCORE_CHUNK), slice(start, start + SCORE_CHUNK)
             chunk = Chunk(
-                hidden=hidden[at],
-                logprobs=logprobs,
+                hidden=hidden[here],
+                logits=head_logits(self.model, hidden[window], self.size),
                 actual=actual[window],
                 first=first[window],
                 lead=lead,
                 laws=lambda: self.laws,
                 model=self.side.ref.path,
             )
-            chunks.append(signal.store(chunk))
-        return np.concatenate(chosen), join_chunks(chunks)
+            logits = chunk.logits[lead:]
+            path = logits.gather(1, actual[here, None])[:, 0].float()
+            path = torch.where(stopped[here], logits[:, stops].float().logsumexp(-1), path) - chunk.norm[lead:]
+            chunks.append(copy_to_host({"logprobs": path, **signal.store(chunk)}))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # the copies end
+        return join_chunks(signal, chunks)
 
     @cached_property
     def laws(self) -> ByteLaws:

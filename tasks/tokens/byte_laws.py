@@ -79,12 +79,18 @@ class ByteLaws(nn.Module):
     def forward(
         self, logits: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
+        """As `law`, from logits `[positions, V]`."""
+        return self.law(logits.softmax(-1), actual, start, end, inside)
+
+    def law(
+        self, mass: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
+    ) -> torch.Tensor:
         """The law at each term, probabilities `[terms, 258]`: (cover + path · first) / (Σ cover + path).
 
-        `logits` (or log-probs) `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
+        Distributions `mass` `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
         `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have been read.
         """
-        mass, size = logits.softmax(-1), logits.shape[1]
+        size = mass.shape[1]
         cells = mass.new_zeros(len(mass), len(self.first)).index_add(1, self.cell, mass)
         first = mass.new_zeros(len(mass), CLASSES).index_add(1, self.first, cells)
 
@@ -108,13 +114,12 @@ class ByteLaws(nn.Module):
         return normalised
 
 
-def boundary_laws(laws: ByteLaws, logprobs: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+def boundary_laws(laws: ByteLaws, mass: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """The law of the next byte before each token, covers applied: probabilities `[positions, 258]`.
 
-    `actual`, int64 `[positions]`, were drawn from `logprobs` `[positions, V]`. `first`, bool `[positions]`, marks the first
+    `actual`, int64 `[positions]`, were drawn from `mass` `[positions, V]`. `first`, bool `[positions]`, marks the first
     token of a completion. A chunk's first position gets no cover, even where it is not the first of its completion.
     """
     end = torch.arange(1, len(actual) + 1, device=actual.device)
     start = (end - 1 - (~first).long()).clamp(min=0)
-    law: torch.Tensor = laws(logprobs, actual, start, end, torch.zeros_like(end))
-    return law
+    return laws.law(mass, actual, start, end, torch.zeros_like(end))
