@@ -93,9 +93,7 @@ class TransformersEngine:
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def _scores(
-        self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal
-    ) -> dict[str, np.ndarray]:
+    def _scores(self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal) -> dict[str, np.ndarray]:
         """The signal's columns at flat positions, and `logprobs`, float32, in chunks; `first` marks a completion's first token.
 
         `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`.

@@ -12,6 +12,7 @@ import torch
 from storage.schemas import SCORES
 from tasks.signals.head import Head
 from tasks.tokens.byte_laws import ByteLaws
+from tasks.tokens.masses import find_likeliest
 from tasks.tokens.ragged import expand, flat, offsets_of
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -140,7 +141,7 @@ def read_events(scores: pa.Table, tokens: np.ndarray, columns: tuple[str, str, s
     return Events(ids[entries].astype(np.int64), logprobs[entries].astype(np.float64), np.diff(bounds)[tokens], rest, laws)
 
 
-# Ids and log-probs `[positions, k]`, the likeliest first; how many of them are kept, and the log mass of the rest, `[positions]`.
+# Ids and log-probs `[positions, k]`, the likeliest first; how many are kept, and the log mass of the rest, `[positions]`.
 Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -159,23 +160,3 @@ def keep_enough(top: torch.Tensor, ids: torch.Tensor, mass: torch.Tensor, top_p:
     # The rest is summed itself, so that it does not drown in 1 - (almost 1).
     rest = mass.scatter_(1, ids.where(keep, ids[:, :1]), 0).sum(-1).log()
     return ids, top, keep.sum(-1), rest
-
-
-STRIDE = 32  # ids of which the largest is found first
-
-
-def find_likeliest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of `values` `[rows, N]` (all, if there are fewer), the largest first, and where they stand.
-
-    They are in those k groups of ids whose maxima are the largest: one pass over the values, and few are sorted.
-    """
-    size, width = values.shape[1], values.shape[1] // STRIDE
-    if 2 * k > width:
-        return torch.topk(values, min(k, size))
-    maxima = values[:, : STRIDE * width].unflatten(1, (STRIDE, width)).amax(1)
-    groups = maxima.topk(k, sorted=False).indices
-    members = (torch.arange(STRIDE, device=values.device)[:, None] * width + groups[:, None, :]).flatten(1)
-    left_over = torch.arange(STRIDE * width, size, device=values.device).expand(len(values), -1)
-    candidates = torch.cat([members, left_over], 1)
-    top, at = values.gather(1, candidates).topk(k)
-    return top, candidates.gather(1, at)

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tasks.signals.base import Chunk, Events, Reading, Signal, Top, find_likeliest, keep_enough, read_events
+from tasks.signals.base import Chunk, Events, Reading, Signal, Top, keep_enough, read_events
+from tasks.tokens.masses import find_likeliest
 
 COLUMNS = ("top_ids", "top_logprobs", "top_counts")
 SMALLEST_REST = 1e-7  # probability: mass that rounding can hide where float32 log-probs sum to 1
