@@ -22,7 +22,7 @@ from tasks.signals.head import Head, read_head
 from tasks.tokens.align import Units
 from tasks.tokens.ragged import flat, ragged, rows_of
 
-CODE = 2
+CODE = 3
 
 
 @task(name="aligned", task_run_name="aligned-{round.number}-{shard.number}", cache_policy=NO_CACHE)

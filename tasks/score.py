@@ -29,7 +29,7 @@ from tasks.signals import make_signal
 from tasks.signals.base import Signal
 from tasks.signals.head import head_of, save_head
 
-CODE = 1
+CODE = 2
 HEAD_CODE = 1
 ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 

@@ -39,6 +39,7 @@ class Subset(nn.Module):
 
     duplicates: torch.Tensor  # int64: the other ids of these classes
     owners: torch.Tensor  # int64: the representative of each duplicate
+    shared: torch.Tensor  # int64: the ids of classes with several
     held: torch.Tensor  # float32 [V]: 1 for every id of these classes, else 0
 
     def __init__(self, vocabulary: Vocabulary, ids: np.ndarray):
@@ -49,6 +50,9 @@ class Subset(nn.Module):
         self.count = len(ids)
         self.register_buffer("duplicates", torch.tensor(duplicates), persistent=False)
         self.register_buffer("owners", torch.tensor(vocabulary.representative[duplicates]), persistent=False)
+        self.register_buffer(
+            "shared", torch.tensor(np.union1d(duplicates, vocabulary.representative[duplicates])), persistent=False
+        )
         self.register_buffer("held", torch.tensor(held), persistent=False)
 
     def __len__(self) -> int:
@@ -61,11 +65,14 @@ class Subset(nn.Module):
             return (mass @ self.held.to(mass.dtype))[:, None]
 
     def spread(self, of_sets: torch.Tensor, of_others: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.held > 0, of_sets, of_others)
+        return ((of_sets - of_others) * self.held).add_(of_others)
 
     def top(self, mass: torch.Tensor, k: int) -> torch.Tensor:
         """The `k` likeliest classes (all, if there are fewer), the likeliest first: ids `[positions, k]`."""
-        whole = torch.where(self.held > 0, mass, -1.0)
-        if len(self.duplicates):
-            whole.index_add_(1, self.owners, mass[:, self.duplicates]).index_fill_(1, self.duplicates, -1.0)
-        return find_likeliest(whole, min(k, self.count))[1]
+        sign, before = 2 * self.held - 1, mass[:, self.shared]
+        mass.mul_(sign)  # in place, and back: ids outside have less than nothing
+        if len(self.shared):
+            mass.index_add_(1, self.owners, mass[:, self.duplicates]).index_fill_(1, self.duplicates, -1.0)
+        found = find_likeliest(mass, min(k, self.count))[1]
+        mass.index_copy_(1, self.shared, before).mul_(sign)
+        return found

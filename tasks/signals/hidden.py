@@ -1,5 +1,7 @@
 """`hidden`: the last hidden states in float16. With the teacher's head they give whole distributions."""
 
+from functools import cache
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -30,7 +32,7 @@ class HiddenSignal(Signal):
         hidden = torch.from_numpy(flat(scores["hidden"])[0].reshape(-1, head.weight.shape[1])[reading.tokens])
         ids = torch.from_numpy(flat(scores["token_ids"])[0][reading.tokens].astype(np.int64)).to(device)
         first = torch.from_numpy(index_in_row(reading.offsets) == 0).to(device)
-        module = ByteLaws(reading.vocabulary).to(device) if reading.laws else None
+        laws = cache(lambda: ByteLaws(reading.vocabulary).to(device))
         signal: Signal = (BytesSignal if reading.laws else TopkSignal)(self.k, self.top_p)
         chunks = []
         for start in range(0, len(ids), SCORE_CHUNK):
@@ -42,7 +44,7 @@ class HiddenSignal(Signal):
                 actual=ids[window],
                 first=first[window],
                 lead=lead,
-                laws=lambda: module,
+                laws=laws,
                 model="",
             )
             chunks.append({name: column.cpu() for name, column in signal.store(chunk).items()})

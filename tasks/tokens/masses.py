@@ -38,7 +38,10 @@ class Sums(Protocol):
 
 
 class _Masses(torch.autograd.Function):
-    """softmax and what is read of it. The backward pass needs one more array of the logits' size, not one per reading."""
+    """softmax and what is read of it. The backward pass turns the masses into the gradient, in place: it can run once.
+
+    New arrays of the logits' size are what a loss step spends most time on, on a CPU: their pages have to be made.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, find: Callable[[torch.Tensor], torch.Tensor], sums: Sums | None) -> Any:
@@ -57,10 +60,7 @@ class _Masses(torch.autograd.Function):
         of_read, of_totals = gradients[0] * read, gradients[1]
         # d mass_j / d logit_i = mass_i · (δ_ij - mass_j): each gradient less their mean under the distribution
         mean = (of_totals * totals).sum(-1).index_add_(0, places // mass.shape[1], of_read)[:, None]
-        if ctx.sums is None:
-            gradient = mass * -mean
-        else:
-            gradient = ctx.sums.spread(of_totals - mean, -mean).mul_(mass)
+        gradient = mass.mul_(-mean if ctx.sums is None else ctx.sums.spread(of_totals - mean, -mean))
         gradient.view(-1).index_add_(0, places, of_read)
         return gradient, None, None
 
@@ -70,7 +70,8 @@ def read_masses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Masses of the softmax of `logits` `[positions, V]`: of single ids `[N]`, of `sums` `[positions, sets]`, and the places.
 
-    `find` gives the places `[N]` to read, as position · V + id; what it does with the masses has no gradient.
+    `find` gives the places `[N]` to read, as position · V + id. What it does with the masses has no gradient; it may change
+    them for a time.
     """
     read, totals, places = _Masses.apply(logits, find, sums)  # type: ignore[no-untyped-call]
     return read, totals, places
