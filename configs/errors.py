@@ -29,3 +29,17 @@ class CannotWrite(Exception):
 
     Commands print the message alone and exit with 1; once there is space, the same command goes on.
     """
+
+
+class Damaged(Exception):
+    """A committed file or folder is not what its manifest says. It was found when it was to be read, and nothing was read.
+
+    A flow makes it again and goes on (`storage.damage.mend`). Elsewhere commands print the message alone and exit with 1.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: its content was altered; the `potstill run` command that made it makes it again"

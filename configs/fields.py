@@ -1,5 +1,6 @@
 """The types that the fields and tables of a recipe are made of."""
 
+from string import Formatter
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -31,7 +32,34 @@ def _check_layers(targets: Any) -> Any:
     return targets
 
 
+def names_in(template: str) -> list[str]:
+    """The fields of a row that a template names in braces. Raises ValueError where it is no template."""
+    found = (name for _, name, _, _ in Formatter().parse(template) if name is not None)
+    return [name.partition(".")[0].partition("[")[0] for name in found]
+
+
+def _check_template(template: str) -> str:
+    try:
+        names = names_in(template)
+    except ValueError as error:
+        raise ValueError(f"{template!r} is no template: {error}; a brace of the text's own is {{{{ or }}}}") from None
+    if not names or not all(name and not name.isdecimal() for name in names):
+        found = "nothing" if not names else ", ".join(f"{{{name}}}" for name in names)
+        raise ValueError(f"{template!r} names {found}; name fields of a row in braces, such as {{prompt}}")
+    return template
+
+
+def _check_local(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            "an address, and files of prompts are read from this machine: download it first, or set source = 'hub'"
+        )
+    return path
+
+
 Text = Annotated[str, pydantic.StringConstraints(min_length=1)]
+Template = Annotated[str, pydantic.AfterValidator(_check_template)]
+LocalPath = Annotated[str, pydantic.StringConstraints(min_length=1), pydantic.AfterValidator(_check_local)]
 Url = Annotated[str, pydantic.AfterValidator(_check_address)]
 Layers = Annotated[list[str] | str, pydantic.BeforeValidator(_check_layers)]
 

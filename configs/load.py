@@ -2,20 +2,23 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from configs.errors import BadInput
-from configs.objectives import Objective
-from configs.schema import Prompts, Recipe
+from configs.mistakes import describe_mistake
+from configs.schema import Recipe
 
-# Fields that say where and on how many devices a run is computed. They are not in its keys: a server may move during a run.
+# Fields that say where and on how many devices a run is computed, or how its figures are read. They are not in its keys: a
+# server may move during a run.
 MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing", "train.micro_batch_size"}
-MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens"}
+MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
+PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may hold one
+FREE = {"root", "gates", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
 LATER = {"train.dropout"}
@@ -48,7 +51,8 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise BadInput("\n".join(_describe_error(where, data, item) for item in error.errors())) from None
+        wrong = [item for item in error.errors() if item["type"] != "default_factory_not_called"]  # for want of another field
+        raise BadInput("\n".join(f"{where}: {describe_mistake(item)}" for item in wrong)) from None
 
 
 def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
@@ -60,6 +64,23 @@ def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
 def dump_recipe(recipe: Recipe) -> str:
     """Format the resolved recipe as TOML, with every default written out."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def dump_content(recipe: Recipe) -> str:
+    """As `dump_recipe`, for others to read: without what changes no result, and without folders of this machine."""
+
+    def shorten(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(entry, key) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [shorten(entry) for entry in value]
+        return Path(value).name if key in PATHS and Path(value).is_absolute() else value
+
+    nested: dict[str, Any] = {"root": True, "compute": True, "track": True}
+    for field in MACHINERY:
+        table, key = field.split(".")
+        nested.setdefault(table, {})[key] = True
+    return tomli_w.dumps(shorten(recipe.model_dump(mode="json", exclude_none=True, exclude=nested)))
 
 
 def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -74,15 +95,20 @@ def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
 def list_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line for each field that differs: `train.batch_size is 64 in the run, 128 in this recipe`.
 
-    Gates, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`) are left
-    out: they may change while a run goes on.
+    Gates, trackers, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`)
+    are left out: they may change while a run goes on.
     """
-    left, right = (_flatten(recipe.model_dump(mode="json", exclude={"root", "gates", "compute"})) for recipe in (old, new))
+    left, right = (flatten(recipe.model_dump(mode="json", exclude=FREE)) for recipe in (old, new))
     return [
         f"{key} is {left.get(key, 'absent')!r} in the run, {right.get(key, 'absent')!r} in this recipe"
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key) and key not in MACHINERY
     ]
+
+
+def may_change(field: str) -> bool:
+    """Whether a run goes on where this field of its recipe has another value."""
+    return field in MACHINERY or field.partition(".")[0] in FREE
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -112,6 +138,8 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     """
 
     def resolve(path: str) -> str:
+        if "://" in path:
+            return path
         full, here = (folder / path).resolve(), Path.cwd().resolve()
         return str(full.relative_to(here) if full.is_relative_to(here) else full)
 
@@ -128,52 +156,12 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
                 entry["path"] = resolve(entry["path"])
 
 
-def _describe_error(where: str, data: dict[str, Any], error: Any) -> str:
-    tags = {"prompts": Prompts, "objective": Objective}
-    location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] in tags:
-        del location[1]  # pydantic names the chosen variant there
-    field = ".".join(location)
-    kind, message = error["type"], error["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return f"{where}: {field}: unknown key; known here: {', '.join(_fields_of(data, location[:-1]))}"
-    if kind == "union_tag_invalid":
-        return f"{where}: {field}.{_tag_of(field)}: unknown '{error['ctx']['tag']}'; one of {error['ctx']['expected_tags']}"
-    if kind == "union_tag_not_found":
-        return f"{where}: {field}.{_tag_of(field)}: missing; one of {', '.join(_variants_of(tags[field]))}"
-    if kind == "missing":
-        return f"{where}: {field}: missing; set it"
-    found = "" if kind == "value_error" else f" (found {error['input']!r})"
-    message = message.replace("valid tuple", "list")  # what TOML calls it
-    return f"{where}: {field + ': ' if field else ''}{message}{found}"
-
-
-def _tag_of(field: str) -> str:
-    return "source" if field == "prompts" else "name"
-
-
-def _variants_of(union: Any) -> dict[str, type[BaseModel]]:
-    models = get_args(get_args(union)[0])
-    return {get_args((m.model_fields.get("source") or m.model_fields["name"]).annotation)[0]: m for m in models}
-
-
-def _fields_of(data: dict[str, Any], location: list[str]) -> list[str]:
-    """The fields of the table at `location`, for the message about an unknown key."""
-    model: Any = Recipe
-    for part in filter(str.isidentifier, location):  # not a place in a list
-        annotation = model.model_fields[part].annotation
-        if part in ("prompts", "objective"):
-            model = _variants_of(Prompts if part == "prompts" else Objective)[data[part][_tag_of(part)]]
-        else:
-            model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
-    return list(model.model_fields)
-
-
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of nested tables by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -15,6 +15,7 @@ from configs.signals import Quantity
 OBJECTIVES: "dict[str, type[ObjectiveConfig]]" = {}  # by name, in the order of this file
 IDS: frozenset[Quantity] = frozenset(("ids",))
 PATH: frozenset[Quantity] = frozenset(("path",))
+REST = "how mass outside the top k is treated"
 
 
 class ObjectiveConfig(Table):
@@ -44,7 +45,7 @@ class Gkd(JsdConfig):
     """The divergence at every position, for one tokenizer on both sides."""
 
     name: Literal["gkd"]
-    rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description="how mass outside the top k is treated")
+    rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description=REST)
 
     reads = IDS
     one_tokenizer = True
@@ -65,10 +66,10 @@ class Gold(JsdConfig):
     """Units merged on both sides: a divergence on matched entries, sorted L1 on unmatched ones."""
 
     name: Literal["gold"]
-    merge: Literal["chain", "sum", "observed"] = "chain"
-    matched_weight: Float = Field(1.0, ge=0)
-    unmatched_weight: Float = Field(1.0, ge=0)
-    rest: Literal["bucket", "drop", "renormalise"] = "bucket"
+    merge: Literal["chain", "sum", "observed"] = Field("chain", description="how the tokens of a unit become one distribution")
+    matched_weight: Float = Field(1.0, ge=0, description="weight of the divergence on matched entries")
+    unmatched_weight: Float = Field(1.0, ge=0, description="weight of the sorted L1 on unmatched ones")
+    rest: Literal["bucket", "drop", "renormalise"] = Field("bucket", description=REST)
 
     reads = IDS
     needs_matches = True

@@ -5,10 +5,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.fields import Bool, Float, Int, Table
-from configs.models import Model
+from configs.fields import Bool, Float, Int, LocalPath, Table
+from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.signals import SIGNALS, SignalName, signals_for
+from configs.track import Track
 
 MOST = 32_767  # events per token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -46,7 +47,9 @@ class TablePrompts(PromptSource):
 
 
 class WeightedPath(Table):
-    path: str = Field(min_length=1, description="as prompts.path")
+    """Rows from one of several places."""
+
+    path: LocalPath = Field(description="as prompts.path")
     weight: Float | None = Field(None, gt=0, description="its share of the training prompts, relative to the others'")
 
 
@@ -54,8 +57,8 @@ class FilePrompts(TablePrompts):
     """Rows of files."""
 
     source: Literal["file"]
-    path: str | None = Field(
-        None, min_length=1, description="a file, a folder of them or a pattern such as data/*.parquet; relative to the recipe"
+    path: LocalPath | None = Field(
+        None, description="a file, a folder of them or a pattern such as data/*.parquet; relative to the recipe"
     )
     paths: tuple[WeightedPath, ...] = Field((), description="several of them, in place of path")
 
@@ -76,7 +79,7 @@ class HubPrompts(TablePrompts):
 
     source: Literal["hub"]
     dataset: str = Field(min_length=1, description="hub id or local folder")
-    subset: str | None = None
+    subset: str | None = Field(None, description="the dataset's configuration, where it has several")
     hub_split: str = Field("train", min_length=1, description="the dataset's split to read from")
 
 
@@ -93,7 +96,7 @@ class Rollout(Table):
     shard_rows: Int = Field(4096, ge=1, description="rollouts per file, which is the unit of work and of resuming")
     max_new_tokens: Int = Field(256, ge=1, description="longest completion, in student tokens, stop included")
     temperature: Float = Field(1.0, gt=0, le=10, description="divides the logits before the softmax")
-    top_p: Float = Field(1.0, gt=0, le=1)
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens that have this mass; 1: from all")
     top_k: Int = Field(0, ge=0, description="0: all tokens")
     batch_size: Int = Field(256, ge=1, description="sequences generated at once")
 
@@ -117,6 +120,8 @@ Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Train(Table):
+    """How a round's rollouts become the next student."""
+
     batch_size: Int = Field(64, ge=1, description="rollouts per optimizer step")
     micro_batch_size: Int = Field(
         default_factory=lambda train: min(64, train.get("batch_size", 64)),
@@ -124,11 +129,11 @@ class Train(Table):
         description="rollouts per forward pass; left out: 64, or the whole of a smaller batch",
     )
     epochs: Int = Field(1, ge=1, description="passes over a round's rollouts")
-    learning_rate: Float = Field(1e-5, gt=0, le=1)
+    learning_rate: Float = Field(1e-5, gt=0, le=1, description="its largest value; AdamW")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="over all rounds of the recipe")
-    warmup_steps: Int = Field(0, ge=0)
-    weight_decay: Float = Field(0.0, ge=0, le=1)
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    warmup_steps: Int = Field(0, ge=0, description="optimizer steps in which the learning rate rises to its largest value")
+    weight_decay: Float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices alone")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of both moments")
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
     dropout: Bool = Field(False, description="use the dropout of the model's config; else there is none in training")
@@ -167,11 +172,18 @@ class Compute(Table):
 
 
 class Evaluate(Table):
+    """How answers to held-out prompts are made and graded."""
+
     samples: Int = Field(4, ge=0, le=1024, description="sampled completions an eval prompt, beside the greedy one")
     scorer: Literal["task", "exact", "math"] = Field(
         "task",
         description="task: the source's own scorer (reasoning-gym), else exact match; exact: match with the reference; "
         "math: the last number or formula equals the reference's (needs the `math` extra)",
+    )
+    best: Literal["sampled", "greedy", "divergence"] = Field(
+        default_factory=lambda evaluate: "sampled" if evaluate.get("samples", 4) else "greedy",
+        description="what the best round has most of: accuracy of samples, greedy accuracy; or least of: divergence from the "
+        "teacher. Left out: sampled where there are samples. It changes no result",
     )
 
 
@@ -181,6 +193,9 @@ class Gates(Table):
     spelled: Float = Field(0.9, ge=0, le=1, description="least share of texts that a tokenizer gives back byte for byte")
     boundary: Float = Field(0.9, ge=0, le=1, description="least share of prompts that end where a token of their text ends")
     chance: Float = Field(0.9, gt=0, description="most nats per token of known text, as a share of a uniform guess's")
+    expected: Float = Field(
+        0.5, ge=0, le=1, description="most that both sides differ in whether an answer begins with thinking or a control token"
+    )
     matched: Float = Field(0.5, ge=0, le=1, description="least share of sampled tokens that the teacher has, too")
     one_to_one: Float = Field(0.5, ge=0, le=1, description="least share of units of one token on both sides: gold and strict")
     engine_mean: Float = Field(0.05, ge=0, description="mean gap between an engine's log-probs and those of training, nats")
@@ -206,18 +221,19 @@ class Recipe(Table):
 
     name: str = Field(pattern=NAME, description="the run's folder under root; letters, digits, . _ -")
     root: str = Field("runs", min_length=1, description="folder or URI that holds the runs")
-    seed: Int = Field(0, ge=0, lt=2**31)
+    seed: Int = Field(0, ge=0, lt=2**31, description="everything random derives from it")
     rounds: Int = Field(1, ge=1, le=9999, description="rounds of a complete run; the learning rate's horizon")
     student: Model
     teacher: Model | None = None
-    prompts: Prompts
+    prompts: Prompts = Field(description="where prompts come from")
     rollout: Rollout = Rollout()
     score: Score = Score()
-    objective: Objective
+    objective: Objective = Field(description="what training makes small")
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
     compute: Compute = Compute()
+    track: Track = Track()
 
     @field_validator("root")
     @classmethod
@@ -226,6 +242,24 @@ class Recipe(Table):
         if "@" in urlsplit(root).netloc or ("://" in root and "?" in root):
             raise ValueError("a user or key in the URI would be written to disk; give it in the environment instead")
         return root
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teach_itself(cls, data: Any) -> Any:
+        student, teacher = (data.get(role) if isinstance(data, dict) else None for role in ("student", "teacher"))
+        if isinstance(student, dict) and isinstance(teacher, dict) and teacher.get("model") == STUDENT:
+            return data | {"teacher": teach_itself(student, teacher)}
+        return data
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.teacher is not None and self.teacher.model == STUDENT
+
+    @model_validator(mode="after")
+    def _contexts(self) -> "Recipe":
+        check_contexts(self.student, self.teacher)
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
@@ -246,6 +280,9 @@ class Recipe(Table):
             )
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
+        for key in ("markers", "unpaired"):
+            if getattr(self.student, key) != type(self.student).model_fields[key].default:
+                raise ValueError(f"student.{key}: it says how a teacher reads the student's answers; give teacher.{key}")
         if self.student.lora is not None and self.train.sharding == "full":
             raise ValueError("student.lora trains few weights: set train.sharding = 'none'")
         if self.objective.given_text and self.rollout.on_policy > 0:
@@ -269,6 +306,10 @@ class Recipe(Table):
                 f"student.device = '{self.student.device}' is one device, but train.processes = {self.train.processes} "
                 "use one each; set student.device = 'auto'"
             )
+        if self.evaluate.best == "sampled" and not self.evaluate.samples:
+            raise ValueError("evaluate.best = 'sampled' needs samples: set evaluate.samples to 1 or more, or best to 'greedy'")
+        if self.evaluate.best == "divergence" and self.teacher is None:
+            raise ValueError("evaluate.best = 'divergence' needs a [teacher]; set it to 'sampled' or 'greedy'")
         if self.train.micro_batch_size > self.train.batch_size:
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size} "

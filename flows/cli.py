@@ -10,8 +10,10 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.text import Text
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput, CannotWrite, Stopped, Unavailable
-from flows.terminal import Terminated, catch_stops, end, escape_controls, log_plainly, out, print_line, print_table
+from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
+from flows.ending import end, ending, work_on
+from flows.terminal import log_plainly, out, print_line, print_table
+from tasks.views.escapes import escape_controls
 
 
 def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
@@ -19,6 +21,7 @@ def _parse_whole(_: Any, tokens: Sequence[Any]) -> int:
 
 
 Whole = Annotated[int, Parameter(converter=_parse_whole)]
+Flag = Annotated[bool, Parameter(negative="")]
 Set = Annotated[tuple[str, ...], Parameter(name="--set", negative="")]
 ROUNDS = "Rounds (accuracies with 95% intervals; divergence: nats per byte; tokens: mean length)"
 
@@ -26,24 +29,21 @@ app = App(
     name="potstill",
     help="On-policy distillation of a large language model into a small one of any family.",
     version=version("potstill"),
-    suppress_keyboard_interrupt=False,  # `main` handles it
+    suppress_keyboard_interrupt=False,  # `ending` handles it
 )
 
 
 def main() -> None:
     """Entry point. A user's mistake, a stop and a full disk each end with one message; `configs.errors` has their statuses."""
-    catch_stops()
-    try:
-        app(exit_on_error=False, print_error=False)
-    except (BadInput, CycloptsError) as error:
-        end(str(error), 2)
-    except (CannotWrite, Stopped) as error:
-        end(str(error), 1)
-    except Unavailable as error:
-        end(f"{error}\npotstill: the same command goes on from what is committed", 1)
-    except KeyboardInterrupt as stop:
-        status = 143 if isinstance(stop, Terminated) else 130
-        end("stopped; the same command goes on from what is committed", status)
+    with ending():
+        try:
+            app(exit_on_error=False, print_error=False)
+        except (BadInput, CycloptsError) as error:
+            end(str(error), 2)
+        except (CannotWrite, Damaged, Stopped) as error:
+            end(str(error), 1)
+        except Unavailable as error:
+            end(f"{error}\npotstill: the same command goes on from what is committed", 1)
 
 
 @app.command
@@ -72,13 +72,25 @@ def run(
     from configs.load import load_recipe
 
     recipe = load_recipe(config, set_)
-    from flows.distill import distill
-    from flows.refuse import check_recipe
+    work_on(recipe, rounds)
+    from flows.start import announce, check_data, find_result
     from storage.store import Run
 
-    check_recipe(recipe)  # before Prefect's server is started in vain
+    Run(recipe.root, recipe.name).check_recipe(recipe)
     Run(recipe.root, recipe.name).check_free()
-    result = distill(str(config), rounds=rounds, overrides=set_)
+    announce(config, recipe, rounds)
+    if (result := find_result(recipe, rounds)) is None:
+        from flows.server import start_server
+
+        wait_for_server = start_server()  # beside the imports and the checks
+        check_data(recipe)
+        from flows.refuse import check_recipe
+
+        check_recipe(recipe)
+        from flows.distill import distill
+
+        wait_for_server()
+        result = distill(str(config), rounds=rounds, overrides=set_)
     print_table(ROUNDS, result["table"])
     print_line(f"The run is in {result['run']}, its last student in {result['student']}")
 
@@ -107,10 +119,14 @@ def preflight(
     from configs.load import load_recipe
 
     recipe = load_recipe(config, set_)
+    from flows.server import start_server
+
+    wait_for_server = start_server()  # beside the imports and the checks
     from flows.preflight import preflight as run_preflight
     from flows.refuse import check_recipe
 
-    check_recipe(recipe, rendering=False)  # before Prefect's server is started in vain
+    check_recipe(recipe, rendering=False)
+    wait_for_server()
     rows = run_preflight(str(config), prompts=prompts, overrides=set_)
     print_table("Preflight", [{key: row[key] for key in ("gate", "value", "limit", "result", "detail")} for row in rows])
     if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["result"] == "BREACHED"]:
@@ -146,11 +162,15 @@ def compare(
     if not all(seed.strip().isdecimal() for seed in seeds.split(",") if seeds):
         raise BadInput(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
     log_plainly()
+    from flows.server import start_server
+
+    wait_for_server = start_server()  # beside the imports and the checks
     from flows.compare import compare as run_comparison
     from flows.compare import plan_runs
 
     names, numbers = tuple(objectives.split(",")), tuple(int(seed) for seed in seeds.split(",") if seeds)
-    plan_runs(str(config), names, numbers, set_)  # before Prefect's server is started in vain
+    plan_runs(str(config), names, numbers, set_)
+    wait_for_server()
     rows = run_comparison(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_)
     print_table("Objectives (difference: of accuracy; divergence: nats per byte; seconds: of training)", rows)
 
@@ -161,8 +181,8 @@ def inspect(
     *,
     round: Whole | None = None,
     rollout: str | None = None,
-    lineage: Annotated[bool, Parameter(negative="")] = False,
-    verify: Annotated[bool, Parameter(negative="")] = False,
+    lineage: Flag = False,
+    verify: Flag = False,
 ) -> None:
     """Show a run's tables, one of its rounds, one rollout token by token, or what a checkpoint was made from.
 
@@ -173,7 +193,8 @@ def inspect(
     round
         Show this round: its byte accounts and some of its rollouts.
     rollout
-        Show the rollout with this `rollout_id`: each token's bytes, its unit, and both models' log-probs.
+        Show the rollout with this `rollout_id`: the text that each side read, and each token's bytes, its unit, and both
+        models' log-probs.
     lineage
         Show what the last checkpoint (or that of `--round`) was made from, with digests, options and versions.
     verify
@@ -194,7 +215,9 @@ def inspect(
         if lineage:
             tables = trace.trace_lineage(run, round)
         elif rollout is not None:
-            tables = show.show_rollout(run, rollout)
+            from tasks.views.rollout import show_rollout
+
+            tables = show_rollout(run, rollout)
         elif round is not None:
             tables = show.show_round(run, round)
         else:
@@ -222,6 +245,28 @@ def report(run: str) -> None:
     show.check_run(run)
     with refuse_damage(run, sizes_first=True):
         print_line(write_report(show.open_run(run)))
+
+
+@app.command
+def push(run: str, repo: str, *, round: Whole | None = None, best: Flag = False, public: Flag = False) -> None:
+    """Send a round's student and its model card to the Hugging Face Hub. The token is taken from HF_TOKEN.
+
+    Parameters
+    ----------
+    run
+        A run's folder or URI, such as runs/quickstart.
+    repo
+        The repository, such as user/quickstart; made where it is missing.
+    round
+        The round to send. Default: the last.
+    best
+        Send the round that is best by the recipe's `evaluate.best`.
+    public
+        Make a new repository public, not private.
+    """
+    from flows.push import push_student
+
+    print_line(push_student(run, repo, number=round, best=best, public=public))
 
 
 @app.command
@@ -267,6 +312,20 @@ def align(
             out.print()
     for title, rows in show.summarise_alignment(aligned, student_side, teacher_side).items():
         print_table(title, rows)
+
+
+@app.command
+def up() -> None:
+    """Start Prefect's server, a worker and the deployments of prefect.yaml, all in one. Ctrl-C ends all of it.
+
+    A server that PREFECT_API_URL or a profile of Prefect names is used in place of a new one.
+    """
+    from flows.up import bring_up
+
+    bring_up(print_line)
+
+
+app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
 
 
 if __name__ == "__main__":

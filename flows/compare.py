@@ -10,6 +10,7 @@ from configs.errors import BadInput
 from configs.load import load_recipe
 from configs.schema import Recipe
 from flows.distill import distill
+from flows.ending import stoppable
 from flows.publish import slug
 from flows.refuse import check_recipe
 from storage.store import Run
@@ -33,7 +34,8 @@ def compare(
     variants = plan_runs(config, objectives, seeds, overrides)
     number = recipe.rounds if rounds is None else rounds
     for variant in (variant for runs in variants.values() for variant in runs):
-        distill(config, rounds=number, overrides=variant)
+        with stoppable():
+            distill(config, rounds=number, overrides=variant)
     rows = compare_runs({name: [_open_run(config, v).address for v in runs] for name, runs in variants.items()}, number)
     units = "difference: of accuracy; divergence: nats per byte; seconds: of training"
     create_table_artifact(rows, key=slug(recipe.name, "compare"), description=f"after round {number} ({units})")

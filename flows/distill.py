@@ -12,9 +12,13 @@ from configs.models import Model
 from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
-from flows.publish import Publication
+from flows.ending import stoppable
+from flows.publish import Publication, name_rounds
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
+from flows.start import count_settled, settle
+from flows.track import Trackers, follow
 from storage.artifacts import Artifact
+from storage.damage import mend
 from storage.store import Run, round_slot
 from tasks.align import align_shard
 from tasks.check import check_lead, check_round
@@ -34,7 +38,13 @@ from tasks.vocab import match_vocabularies
 
 
 def _name_flow_run() -> str:
-    return f"distill-{Path(runtime.flow_run.parameters['config']).stem}"
+    told = runtime.flow_run.parameters
+    try:
+        recipe = load_recipe(told["config"], told["overrides"])
+        done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
+    except Exception:  # the flow says what is wrong
+        return Path(told["config"]).stem
+    return name_rounds(recipe.name, done=done, target=target)
 
 
 @flow(name="distill", flow_run_name=_name_flow_run, validate_parameters=True)
@@ -47,31 +57,43 @@ def distill(
     """Run a recipe, or continue its run. Committed work is not done again; a complete run is left as it is."""
     recipe = load_recipe(config, overrides)
     check_recipe(recipe)
+    target = recipe.rounds if rounds is None else rounds
     nested = runtime.flow_run.parent_flow_run_id is not None  # then wait: two runs may need the model that this one makes
-    with hold_accelerators(recipe), Run(recipe.root, recipe.name).lock(logger.info, wait=nested):
-        return run_rounds(recipe, rounds, at_most)
+    run = Run(recipe.root, recipe.name)
+    with (
+        stoppable(recipe, target),
+        hold_accelerators(recipe),
+        run.lock(logger.info, wait=nested),
+        follow(run, recipe) as trackers,
+    ):
+        return mend(lambda: run_rounds(recipe, target, at_most, trackers))
 
 
-def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[str, Any]:
+def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Trackers) -> dict[str, Any]:
     """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
-    teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
-    existing = None if recipe.student.scratch else make_model(recipe, recipe.student)
+    existing, teacher = make_models(recipe)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
     refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
     run.freeze(recipe)
 
-    done = run.rounds_done()
-    target = recipe.rounds if rounds is None else rounds
-    target = target if at_most is None else min(target, done + at_most)
+    done, target = plan_rounds(recipe, rounds, at_most)
     prompts = make_prompts(recipe)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
+    teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
     evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
 
-    published, trainer = Publication(run, done, target), None
-    for number in range(1, target + 1):
+    trackers.send(done)
+    settled = min(count_settled(recipe) or 0, target)  # rounds that need not be looked up again
+    if not done:
+        settle(recipe, 0)
+    published, trainer = Publication(run, recipe, done=done, target=target), run.find(round_slot(settled, "trainer"))
+    if checkpoint := run.find(round_slot(settled, "student")):
+        student = refer_to(recipe.student, checkpoint)
+        teacher = renew_teacher(recipe, teacher, student=student)
+    for number in range(settled + 1, target + 1):
         compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
         trained = run_round(
             Round(
@@ -87,10 +109,21 @@ def run_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> dict[
             compute,
         )
         student, trainer = refer_to(recipe.student, trained.student), trained.trainer
+        teacher = renew_teacher(recipe, teacher, student=student)
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
+        if number >= min(done, target):
+            settle(recipe, number)
         if number > done:
             published.add_round(number)
+            trackers.send(number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
+
+
+def plan_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> tuple[int, int]:
+    """How many rounds the run has, and how many it shall have."""
+    done = Run(recipe.root, recipe.name).rounds_done()
+    target = recipe.rounds if rounds is None else rounds
+    return done, target if at_most is None else min(target, done + at_most)
 
 
 def run_round(round: Round, compute: Compute) -> Trained:
@@ -104,7 +137,8 @@ def run_round(round: Round, compute: Compute) -> Trained:
         if teacher is not None and recipe.objective.needs_teacher:
             shards = run_shards(score_shard, round, shards)
             if SIGNALS[recipe.score.signal].needs_head:
-                round = replace(round, head=keep_head(recipe, teacher))
+                own = round.slot("teacher") if recipe.teacher and recipe.teacher.weights == "round" else "teacher"
+                round = replace(round, head=keep_head(recipe, teacher, own))
         shards = run_shards(align_shard, round, shards)
     check_round(round, shards)
     return run_in_time(compute, train_round, round, shards)
@@ -118,6 +152,18 @@ def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teac
         check_lead(recipe, teacher=evals, student=student_evals)
 
 
+def make_models(recipe: Recipe) -> tuple[ModelRef | None, ModelRef | None]:
+    """The student and the teacher. None stands for a new student, its own teacher with it, and for no teacher."""
+    teacher = make_model(recipe, recipe.teacher) if recipe.teacher and not recipe.self_taught else None
+    student = None if recipe.student.scratch else make_model(recipe, recipe.student)
+    return student, teacher or (teacher_of(recipe, student) if student else None)
+
+
+def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
+    """The student as its own teacher, in the teacher's context; None where the recipe has another teacher, or none."""
+    return make_reference(recipe.teacher, student.path, student.digest) if recipe.teacher and recipe.self_taught else None
+
+
 def make_model(recipe: Recipe, config: Model) -> ModelRef:
     """The model that `config` names. A model that another recipe makes is made first, by the same flow."""
     if config.recipe is None:
@@ -125,7 +171,8 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
         return make_reference(config, config.model)
     overrides = inherit_overrides(recipe, config.recipe)
     maker = load_recipe(config.recipe, overrides)
-    distill(config.recipe, overrides=overrides)
+    if (count_settled(maker) or 0) < maker.rounds:
+        distill(config.recipe, overrides=overrides)
     checkpoint = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
     assert checkpoint is not None
     return refer_to(config, checkpoint)
@@ -134,3 +181,8 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
 def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
     """The reference to a committed checkpoint, used as `config` says."""
     return make_reference(config, checkpoint.path, checkpoint.digest)
+
+
+def renew_teacher(recipe: Recipe, teacher: ModelRef | None, *, student: ModelRef) -> ModelRef | None:
+    """The next round's teacher: the student as it is now where `teacher.weights` says so, else the same as before."""
+    return teacher_of(recipe, student) if recipe.teacher and recipe.teacher.weights == "round" else teacher

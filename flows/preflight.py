@@ -8,7 +8,8 @@ from pydantic import Field
 
 from configs.load import load_recipe
 from flows.compute import hold_accelerators
-from flows.distill import make_model
+from flows.distill import make_models
+from flows.ending import stoppable
 from flows.publish import slug
 from flows.refuse import check_pair, check_recipe
 from tasks.preflight import try_recipe
@@ -26,9 +27,8 @@ def preflight(
     """
     recipe = load_recipe(config, overrides)
     check_recipe(recipe, rendering=False)
-    with hold_accelerators(recipe):
-        teacher = make_model(recipe, recipe.teacher) if recipe.teacher else None
-        student = None if recipe.student.scratch else make_model(recipe, recipe.student)
+    with stoppable(), hold_accelerators(recipe):
+        student, teacher = make_models(recipe)
         check_pair(recipe, student=student, teacher=teacher)
         rows = try_recipe(recipe, prompts, student=student, teacher=teacher)
     create_table_artifact(rows, key=slug(recipe.name, "preflight"))

@@ -1,6 +1,7 @@
-"""What a flow run shows in Prefect's UI: its progress, a table of rounds, a summary, a link to the report."""
+"""What a flow run shows in Prefect's UI: its progress, a table of rounds, a summary, the report's address."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import (
@@ -11,11 +12,15 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from configs.schema import Recipe
+from flows.start import describe_result
 from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
+from tasks.views.card import write_card
 from tasks.views.report import write_report
-from tasks.views.rounds import format_markdown, format_rounds, summarise_rounds
+from tasks.views.rounds import format_rounds, summarise_rounds
+from tasks.views.summary import summarise_run
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
 
@@ -23,9 +28,13 @@ HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats p
 class Publication:
     """The artifacts of one flow run that takes `run` from `done` rounds to `target`."""
 
-    def __init__(self, run: Run, done: int, target: int):
-        self.run, self.done, self.target = run, done, target
-        self.bar = create_progress_artifact(100 * done / max(target, done, 1), key=slug(run.name, "progress"))
+    def __init__(self, run: Run, recipe: Recipe, *, done: int, target: int):
+        self.run, self.recipe, self.done, self.target = run, recipe, done, target
+        self.bar = create_progress_artifact(
+            100 * done / max(target, done, 1),
+            key=slug(run.name, "progress"),
+            description=f"rounds of {run.name}, {target} in all",
+        )
 
     def add_round(self, number: int) -> None:
         """Publish a finished round: the table of rounds, the progress, one line in the log."""
@@ -35,19 +44,27 @@ class Publication:
         update_progress_artifact(self.bar, 100 * number / self.target)  # type: ignore[arg-type]
         figures = [f"{key} {rows[-1][key]}{unit}" for key, unit in HEADLINE.items() if rows[-1].get(key) is not None]
         logger.info("round %d: %s", number, ", ".join(figures))
+        write_card(self.run, number)
 
     def finish(self, student: Artifact) -> dict[str, Any]:
-        """Publish the summary, and the report if a round was added. Returns the flow's result: run, rounds, last student."""
-        table = summarise_rounds(self.run.address)
-        create_markdown_artifact(format_markdown(table, self.run.address), key=slug(self.run.name, "summary"))
+        """Publish the summary and the report, if a round was added. Returns the flow's result: run, rounds, last student."""
         if self.target > self.done:
-            create_link_artifact(write_report(self.run), link_text="report", key=slug(self.run.name, "report"))
-        return {
-            "run": self.run.address,
-            "rounds": self.run.rounds_done(),
-            "student": student.path,
-            "table": format_rounds(table),
-        }
+            address = write_report(self.run)
+            link = Path(address).as_uri() if self.run.local else address
+            about = f"{self.run.name}: rounds, charts, and answers before and after"
+            create_markdown_artifact(
+                summarise_run(self.run, self.recipe), key=slug(self.run.name, "summary"), description=about
+            )
+            about = "the report: one file with everything that it shows; a browser opens it from its own address bar"
+            create_link_artifact(link, link_text=address, key=slug(self.run.name, "report"), description=about)
+        return describe_result(self.run, student)
+
+
+def name_rounds(name: str, *, done: int, target: int) -> str:
+    """What a flow run is called: its recipe and the rounds that it adds, as `quickstart · rounds 4–10`."""
+    if target <= done:
+        return f"{name} · complete"
+    return f"{name} · round {target}" if target == done + 1 else f"{name} · rounds {done + 1}–{target}"
 
 
 def slug(*parts: str) -> str:

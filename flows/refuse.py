@@ -1,24 +1,22 @@
 """Refuse a recipe that cannot work before anything is written, with one message that says what would be right."""
 
-from typing import Literal
-
 from configs.errors import BadInput
 from configs.load import inherit_overrides, load_recipe
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from flows.compute import check_compute
+from flows.start import check_data, models_of
+from flows.track import check_trackers
+from storage.receipt import read_receipt, trust_inputs
 from storage.store import Run, round_slot
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
-from tasks.models.reference import ModelRef, check_machine, make_reference
+from tasks.models.pair import make_markers
+from tasks.models.reference import ModelRef, check_machine, make_reference, read_template
 from tasks.models.text import side
 from tasks.models.weights import check_weights
-from tasks.rows.scorers import check_scorer
-from tasks.rows.sources import check_prompts
 from tasks.training.adapters import check_lora
 from tasks.training.processes import check_processes
-
-ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
 
 
 def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool = True) -> None:
@@ -26,25 +24,27 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
 
     `above` are the recipes that need this one's model. Preflight has `rendering` among its gates.
     """
-    Run(recipe.root, recipe.name).check_recipe(recipe)
-    configs = {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
+    check_data(recipe)
+    trust_inputs(read_receipt(Run(recipe.root, recipe.name)))
+    configs = models_of(recipe)
     for role, config in configs.items() if recipe.compute.runner == "local" else ():
         if config.engine != "server":
             check_machine(role, config)
     check_processes(recipe)
     check_compute(recipe.compute)
-    check_scorer(recipe.evaluate)
-    scratch = recipe.student.scratch
-    check_prompts(recipe.prompts, recipe.seed, references=scratch is not None and scratch.tokenizer_text == "references")
+    check_trackers(recipe)
     refs: dict[str, ModelRef] = {}
     for role, config in configs.items():
+        if config.chat_template is not None:
+            read_template(config.chat_template)  # before a model is made that it is for
         if config.recipe is not None:
             if config.recipe in above:
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
             maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
             check_recipe(maker, (*above, config.recipe), rendering=rendering)
-        if config.model is not None:
-            refs[role] = ref = make_reference(config, config.model)
+        source = recipe.student.model if role == "teacher" and recipe.self_taught else config.model
+        if source is not None:
+            refs[role] = ref = make_reference(config, source)
             if config.engine != "server":
                 check_weights(ref)
             if config.lora is not None:
@@ -66,9 +66,15 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
             f"score.k = {recipe.score.k} is more than the {side(teacher).vocabulary.size} ids "
             f"of the teacher's vocabulary ({teacher.path}); set score.k to at most that"
         )
-    if student is None or teacher is None or not recipe.objective.one_tokenizer:
+    if student is None or teacher is None:
         return
-    if not side(student).vocabulary.same_as(side(teacher).vocabulary):
+    same = make_markers(recipe, student=side(student), teacher=side(teacher)).same
+    if same and recipe.teacher is not None and recipe.teacher.markers:
+        raise BadInput(
+            f"teacher.markers pairs what two tokenizers write; {student.path} and {teacher.path} have one, so their control "
+            "tokens are tokens like any other; leave it out"
+        )
+    if recipe.objective.one_tokenizer and not same:
         raise BadInput(
             f"objective.name = '{recipe.objective.name}' needs one tokenizer on both sides; "
             f"the tokenizers of {student.path} and {teacher.path} differ; choose objective.name = 'bytes' or 'gold'"

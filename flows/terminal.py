@@ -1,52 +1,17 @@
-"""The command at a terminal: tables on standard output, the log on standard error, and how a command ends."""
+"""The command at a terminal: tables on standard output, the log on standard error."""
 
 import logging
 import os
-import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tasks.views.escapes import escape_controls
+
 out = Console(width=None if sys.stdout.isatty() else 140)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler, a container's stop or a machine's shutdown sends it."""
-
-
-def catch_stops() -> None:
-    """Let SIGTERM end a command as Ctrl-C does, wherever it arrives.
-
-    Python swallows what is raised in a destructor or a weak reference's callback, as the garbage collector runs them: a stop
-    that arrived there is raised again a moment later.
-    """
-
-    def terminate(*_: Any) -> None:
-        raise Terminated
-
-    def raise_again(swallowed: Any) -> None:
-        stop = swallowed.exc_value
-        if not isinstance(stop, KeyboardInterrupt):
-            sys.__unraisablehook__(swallowed)
-            return
-
-        def stop_now(*_: Any) -> None:
-            raise stop
-
-        signal.signal(signal.SIGALRM, stop_now)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-
-    signal.signal(signal.SIGTERM, terminate)
-    sys.unraisablehook = raise_again
-
-
-def end(message: str, status: int) -> NoReturn:
-    """End the command with one message."""
-    print(f"potstill: {message}", file=sys.stderr)
-    sys.exit(status)
 
 
 def log_plainly() -> None:
@@ -57,15 +22,6 @@ def log_plainly() -> None:
     logger = logging.getLogger("potstill")
     logger.addHandler(handler)
     logger.propagate = False
-
-
-# A model can write sequences that a terminal obeys: they are shown, but for line ends and tabs.
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
-
-def escape_controls(text: str) -> str:
-    """The text with control characters as `\\x1b`."""
-    return text.translate(CONTROLS)
 
 
 def print_line(text: str) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.damage import check_content
 from storage.filesystems import filesystem, move_into_place
 
 
@@ -48,16 +49,22 @@ def measure_parquet(table: pa.Table) -> int:
 
 
 def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
-    """Read a committed table, or the `columns` of it, into memory: one shard."""
+    """Read a committed table, or the `columns` of it, into memory: one shard. Raises Damaged where it is not what it was."""
     fs, path = filesystem(artifact.path)
+    if isinstance(fs, LocalFileSystem) and artifact.digest:
+        check_content(path, artifact.digest)
     with fs.open(path, "rb") as file:
         return pq.read_table(file, columns=columns)
 
 
 def local_folder(artifact: Artifact) -> str:
-    """The local path of a committed folder. It is fetched once where the run lies on a remote filesystem."""
+    """The local path of a committed folder. It is fetched once where the run lies on a remote filesystem.
+
+    Raises Damaged where it is not what it was.
+    """
     fs, path = filesystem(artifact.path)
     if isinstance(fs, LocalFileSystem):
+        check_content(path, artifact.digest)
         return path
     target = Path(tempfile.gettempdir()) / f"potstill-{os.getuid()}" / artifact.digest
     if not target.exists():

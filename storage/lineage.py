@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import IO, Any
 import pyarrow as pa
 
 CHUNK = 1 << 20
+CHECKOUT = Path(__file__).parents[1]
+PACKAGES = ("configs", "storage", "tasks", "flows")
 
 
 def digest_json(value: Any) -> str:
@@ -27,14 +30,14 @@ def digest_table(table: pa.Table) -> str:
 
 
 def digest_file(path: str | Path) -> str:
-    """sha256 of a local file's content."""
-    return _digest_file(os.fspath(path), _stamp_of(Path(path)))
+    """sha256 of a local file's content. It is read again only when the file's size, time or inode has changed."""
+    return _digest_file(os.fspath(path), stamp_of(path))[0]
 
 
 def digest_folder(path: str | Path) -> str:
     """One digest for the names and contents of a local folder's files."""
     root = Path(path)
-    return digest_json({str(f.relative_to(root)): digest_file(f) for f in sorted(root.rglob("*")) if f.is_file()})
+    return digest_json({str(f.relative_to(root)): digest_file(f) for f in files_below(root)})
 
 
 def digest_local(path: str | Path) -> str:
@@ -42,16 +45,48 @@ def digest_local(path: str | Path) -> str:
     return digest_folder(path) if os.path.isdir(path) else digest_file(path)
 
 
-def _stamp_of(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+def files_below(folder: Path) -> list[Path]:
+    """All files of a local folder, at any depth, in order."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+# -- what is known without reading ---------------------------------------------------------------------------------------
+
+Stamp = tuple[int, int, int, int]  # of a file: inode, bytes, times of change of its content and of its entry, in ns
+TICK = 2_000_000_000  # ns: the coarsest clock of a filesystem
+
+_known: dict[tuple[str, Stamp], str] = {}
+
+
+def stamp_of(path: str | Path) -> Stamp:
+    """What changes when a file is written or replaced. A copy may set the first time as it was, nobody sets the second."""
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def know_digest(path: str, stamp: Stamp, digest: str) -> None:
+    """Trust `digest` for a file as long as it has this `stamp`: an earlier process has read it."""
+    _known[path, stamp] = digest
+
+
+def read_once(path: str | Path) -> tuple[Stamp, str] | None:
+    """The stamp and digest of a file, for another process to know; None where it was written while it was read, or just before.
+
+    Two changes within one tick of a filesystem's clock leave the same stamp.
+    """
+    stamp = stamp_of(path)
+    digest, read_at = _digest_file(os.fspath(path), stamp)
+    return (stamp, digest) if max(stamp[2:]) + TICK < read_at else None
 
 
 @lru_cache(maxsize=16_384)
-def _digest_file(path: str, stamp: tuple[int, int, int]) -> str:
-    """Cached per process: gigabytes are read again only when a file's size or time has changed."""
+def _digest_file(path: str, stamp: Stamp) -> tuple[str, int]:
+    """The digest of a file and when it was read, in ns. Cached per process."""
+    read_at = time.time_ns()
+    if (path, stamp) in _known:
+        return _known[path, stamp], read_at
     with open(path, "rb") as file:
-        return digest_stream(file)
+        return digest_stream(file), read_at
 
 
 def digest_stream(file: IO[bytes]) -> str:
@@ -60,6 +95,13 @@ def digest_stream(file: IO[bytes]) -> str:
     while chunk := file.read(CHUNK):
         sha.update(chunk)
     return sha.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def digest_code() -> str:
+    """One digest for the source of this checkout, so that what it has found is not trusted by another version."""
+    sources = {str(f.relative_to(CHECKOUT)): f.read_bytes() for p in PACKAGES for f in sorted((CHECKOUT / p).rglob("*.py"))}
+    return digest_json({name: hashlib.sha256(data).hexdigest() for name, data in sources.items()})
 
 
 @lru_cache(maxsize=1)

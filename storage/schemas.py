@@ -46,7 +46,8 @@ COMPLETIONS = pa.schema(
         "rollout_id": pa.string(),
         "prompt_id": pa.string(),
         "policy": pa.string(),  # digest of the teacher
-        "text": pa.string(),
+        "text": pa.string(),  # without control tokens
+        "token_ids": _ids,  # as sampled, stop included
         "finish_reason": pa.string(),  # stop, length
         "engine": pa.string(),  # the engine that sampled it, with its version
     }
@@ -66,7 +67,7 @@ ROLLOUTS = pa.schema(
         # Only where rollouts are drawn at another temperature than 1, or with top_p or top_k: of token_ids under the student
         # itself, the stop as one event. Else `logprobs` are those, and a table has no such column.
         "model_logprobs": _logprobs,
-        "text": pa.string(),
+        "text": pa.string(),  # without control tokens
         "finish_reason": pa.string(),  # stop, length
         "seed": pa.int64(),
         "engine": pa.string(),
@@ -95,11 +96,12 @@ SCORES = pa.schema(
 ALIGNED = pa.schema(
     {
         "rollout_id": pa.string(),
-        "student_ends": _ids,  # exclusive ends in student tokens, one per unit, the stop unit last
+        "student_ends": _ids,  # exclusive ends in student tokens, one per unit (and per skipped token), the stop unit last
         "teacher_ends": _ids,
         "byte_ends": _ids,
         "kind": pa.list_(pa.int8()),  # tasks/tokens/align.py: Kind
-        "student_logprobs": _logprobs,  # a unit's under the student itself, whichever law it was drawn by; null: not sampled
+        # A unit's under the student itself, whichever law it was drawn by, 0 for a skipped token; null: not sampled.
+        "student_logprobs": _logprobs,
         "teacher_logprobs": _logprobs,
         "status": pa.string(),
         "supervised_bytes": pa.int32(),  # these four sum to the completion's bytes
@@ -107,6 +109,7 @@ ALIGNED = pa.schema(
         "dropped_bytes": pa.int32(),
         "tail_bytes": pa.int32(),
         "units": pa.int32(),  # terms of the loss
+        "unpaired": pa.int32(),  # control tokens that the teacher's side has no counterpart for: skipped, or the row's end
         "canonical": pa.bool_(),  # whether the ids are the encoding of the text
         # The objective's projection of the teacher: one entry per term, in order (tasks/objectives/base.py).
         "term_starts": _ids,  # student tokens whose next-token distributions the term reads
@@ -145,7 +148,7 @@ EVALS = pa.schema(
         "sample": pa.int32(),
         "text": pa.string(),
         "reference": pa.string(),
-        "score": pa.float64(),
+        "score": pa.float64(),  # null, as `correct`, where there is nothing to grade by
         "correct": pa.bool_(),
         "finish_reason": pa.string(),
         "tokens": pa.int32(),

@@ -5,9 +5,9 @@ in this run or in another under the same root, is not done again. A file is writ
 renamed into place, and its manifest is written last. So a data folder holds finished Parquet only, and a reader who follows
 the manifests sees whole artifacts only.
 
-The digest of a committed artifact is computed again before a process first uses it (at most a second per gigabyte; making
-one takes an hour). A truncated, altered or missing artifact is made again. On object storage, which guards its content
-itself, only the size is compared.
+Before a committed artifact is used, its size is compared; its digest is computed again when it is read (`storage.damage`), or
+when `storage.receipt` finds that it has changed. A truncated, altered or missing artifact is made again. On object storage,
+which guards its content itself, only the size is compared.
 """
 
 import json
@@ -16,6 +16,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from configs.load import dump_recipe, list_differences, validate_recipe
 from configs.schema import Recipe
 from storage import disk
 from storage.artifacts import Artifact, write_parquet
+from storage.damage import clear_suspicion, is_suspect
 from storage.filesystems import explain_unreachable
 from storage.folder import Folder
 from storage.lineage import digest_json, digest_local, versions
@@ -173,17 +175,18 @@ class Run(Folder):
         manifest = self.manifest(slot)
         if manifest is not None and manifest["key"] != key:
             return None
-        if problem := self.find_damage(slot, read=self.local):
+        path = None if manifest is None else posixpath.join(self.path, manifest["path"])
+        if problem := self.find_damage(slot, read=path is not None and is_suspect(path)):
             log(f"{slot}: damaged ({problem}); it is made again")
             return None
+        if path is not None:
+            clear_suspicion(path)
         return self.find(slot, key)
 
     def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
         """Link or copy the artifact that another run under this root committed at the same slot under the same key."""
-        entries = self.fs.ls(self.root, detail=True) if self.fs.exists(self.root) else []
-        for path in sorted(entry["name"] for entry in entries if entry["type"] == "directory"):
-            other = Run(self.uri, posixpath.basename(path))
-            if other.name == self.name or (manifest := other.manifest(slot)) is None or manifest["key"] != key:
+        for other in self._others_with(slot):
+            if (manifest := other.manifest(slot)) is None or manifest["key"] != key:
                 continue
             source = posixpath.join(other.path, manifest["path"])
             with self.writing(), self.workspace() as folder:
@@ -200,7 +203,20 @@ class Run(Folder):
             return self.find(slot, key)
         return None
 
+    def _others_with(self, slot: str) -> Iterator["Run"]:
+        """The other runs under this root that have a manifest of `slot`. On object storage each is listed once per process."""
+        if self.local:
+            paths = glob(f"{escape(self.root)}/*/_manifests/{escape(slot)}.json")
+            names = [path.removeprefix(f"{self.root}/").partition("/")[0] for path in paths]
+        else:
+            entries = self.fs.ls(self.root, detail=True) if self.fs.exists(self.root) else []
+            names = [posixpath.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"]
+        others = (Run(self.uri, name) for name in sorted(names) if name != self.name)
+        yield from others if self.local else (other for other in others if slot in _list_once(other))
+
     def _commit_slot(self, slot: str, source: Path, manifest: dict[str, Any]) -> None:
+        _listed.pop(self.address, None)
+        clear_suspicion(posixpath.join(self.path, manifest["path"]))
         if self.fs.exists(self._manifest_path(slot)):
             self.fs.rm_file(self._manifest_path(slot))  # it describes the artifact that is replaced
         self.commit(source, manifest["path"])
@@ -246,6 +262,15 @@ class Run(Folder):
         self.check_recipe(recipe)  # again, because the lock is held now
         if self.frozen_recipe() != recipe:
             self.write_text("run.toml", dump_recipe(recipe))
+
+
+_listed: dict[str, frozenset[str]] = {}  # by address, the slots of runs on object storage
+
+
+def _list_once(run: Run) -> frozenset[str]:
+    if run.address not in _listed:
+        _listed[run.address] = frozenset(run.slots())
+    return _listed[run.address]
 
 
 def _parse_manifest(data: bytes) -> dict[str, Any] | None:

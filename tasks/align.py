@@ -11,21 +11,24 @@ from prefect.cache_policies import NO_CACHE
 from storage.artifacts import read_table
 from storage.schemas import ALIGNED
 from tasks import objectives
+from tasks.models.pair import make_markers, marker_inputs
 from tasks.models.text import Side, side
 from tasks.objectives.base import ObjectiveModule
-from tasks.objectives.pairing import last_of, pair_rows, read_rollouts, sum_units
+from tasks.objectives.pairing import last_of, pair_rows, show_skipped, sum_units
+from tasks.objectives.sampled import read_rollouts
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger
 from tasks.signals import make_signal
 from tasks.signals.base import Signal
 from tasks.signals.head import Head, read_head
 from tasks.tokens.align import Units
+from tasks.tokens.markers import NO_MARKERS, ONE_TOKENIZER, Markers, translate
 from tasks.tokens.ragged import flat, ragged, rows_of
 
-CODE = 3
+CODE = 4
 
 
-@task(name="aligned", task_run_name="aligned-{round.number}-{shard.number}", cache_policy=NO_CACHE)
+@task(name="aligned", task_run_name="round {round.number} · align · shard {shard.number}", cache_policy=NO_CACHE)
 def align_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/aligned/part-…`: units, targets and byte accounts of one shard, in the rollouts' order."""
     recipe, rollouts, scores = round.recipe, shard.rollouts, shard.scores
@@ -39,6 +42,7 @@ def align_shard(round: Round, shard: Shard) -> Shard:
         "recipe": recipe.objective.model_dump(),
         # Hidden states are cut to the likeliest events here; other signals were cut when they were stored.
         "hidden": [round.head.digest, recipe.score.k, recipe.score.top_p] if round.head else None,
+        **marker_inputs(recipe),
     }
 
     def make() -> pa.Table:
@@ -47,7 +51,8 @@ def align_shard(round: Round, shard: Shard) -> Shard:
         signal = make_signal(recipe.score.signal, recipe.score.k, recipe.score.top_p)
         head = read_head(round.head, round.teacher) if round.head and round.teacher else None
         scored = read_table(scores) if scores else None
-        return align_rollouts(read_table(rollouts), scored, objective, signal, head, student=student, teacher=teacher)
+        markers = make_markers(recipe, student=student, teacher=teacher)
+        return align_rollouts(read_table(rollouts), scored, objective, signal, head, markers, student=student, teacher=teacher)
 
     return replace(shard, aligned=round.run.build_table(round.slot("aligned", shard), inputs, make, logger.info))
 
@@ -58,6 +63,7 @@ def align_rollouts(
     objective: ObjectiveModule,
     signal: Signal | None = None,
     head: Head | None = None,
+    markers: Markers = NO_MARKERS,
     *,
     student: Side,
     teacher: Side,
@@ -65,14 +71,17 @@ def align_rollouts(
     """Align a shard of rollouts with its scores: a table with the columns of `storage.schemas.ALIGNED`, in the same order.
 
     Without `scores` the student's side stands for both, and there is no signal. `signal` is the signal of the scores
-    (default: `topk`). `head` is the teacher's head, for a signal that needs it.
+    (default: `topk`). `head` is the teacher's head, for a signal that needs it. `markers` are those that the teacher's texts
+    were made with.
     """
     total_bytes = _sum_rows(student.vocabulary.lengths, rollouts["token_ids"])
-    sampled = read_rollouts(rollouts, student)
-    status = sampled.status
     if scores is None:
         teacher = student
-    else:
+    if student.vocabulary.same_as(teacher.vocabulary):
+        markers = ONE_TOKENIZER
+    sampled = read_rollouts(rollouts, student, markers)
+    status = sampled.status
+    if scores is not None:
         status = np.where(status == "ok", scores["status"].to_numpy(zero_copy_only=False), status)
     wants_laws = "laws" in objective.config.reads
     pairing = pair_rows(sampled, scores, signal or make_signal("topk"), wants_laws, head, student=student, teacher=teacher)
@@ -83,21 +92,24 @@ def align_rollouts(
     status = np.where(np.isin(status, ["empty", "no_unit"]) & (np.diff(projection.offsets) > 0), "ok", status)
 
     covered, ok = last_of(units.byte_ends, units.offsets), status == "ok"
-    student_sums = sum_units(units, units.student_ends, sampled.model_logprobs, sampled.offsets)
-    teacher_sums = sum_units(units, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets)
+    student_sums = sum_units(units, units.student_starts, units.student_ends, sampled.model_logprobs, sampled.offsets)
+    teacher_sums = sum_units(units, units.teacher_starts, units.teacher_ends, pairing.teacher_logprobs, pairing.teacher_offsets)
+    shown, (student_sums, teacher_sums) = show_skipped(units, sampled, student_sums, teacher_sums)
+    unpaired = sampled.escaped + np.bincount(rows_of(sampled.offsets), sampled.skipped, len(ok))
     columns = {
         "rollout_id": rollouts["rollout_id"],
-        "student_ends": ragged(units.student_ends, units.offsets, pa.int32()),
-        "teacher_ends": ragged(units.teacher_ends, units.offsets, pa.int32()),
-        "byte_ends": ragged(units.byte_ends, units.offsets, pa.int32()),
-        "kind": ragged(units.kind, units.offsets, pa.int8()),
-        "student_logprobs": _list_sums(student_sums, units),
-        "teacher_logprobs": _list_sums(teacher_sums, units),
+        "student_ends": ragged(shown.student_ends, shown.offsets, pa.int32()),
+        "teacher_ends": ragged(shown.teacher_ends, shown.offsets, pa.int32()),
+        "byte_ends": ragged(shown.byte_ends, shown.offsets, pa.int32()),
+        "kind": ragged(shown.kind, shown.offsets, pa.int8()),
+        "student_logprobs": _list_sums(student_sums, shown),
+        "teacher_logprobs": _list_sums(teacher_sums, shown),
         "status": pa.array(status),
         "supervised_bytes": np.where(ok, projection.supervised, 0),
         "unmatched_bytes": np.where(ok, covered - projection.supervised, 0),
         "dropped_bytes": np.where(ok, 0, total_bytes),
         "tail_bytes": np.where(ok, total_bytes - covered, 0),
+        "unpaired": unpaired.astype(np.int32),
         "canonical": _check_canonical(rollouts, student),
         **projection.columns(),
     }
@@ -118,8 +130,14 @@ def _list_sums(sums: np.ndarray, units: Units) -> pa.Array:
 
 
 def _check_canonical(rollouts: pa.Table, student: Side) -> pa.Array:
-    """bool `[rows]`: whether a row's ids are the encoding of its text. The share that are not is the retokenisation drift."""
-    stops = set(student.stop_ids)
+    """bool `[rows]`: whether a row's ids are the encoding of its text, of each text between control tokens by itself.
+
+    The share that are not is the retokenisation drift.
+    """
+    texts, stops = rollouts["text"].fill_null("").to_pylist(), set(student.stop_ids)
     bodies = [ids[:-1] if ids and ids[-1] in stops else ids for ids in rollouts["token_ids"].to_pylist()]
-    encoded = student.encoder.encode(rollouts["text"].fill_null("").to_pylist())
+    answers = ONE_TOKENIZER.find(texts, flat(rollouts["token_ids"]), student.vocabulary.beta, student.stop_ids)
+    encoded = student.encoder.encode([text for row, text in enumerate(texts) if row not in answers])
+    for row, ids in zip(answers, translate(list(answers.values()), student.encoder), strict=True):
+        encoded.insert(row, ids)
     return pa.array([ids == body for ids, body in zip(encoded, bodies, strict=True)], pa.bool_())

@@ -6,6 +6,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.models import describe_teacher
 from configs.schema import Gates, Recipe
 from storage.artifacts import Artifact, read_table
 from storage.schemas import GATES
@@ -21,7 +22,7 @@ from tasks.running.progress import logger
 CODE = 1
 
 
-@task(name="gates", task_run_name="gates-{round.number}", cache_policy=NO_CACHE)
+@task(name="gates", task_run_name="round {round.number} · gates", cache_policy=NO_CACHE)
 def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
     """Make `round=…/gates/part-00000`: the figures of a round's rollouts. Raises Stopped where a limit is breached."""
     recipe, limits = round.recipe, round.recipe.gates
@@ -54,7 +55,8 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
 
 def check_lead(recipe: Recipe, *, teacher: Artifact, student: Artifact) -> None:
     """Raise Stopped where, by the evaluations before any training, the teacher is surely below the lead that is required."""
-    gate = lead_gate(recipe.gates, teacher=read_table(teacher), student=read_table(student))
+    tables = {"teacher": read_table(teacher), "student": read_table(student)}
+    gate = lead_gate(recipe.gates, **tables, about=describe_teacher(recipe.student, recipe.teacher))
     require([gate], f"{Run(recipe.root, recipe.name).path}, round 0")
 
 

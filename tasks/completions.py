@@ -12,7 +12,9 @@ from configs.schema import Rollout
 from storage.artifacts import read_table
 from storage.schemas import COMPLETIONS
 from tasks.engines.base import Advance, Sampling, ignore_progress
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
+from tasks.gates.rendering import expect_room
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import prompts_of
@@ -22,10 +24,15 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 3
+CODE = 4
 
 
-@task(name="completions", task_run_name="completions-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(
+    name="completions",
+    task_run_name="round {round.number} · completions · shard {shard.number}",
+    cache_policy=NO_CACHE,
+    **RETRIES,
+)
 def complete_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/completions/part-…`: the teacher's completions for those rows of a shard whose source is the teacher."""
     recipe, config, teacher = round.recipe, round.recipe.rollout, round.teacher
@@ -61,12 +68,13 @@ def make_completions(
     ids = chosen["prompt_id"].to_pylist()
     text_side, generator, records = side(teacher), get_engine(teacher, config.batch_size), []
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
+    expect_room("teacher", teacher, rendered, config.max_new_tokens)
     name = engine_name(teacher)
     sampling, stops = Sampling.of(config), set(text_side.stop_ids)
     sampled = generator.generate(rendered, [row.seed for row in planned], sampling, advance)
     for row, prompt_id, completion in zip(planned, ids, sampled, strict=True):
         text, whole = split_completion(text_side.beta, completion.ids, stops)
         finish = "stop" if whole and completion.ids[-1] in stops else "length"
-        record = (row.rollout_id, prompt_id, teacher.digest, text, finish, name)
+        record = (row.rollout_id, prompt_id, teacher.digest, text, completion.ids, finish, name)
         records.append(dict(zip(COMPLETIONS.names, record, strict=True)))
     return pa.Table.from_pylist(records, COMPLETIONS)

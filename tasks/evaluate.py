@@ -14,21 +14,23 @@ from storage.artifacts import Artifact, read_table
 from storage.schemas import EVALS
 from storage.store import Run, round_slot
 from tasks.engines.base import Sampling
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
+from tasks.models.pair import find_answers, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
-from tasks.models.text import side, teacher_ids
+from tasks.models.text import side
 from tasks.rows.messages import Prompt, load_prompts
-from tasks.rows.scorers import make_scorer
+from tasks.rows.scorers import is_graded, make_scorer
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.token_bytes import spell_answer, split_completion
 
-CODE = 2
+CODE = 3
 
 
-@task(name="evaluate", task_run_name="evaluate-{number}-{role}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="evaluate", task_run_name="round {number} · evaluate {role}", cache_policy=NO_CACHE, **RETRIES)
 def evaluate_model(
     recipe: Recipe,
     number: int,
@@ -48,7 +50,7 @@ def evaluate_model(
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,
-        "recipe": recipe.evaluate.model_dump(),
+        "recipe": select_content(recipe, "evaluate"),
         "rollout": select_content(recipe, "rollout"),
         "seed": recipe.seed,
         "role": role,
@@ -56,6 +58,10 @@ def evaluate_model(
     }
     if teacher is not None and needs_rescoring(recipe, model):
         inputs["divergence"] = "both at temperature 1"
+    if teacher is not None and model != teacher:
+        inputs |= marker_inputs(recipe)
+    if not all(is_graded(recipe.evaluate.scorer, row) for row in read_table(prompts, ["reference", "metadata"]).to_pylist()):
+        inputs["graded"] = "what has a reference"
 
     def make() -> pa.Table:
         rows = read_table(prompts).to_pylist()
@@ -94,7 +100,8 @@ def evaluate_prompts(
                 for row, ids, completion in zip(rows, rendered, completions, strict=True):
                     whole = split_completion(text_side.beta, completion.ids, stops)[1]
                     text, answer = spell_answer(text_side.beta, completion.ids, stops)
-                    value = max(score(text, row), score(answer, row))
+                    graded = is_graded(recipe.evaluate.scorer, row)
+                    value = max(score(text, row), score(answer, row)) if graded else None
                     records.append(
                         {
                             "model": role,
@@ -105,7 +112,7 @@ def evaluate_prompts(
                             "text": text,
                             "reference": row["reference"],
                             "score": value,
-                            "correct": value >= 1.0,
+                            "correct": None if value is None else value >= 1.0,
                             "finish_reason": "stop" if completion.ids[-1] in stops else "length",
                             "tokens": len(completion.ids),
                             "bytes": len(text.encode()),
@@ -132,9 +139,11 @@ def _add_teacher_logprobs(
         prompts, completions = ([record[name] for record in records] for name in ("prompt_token_ids", "token_ids"))
         for record, scored in zip(records, engine.score(prompts, completions, make_signal("sampled")), strict=True):
             record["logprob"] = float(scored.logprobs.sum(dtype=np.float64))
-    ids = teacher_ids(records, t_side, side(model).vocabulary.same_as(t_side.vocabulary))
-    # A text that ends before the student's last token has no counterpart on the teacher's side.
-    scorable = [i for i, completion in enumerate(ids) if completion and records[i]["whole"]]
+    markers = make_markers(recipe, student=side(model), teacher=t_side)
+    ids = teacher_ids(records, student=side(model), teacher=t_side, markers=markers)
+    # A text that ends before the student's last token, or lacks one of them, has no counterpart on the teacher's side.
+    answers = {} if markers.same else find_answers(records, side(model), markers)
+    scorable = [n for n, row in enumerate(ids) if row and records[n]["whole"] and (n not in answers or answers[n].paired)]
     engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
     prompts = [t_side.render(*by_id[records[i]["prompt_id"]]) for i in scorable]
     scores = engine.score(prompts, [ids[i] or [] for i in scorable], make_signal("sampled"))

@@ -1,6 +1,7 @@
 """The preflight stage: a small round in memory, on a few prompts. It finds what would make a run fail or waste its time."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.models import describe_teacher
 from configs.schema import Recipe
 from configs.signals import SIGNALS
 from tasks import objectives
@@ -17,6 +19,7 @@ from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
 from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
+from tasks.gates.expected import expect, expected_gate
 from tasks.gates.gate import Gate
 from tasks.gates.rendering import rendering_gates
 from tasks.gates.round import engine_gates, lead_gate
@@ -64,11 +67,17 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
-    started = time.monotonic()
-    rollouts = roll_out_sample(sample)
-    scores = None if teacher is None else score_sample(sample, rollouts, teacher)
-    seconds = time.monotonic() - started
-    gates += [chance_gate(sample, role, ref) for role, ref in sample.sides().items()]
+    rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample))
+    tables, scores = [rollouts], None
+    if teacher is not None:
+        scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
+        seconds += more
+    expected = {}
+    for role, ref in sample.sides().items():
+        gates.append(chance_gate(sample, role, ref))
+        expected[role] = expect(sample, role, ref)
+    if teacher is not None:
+        gates.append(expected_gate(sample, student=expected["student"], teacher=expected["teacher"]))
     release()
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None and scores is not None:
@@ -77,10 +86,19 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
         same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
         _, loss = align_sample(sample, rollouts, score_sample(sample, rollouts, same), same)
         gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
-        gates += objective_gates(sample, rollouts, *align_sample(sample, rollouts, scores, teacher), teacher)
+        aligned, loss = align_sample(sample, rollouts, scores, teacher)
+        tables += [scores, aligned]
+        gates += objective_gates(sample, rollouts, aligned, loss, teacher)
         gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
     release()
-    return [*gates, *cost_gates(sample, [rollouts] if scores is None else [rollouts, scores], seconds)]
+    return [*gates, *cost_gates(sample, tables, seconds)]
+
+
+def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table]) -> tuple[pa.Table, float]:
+    """What `make` makes with a model, and the seconds that it takes once the model is loaded."""
+    sample.engine(ref)
+    started = time.monotonic()
+    return make(), time.monotonic() - started
 
 
 def roll_out_sample(sample: Sample) -> pa.Table:
@@ -94,10 +112,11 @@ def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_to
     """A teacher's scores of the rollouts, in batches of `batch_tokens` (default: the recipe's)."""
     rows = rollouts.select(["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]).to_pylist()
     prompts = dict(zip(sample.prompts["prompt_id"].to_pylist(), sample.asked, strict=True))
-    as_sampled = side(sample.student).vocabulary.same_as(side(teacher).vocabulary)
+    student, markers = side(sample.student), sample.markers(teacher)
     config = sample.recipe.score
     signal = make_signal(config.signal, config.k, config.top_p)
-    return score_rows(rows, prompts, sample.engine(teacher, batch_tokens), side(teacher), signal, as_sampled)
+    engine = sample.engine(teacher, batch_tokens)
+    return score_rows(rows, prompts, engine, signal, markers, student=student, teacher=side(teacher))
 
 
 def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: ModelRef) -> tuple[pa.Table, float]:
@@ -110,7 +129,8 @@ def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: 
         head = head_of(engine.model, engine.size)
     objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
     signal = make_signal(config.signal, config.k, config.top_p)
-    aligned = align_rollouts(rollouts, scores, objective, signal, head, student=s_side, teacher=t_side)
+    markers = sample.markers(teacher)
+    aligned = align_rollouts(rollouts, scores, objective, signal, head, markers, student=s_side, teacher=t_side)
     return aligned, mean_loss(recipe, rollouts, aligned, student=sample.student, teacher=teacher)
 
 
@@ -121,4 +141,5 @@ def measure_lead(sample: Sample, prompts: pa.Table, teacher: ModelRef) -> Gate:
         role: pa.Table.from_pylist(evaluate_prompts(sample.recipe, 0, role, ref, rows))
         for role, ref in (("teacher", teacher), ("student", sample.student))
     }
-    return lead_gate(sample.recipe.gates, teacher=tables["teacher"], student=tables["student"])
+    about = describe_teacher(sample.recipe.student, sample.recipe.teacher)
+    return lead_gate(sample.recipe.gates, **tables, about=about)

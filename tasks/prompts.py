@@ -11,7 +11,7 @@ from storage.artifacts import Artifact, read_table
 from storage.store import Run
 from tasks.rows.accounts import describe_account
 from tasks.rows.round import SplitPrompts
-from tasks.rows.sources import deal_prompts, digest_files, field_of, warn_of_few
+from tasks.rows.sources import deal_prompts, digest_source, field_of, warn_of_few
 from tasks.rows.split import Split
 from tasks.running.progress import logger
 
@@ -23,7 +23,7 @@ def make_prompts(recipe: Recipe) -> SplitPrompts:
     """`prompts/train` and `prompts/eval`, disjoint, and `accounts/prompts`."""
     run, config = Run(recipe.root, recipe.name), recipe.prompts
     inputs = {"stage": "prompts", "code": CODE, "recipe": config.model_dump(mode="json"), "seed": recipe.seed}
-    inputs["files"] = digest_files(config)
+    inputs["files"] = digest_source(config)
     dealt: list[Split] = []
 
     def deal() -> Split:

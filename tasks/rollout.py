@@ -10,10 +10,13 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
 from configs.schema import Rollout
-from storage.artifacts import read_table
+from storage.artifacts import Artifact, read_table
 from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
+from tasks.gates.rendering import expect_room
+from tasks.models.pair import make_markers, marker_inputs, student_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import prompts_of
@@ -24,10 +27,10 @@ from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 2
+CODE = 3
 
 
-@task(name="rollouts", task_run_name="rollouts-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="rollouts", task_run_name="round {round.number} · rollouts · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def roll_out(round: Round, shard: Shard) -> Shard:
     """Make `round=…/rollouts/part-…`: one shard's completions. Rows whose source is the teacher get `shard.completions`."""
     recipe, config = round.recipe, round.recipe.rollout
@@ -42,15 +45,24 @@ def roll_out(round: Round, shard: Shard) -> Shard:
         "seed": recipe.seed,
         "round": round.number,
         "part": shard.number,
+        **(marker_inputs(recipe) if shard.completions else {}),
     }
 
     def make() -> pa.Table:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
-        completions = read_table(shard.completions).to_pylist() if shard.completions else []
+        completions = _translate_completions(round, shard.completions) if shard.completions else []
         return make_rollouts(rows, prompts, config, round.number, round.student, completions)
 
     return replace(shard, rollouts=round.run.build_table(round.slot("rollouts", shard), inputs, make, logger.info))
+
+
+def _translate_completions(round: Round, completions: Artifact) -> list[dict[str, Any]]:
+    """The teacher's completions with the student's ids, None where it cannot spell them, and whether these are all of them."""
+    rows, student, teacher = read_table(completions).to_pylist(), side(round.student), side(round.teacher or round.student)
+    markers = make_markers(round.recipe, student=student, teacher=teacher)
+    translated = student_ids(rows, student=student, teacher=teacher, markers=markers)
+    return [{**row, "token_ids": ids, "whole": whole} for row, (ids, whole) in zip(rows, translated, strict=True)]
 
 
 def make_rollouts(
@@ -58,12 +70,14 @@ def make_rollouts(
 ) -> pa.Table:
     """Make the completion of each of `rows` from its source: the student, the reference, or the teacher's `completions`.
 
+    Those have `token_ids` of the student's, and `whole`: whether nothing of the completion is missing.
     Returns a table with the columns of `storage.schemas.ROLLOUTS`, in order of `rows`.
     """
     chosen = prompts.take(np.array([row.prompt for row in rows]))
     references = chosen["reference"].to_pylist()
     text_side, name = side(student), engine_name(student)
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
+    expect_room("student", student, rendered, config.max_new_tokens)
     sampling = Sampling.of(config)
     filled: dict[int, dict[str, Any]] = {}
 
@@ -77,14 +91,16 @@ def make_rollouts(
             scores = generator.score([rendered[i] for i in on_policy], [c.ids for c in sampled], make_signal("sampled"))
             for i, scored in zip(on_policy, scores, strict=True):
                 filled[i]["model_logprobs"] = scored.logprobs
+    spelled = text_side.encoder.encode([text or "" for text in references])
     by_teacher = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
-            filled[i] = _fields_of_text(references[i], True, text_side, config.max_new_tokens)
+            filled[i] = _fields_of_ids(spelled[i], references[i], True, text_side, config.max_new_tokens)
         elif row.source == "teacher":
             completion = by_teacher[row.rollout_id]
-            stopped = completion["finish_reason"] == "stop"
-            filled[i] = _fields_of_text(completion["text"], stopped, text_side, config.max_new_tokens)
+            stopped = completion["finish_reason"] == "stop" and completion["whole"]
+            ids, text = completion["token_ids"], completion["text"]
+            filled[i] = _fields_of_ids(ids, text, stopped, text_side, config.max_new_tokens)
             filled[i] |= {"policy": completion["policy"], "engine": completion["engine"]}
 
     table = pa.Table.from_pylist(
@@ -118,16 +134,15 @@ def _fields_of_sample(completion: Completion, text_side: Side) -> dict[str, Any]
     }
 
 
-def _fields_of_text(text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
+def _fields_of_ids(ids: list[int] | None, text: str | None, ended: bool, text_side: Side, limit: int) -> dict[str, Any]:
     """A reference or teacher's text in the student's ids, cut at the limit like a sample.
 
     A missing reference, or a text that the tokenizer cannot spell byte for byte, has no ids: the align stage drops and counts
     its row.
     """
-    ids = None if text is None else text_side.encoder.encode([text])[0]
     if text is None or ids is None:
         return {"token_ids": [], "logprobs": None, "text": text, "finish_reason": "length"}
     ids = [*ids, *text_side.stop_ids[:ended]][:limit]
     stopped = ended and ids[-1] == text_side.stop_ids[0]
-    kept = text if stopped else split_completion(text_side.beta, ids, set())[0]
+    kept = split_completion(text_side.beta, ids, set(text_side.stop_ids))[0]
     return {"token_ids": ids, "logprobs": None, "text": kept, "finish_reason": "stop" if stopped else "length"}

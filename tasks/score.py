@@ -9,6 +9,7 @@ import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.errors import BadInput
 from configs.load import select_content
 from configs.schema import Recipe
 from configs.signals import SIGNALS
@@ -17,10 +18,13 @@ from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
-from tasks.engines.choose import engine_name, get_engine
+from tasks.engines.choose import get_engine
+from tasks.engines.names import engine_name
 from tasks.engines.transformers import TransformersEngine
+from tasks.gates.rendering import context_of
+from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
-from tasks.models.text import Side, side, teacher_ids
+from tasks.models.text import Side, side
 from tasks.rows.messages import Prompt, prompts_of
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
@@ -28,21 +32,25 @@ from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
 from tasks.signals.base import Signal
 from tasks.signals.head import head_of, save_head
+from tasks.tokens.markers import Markers
 
 CODE = 2
 HEAD_CODE = 1
 ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 
 
-@task(name="scores", task_run_name="scores-{round.number}-{shard.number}", cache_policy=NO_CACHE, **RETRIES)
+@task(name="scores", task_run_name="round {round.number} · scores · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
     recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
     assert teacher is not None
     assert shard.rollouts is not None
-    as_sampled = side(round.student).vocabulary.same_as(side(teacher).vocabulary)
-    # The key holds the scored columns only: another student's rollouts with the same texts need no new scores.
-    scored = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason"] + ["token_ids"] * as_sampled)
+    student, markers = side(round.student), make_markers(recipe, student=side(round.student), teacher=side(teacher))
+    scored = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"])
+    if not markers.same:
+        # The key holds what is scored: other rollouts with the same texts need no new scores. Ids count where they are more.
+        scored = hide_ids(scored, student, markers)
+    said = marker_inputs(recipe) if "token_ids" in scored.column_names else {}
     inputs = {
         "stage": "scores",
         "code": CODE,
@@ -51,7 +59,8 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         "prompts": round.prompts.digest,
         "rollouts": digest_table(scored),
         "recipe": _stored_fields(recipe),
-        "as_sampled": as_sampled,
+        "as_sampled": markers.same,
+        **({} if markers.same else said),
     }
 
     def make() -> pa.Table:
@@ -61,14 +70,14 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
         signal = make_signal(config.signal, config.k, config.top_p)
         with progress(f"round {round.number} scores", len(rows)) as advance:
-            return score_rows(rows, prompts, engine, side(teacher), signal, as_sampled, advance)
+            return score_rows(rows, prompts, engine, signal, markers, advance, student=student, teacher=side(teacher))
 
     return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
 
 
 @task(name="head", cache_policy=NO_CACHE)
-def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
-    """Make `teacher/`: the weights of the teacher's head, for a signal that needs them to be read."""
+def keep_head(recipe: Recipe, teacher: ModelRef, slot: str = "teacher") -> Artifact:
+    """Make `teacher/` (or another `slot`): the weights of the teacher's head, for a signal that needs them to be read."""
     run = Run(recipe.root, recipe.name)
     inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
 
@@ -79,7 +88,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef) -> Artifact:
         save_head(head, folder / "teacher")
         return {"teacher": len(head.weight)}
 
-    return run.build_files({"teacher": "teacher"}, inputs, make, logger.info)["teacher"]
+    return run.build_files({"teacher": slot}, inputs, make, logger.info)["teacher"]
 
 
 def _stored_fields(recipe: Recipe) -> dict[str, Any]:
@@ -92,21 +101,30 @@ def score_rows(
     rows: Sequence[dict[str, Any]],
     prompts: dict[str, Prompt],
     engine: Engine,
-    teacher: Side,
     signal: Signal,
-    as_sampled: bool,
+    markers: Markers,
     advance: Advance = ignore_progress,
+    *,
+    student: Side,
+    teacher: Side,
 ) -> pa.Table:
-    """Scores of `rows` (rollouts with prompt_id, token_ids, text, finish_reason): one row of `SCORES` each, in order.
+    """Scores of `rows` (rollouts with prompt_id, text, finish_reason, and token_ids where they are more than the text).
 
-    `prompts` are by `prompt_id`. `as_sampled`: the sampled ids are scored, not the encoding of the text.
+    One row of `SCORES` each, in order. `prompts` are by `prompt_id`.
     """
-    completions = teacher_ids(rows, teacher, as_sampled)
+    completions = teacher_ids(rows, student=student, teacher=teacher, markers=markers)
+    context = context_of(teacher.ref)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
         scorable = [i for i in batch if completions[i]]
         rendered = [teacher.render(*prompts[rows[i]["prompt_id"]]) for i in scorable]
+        lengths = [len(ids) + len(completions[i] or []) for i, ids in zip(scorable, rendered, strict=True)]
+        if context and max(lengths, default=0) > context:
+            raise BadInput(
+                f"teacher: room: a prompt with its answer has {max(lengths)} tokens, and {teacher.ref.path} has room for "
+                f"{context}; shorten the prompts, lower rollout.max_new_tokens, or take a model with a longer context"
+            )
         results = engine.score(rendered, [completions[i] or [] for i in scorable], signal)
         by_row: dict[int, TokenScores] = dict(zip(scorable, results, strict=True))
         for i in batch:

@@ -16,7 +16,7 @@ from tasks.training.trainer import JOB, Job, count_steps, train
 CODE = 4
 
 
-@task(name="train", task_run_name="train-{round.number}", cache_policy=NO_CACHE)
+@task(name="train", task_run_name="round {round.number} · train", cache_policy=NO_CACHE)
 def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
     """Make `round=…/student`, `…/trainer` and `…/steps/part-00000` in one piece of work.
 

@@ -23,6 +23,7 @@ class Forks:
     """The other end: starts the process, and commands in it, as many at a time as asked for."""
 
     def __init__(self, server: str):
+        self.server = server
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__],  # tests/ray is not Ray
             stdin=subprocess.PIPE,
@@ -70,6 +71,7 @@ def command(arguments: list[str], folder: str, out: str, err: str, patient: bool
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, number)
         os.close(opened)
+    os.setpgid(0, 0)  # a group of its own, to be signalled as a whole
     os.chdir(folder)
     for stage in [] if patient else retried():
         stage.retry_delay_seconds = 0

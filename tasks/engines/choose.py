@@ -2,29 +2,19 @@
 
 import gc
 from functools import lru_cache
-from importlib.metadata import version
 
 import torch
 
 from configs.errors import Unavailable
 from tasks.engines.base import Engine
+from tasks.engines.names import engine_name
 from tasks.engines.server import ServerEngine
 from tasks.engines.transformers import TransformersEngine
-from tasks.engines.vllm import VllmEngine, vllm_version
+from tasks.engines.vllm import VllmEngine
 from tasks.models.reference import ModelRef
 
 _loaded: dict[ModelRef, TransformersEngine | VllmEngine] = {}
 _connect = lru_cache(maxsize=8)(ServerEngine)
-
-
-def engine_name(ref: ModelRef) -> str:
-    """The engine with its version, for keys and the `engine` column.
-
-    A server has no version here: its scores stay valid when it is upgraded or stopped.
-    """
-    if ref.engine == "vllm":
-        return f"vllm-{vllm_version(ref.vllm_python)}"
-    return "server" if ref.engine == "server" else f"transformers-{version('transformers')}"
 
 
 def get_engine(ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384) -> Engine:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,14 @@ import pyarrow as pa
 
 from configs.errors import BadInput, Unavailable
 from tasks.engines.base import Advance, Completion, Sampling, ignore_progress
+from tasks.engines.names import CHILD
 from tasks.engines.remote import RemoteEngine
 from tasks.models.reference import ModelRef, dtype_of
 from tasks.running.progress import logger
 from tasks.signals.base import Top
 
-CHILD = Path(__file__).with_name("vllm_child.py")
 LAST_WORDS = 15  # lines of a child's output that an error quotes
 IDS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-
-
-@lru_cache(maxsize=4)
-def vllm_version(python: str) -> str:
-    """The version of vLLM that this interpreter has."""
-    try:
-        process = subprocess.run([python, "-I", CHILD, "version"], capture_output=True, text=True, timeout=120, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        words = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise BadInput(
-            f"vllm_python: {python} is not a Python with vLLM ({words[-1] if words else error}); run `make vllm`, "
-            "or give the path of a Python that has it"
-        ) from None
-    return process.stdout.strip()
 
 
 class VllmEngine(RemoteEngine):
@@ -128,6 +113,7 @@ class Child:
                 stderr=log,
                 text=True,
                 env=environment(ref.device),
+                start_new_session=True,  # a signal to the command's group is the command's; the child ends with its input
             )
         try:
             self._read_reply()

@@ -50,6 +50,12 @@ KINDS = {
     "chance": GateKind(
         SHARE, "the model predicts text hardly better than a uniform guess: the tokenizer does not belong to the weights"
     ),
+    "expected": GateKind(
+        SHARE,
+        "one side begins with thinking or a control token where the other does not: switch it off with "
+        "chat_template_kwargs = { enable_thinking = false } where its template reads that, else close it with prefix; where "
+        "both are to think, pair their tokens in teacher.markers",
+    ),
     "matched": GateKind(
         SHARE, "the vocabularies have little in common: choose objective.name = 'bytes', which needs no match", least=True
     ),

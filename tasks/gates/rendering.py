@@ -14,7 +14,7 @@ from tasks.models.chat import Message
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import load_prompts
-from tasks.rows.sources import digest_files, split_prompts
+from tasks.rows.sources import digest_source, split_prompts
 
 SECONDS = 10.0  # for a side; of more prompts than that the others are left to the stages
 LONG = 16  # characters that a text does not hold by chance
@@ -27,7 +27,7 @@ _passed: set[str] = set()  # what this process has looked at already: a command 
 def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
     """Raise BadInput where a side cannot read the prompts of a recipe as they are meant. Of a task two items are made."""
     config, most, rows = recipe.prompts, recipe.rollout.max_new_tokens, None
-    files = digest_files(config)
+    files = digest_source(config)
     for role, ref in sides.items():
         key = digest_json([role, ref.path, ref.identity, config.model_dump(mode="json"), files, recipe.seed, most])
         if key in _passed:
@@ -54,26 +54,41 @@ def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_token
     """
     text_side, lengths, closed, lost, first = side(ref), [], 0, 0, ""
     started = time.monotonic()
-    for number, (messages, tools) in enumerate(load_prompts(rows)):
+    for number, prompt in enumerate(load_prompts(rows)):
         if time.monotonic() - started > SECONDS:
             break
         try:
-            ids = text_side.render(messages, tools)
+            ids = text_side.render(*prompt)
         except BadInput as error:
             raise BadInput(f"{role}, {name_row(rows, number)}: {error}") from None
         lengths.append(len(ids))
         closed += is_closed(text_side, ids)
-        if what := find_lost(text_side, text_side.frame(messages), tools):
+        if what := find_lost(text_side, text_side.frame(prompt.messages, prompt.fields), prompt.tools):
             lost, first = lost + 1, first or f"; {name_row(rows, number)}: {what}"
     if not lengths:
         return
     of = f"of {len(lengths)} prompts" + (f" that were looked at (there are {len(rows)})" if len(lengths) < len(rows) else "")
     yield Gate(f"{role}: kept", lost, 0, detail=of + first)
     yield Gate(f"{role}: closed", closed, 0, detail=of)
-    if context := context_of(ref):
-        over, longest = sum(n + max_new_tokens > context for n in lengths), max(lengths)
-        detail = f"longest prompt {longest} tokens, and rollout.max_new_tokens = {max_new_tokens}; too long: {over} {of}"
-        yield Gate(f"{role}: room", longest + max_new_tokens, context, detail=detail)
+    if gate := room_gate(role, ref, lengths, max_new_tokens, of):
+        yield gate
+
+
+def room_gate(role: str, ref: ModelRef, lengths: Sequence[int], max_new_tokens: int, of: str = "") -> Gate | None:
+    """Whether prompts of these lengths, in tokens, leave room for an answer; None where the model sets no limit."""
+    if not lengths or not (context := context_of(ref)):
+        return None
+    over, longest = sum(n + max_new_tokens > context for n in lengths), max(lengths)
+    of = of or f"of {len(lengths)} prompts"
+    detail = f"longest prompt {longest} tokens, and rollout.max_new_tokens = {max_new_tokens}; too long: {over} {of}"
+    return Gate(f"{role}: room", longest + max_new_tokens, context, detail=detail)
+
+
+def expect_room(role: str, ref: ModelRef, rendered: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raise BadInput where prompts of a shard leave no room: `refuse_rendering` looks at as many as it has time for."""
+    gate = room_gate(role, ref, [len(ids) for ids in rendered], max_new_tokens)
+    if gate is not None and gate.ok is False:
+        raise BadInput(gate.complaint())
 
 
 def name_row(rows: Sequence[Row], number: int) -> str:

@@ -19,15 +19,19 @@ COMPARED = 32  # samples of a round that are run through the trainer's model
 RUN = 4  # tokens of a run that counts as repeated
 
 
-def lead_gate(limits: Gates, *, teacher: pa.Table, student: pa.Table) -> Gate:
+def lead_gate(limits: Gates, *, teacher: pa.Table, student: pa.Table, about: str = "") -> Gate:
     """The teacher's accuracy less the student's on the same prompts, from `evals` tables; of sampled answers if there are any.
 
-    The figure of the gate is the upper end of the 95% interval, so that chance alone does not stop a run.
+    `about` says what else sets the two apart than their weights. The figure of the gate is the upper end of the 95% interval,
+    so that chance alone does not stop a run.
     """
     t_shares, s_shares = _shares_correct_of(teacher), _shares_correct_of(student)
+    if not len(t_shares):
+        return Gate("lead", None, limits.lead, detail="no prompt has a reference to grade by")
     leads = t_shares - s_shares
     spread = 1.96 * float(leads.std(ddof=1)) / len(leads) ** 0.5 if len(leads) > 1 else 1.0
     detail = f"teacher {t_shares.mean():.3f}, student {s_shares.mean():.3f}; the lead is at most the figure, with 97.5%"
+    detail += f"; {about}" * bool(about)
     if not t_shares.any() and not s_shares.any():
         return Gate("lead", None, limits.lead, detail="no answer of either is right")
     return Gate("lead", float(leads.mean()) + spread, limits.lead, detail=detail)
@@ -38,7 +42,7 @@ def _shares_correct_of(evals: pa.Table) -> np.ndarray:
     frame = pl.from_arrow(evals)
     assert isinstance(frame, pl.DataFrame)
     kind = "sampled" if (frame["decoding"] == "sampled").any() else "greedy"
-    some = frame.filter(pl.col("decoding") == kind)
+    some = frame.filter(pl.col("decoding") == kind).drop_nulls("correct")
     return some.group_by("prompt_id").agg(pl.col("correct").mean()).sort("prompt_id")["correct"].to_numpy()
 
 

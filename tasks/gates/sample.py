@@ -8,8 +8,11 @@ import pyarrow as pa
 from configs.schema import Recipe
 from tasks.engines.base import Engine
 from tasks.engines.choose import get_engine
+from tasks.models.pair import make_markers
 from tasks.models.reference import ModelRef
+from tasks.models.text import side
 from tasks.rows.messages import Prompt, prompts_of
+from tasks.tokens.markers import Markers
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Sample:
     def sides(self) -> dict[str, ModelRef]:
         """The models by role; without a teacher the student alone."""
         return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+
+    def markers(self, teacher: ModelRef) -> Markers:
+        """The recipe's markers, between the student and a teacher."""
+        return make_markers(self.recipe, student=side(self.student), teacher=side(teacher))
 
     def engine(self, ref: ModelRef, batch_tokens: int | None = None) -> Engine:
         """A model's engine, with the recipe's batches or with `batch_tokens`."""

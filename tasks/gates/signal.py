@@ -12,7 +12,7 @@ from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
-from tasks.objectives.pairing import model_logprobs_of
+from tasks.objectives.sampled import model_logprobs_of
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.align import Kind
@@ -75,9 +75,12 @@ def objective_gates(sample: Sample, rollouts: pa.Table, aligned: pa.Table, loss:
     counts = {name: pc.sum(aligned[f"{name}_bytes"]).as_py() for name in ("supervised", "unmatched", "dropped", "tail")}
     share = counts["supervised"] / max(sum(counts.values()), 1)
     detail = ", ".join(f"{name} {count} bytes" for name, count in counts.items())
+    if unpaired := pc.sum(aligned["unpaired"]).as_py():
+        detail += f"; control tokens without a counterpart: {unpaired} (see teacher.markers)"
     yield Gate("supervised", share, limits.supervised, detail=detail)
     kinds = flat(aligned["kind"])[0]
     limit = limits.one_to_one if objective.needs_one_to_one else None
+    kinds = kinds[kinds < Kind.MARKER]
     single = float(np.isin(kinds, [Kind.ONE_TO_ONE, Kind.STOP]).mean()) if len(kinds) else None
     yield Gate("one to one", single, limit, detail="units of one token on both sides")
     s_vocabulary, t_vocabulary = side(sample.student).vocabulary, side(teacher).vocabulary

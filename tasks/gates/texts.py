@@ -12,10 +12,11 @@ from tasks.models.text import Side, side
 def text_gates(sample: Sample) -> Iterator[Gate]:
     """Both tokenizers and templates on the prompts."""
     limits = sample.recipe.gates
-    texts = [m["content"] for messages, _ in sample.asked for m in messages]
-    texts += [text for text in sample.prompts["reference"].to_pylist() if text]
+    references = [text for text in sample.prompts["reference"].to_pylist() if text]
     for role, ref in sample.sides().items():
         text_side = side(ref)
+        framed = [text_side.frame(prompt.messages, prompt.fields) for prompt in sample.asked]
+        texts = [message["content"] for messages in framed for message in messages] + references
         yield stops_gate(role, text_side)
         spelled = [ids is not None for ids in text_side.encoder.encode(texts)]
         detail = f"of {len(texts)} texts" if all(spelled) else f"for example, not {texts[spelled.index(False)]!r:.60}"

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerFast
 
 from configs.errors import BadInput
@@ -65,9 +65,14 @@ def check_arguments(tokenizer: PreTrainedTokenizerFast, told: dict[str, Any]) ->
         raise BadInput(f"chat_template_kwargs: its chat template takes no {', '.join(unknown)}; {_known(source)}")
 
 
+def parse_chat_template(source: str) -> nodes.Template:
+    """A chat template as jinja2 reads it. Raises jinja2's TemplateSyntaxError."""
+    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(GENERATION, "", source))
+
+
 def _known(source: str) -> str:
     try:
-        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(GENERATION, "", source))
+        parsed = parse_chat_template(source)
     except jinja2.TemplateError:
         return "give names that it reads"
     names = meta.find_undeclared_variables(parsed) - GIVEN

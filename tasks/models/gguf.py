@@ -5,12 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from configs.errors import BadInput
 from storage.filesystems import move_into_place
-from storage.lineage import digest_file
+from tasks.models.files import converted_folder
 from tasks.running.progress import logger
 
 
@@ -24,7 +23,7 @@ def convert_once(path: str) -> str:
         raise BadInput(f"{path}: no such file; give a .gguf file, a model's folder or a hub id")
     if find_spec("gguf") is None:
         raise BadInput(f"{path}: a GGUF file needs one more package: pip install -e '.[gguf]'")
-    folder = cached_assets_path("potstill", "gguf", digest_file(file)) / "model"
+    folder = converted_folder(file)
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
             convert(file, Path(unfinished) / "model")

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from configs.errors import BadInput
+from configs.errors import BadInput, Damaged
 from configs.models import Model
 from storage.artifacts import Artifact, local_folder
 from storage.lineage import digest_folder, digest_json
+from tasks.models.chat import parse_chat_template
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
-CONTEXT = ("system", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
+CONTEXT = ("system", "template", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ModelRef:
     digest: str
     rendering: str = "chat"
     system: str | None = None
+    template: str | None = None
     chat_template: str | None = None  # its text
     chat_template_kwargs: str = "{}"  # as JSON
     prefix: str = ""
@@ -42,17 +45,21 @@ class ModelRef:
     urls: tuple[str, ...] = ()
     vllm_python: str = ""
     vllm_memory: float = 0.9
+    committed: bool = False  # by a run: its content is held against its digest before it is read
 
     @property
     def local(self) -> str:
-        """Its folder on this machine, or its hub id. A folder on object storage is fetched once per machine."""
-        return local_folder(Artifact(self.path, self.digest)) if "://" in self.path else self.path
+        """Its folder on this machine, or its hub id. A folder on object storage is fetched once per machine.
+
+        Raises Damaged where a run committed it and it is not what it was.
+        """
+        return local_folder(Artifact(self.path, self.digest)) if self.committed else self.path
 
     @property
     def identity(self) -> dict[str, Any]:
         """What can change a result, for keys: not where the model or its engine lies, and not the device.
 
-        The stages that use its engine add the engine's name (`tasks.engines.choose.engine_name`).
+        The stages that use its engine add the engine's name (`tasks.engines.names.engine_name`).
         """
         always = {"digest": self.digest, "rendering": self.rendering, "dtype": self.dtype, "attention": self.attention}
         unset = {field.name: field.default for field in fields(self) if field.name in CONTEXT}
@@ -62,24 +69,34 @@ class ModelRef:
 def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
     """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
 
-    A checkpoint of a run on object storage has a URI for `path`, and its `digest`.
+    With a `digest` it is a run's checkpoint, which has a URI for `path` on object storage.
     """
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora"})
-    use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
-    use["chat_template"] = config.chat_template and read_template(config.chat_template)
-    if "://" in path and digest:
-        return ModelRef(path, digest, **use)
+    if digest:
+        return refer_as_used(config, path, digest, committed=True)
     path = local_name(path)
     if Path(path).is_dir():
-        return ModelRef(path, digest_folder(path), **use)
-    return ModelRef(path, digest_json([path, _hub_commit(path, config.trust_remote_code)]), **use)
+        return refer_as_used(config, path, digest_folder(path))
+    return refer_as_used(config, path, digest_json([path, _hub_commit(path, config.trust_remote_code)]))
+
+
+def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
+    """The ModelRef for the weights at `path`, whose digest is known, used as `config` says."""
+    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights", "markers", "unpaired"})
+    use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
+    use["chat_template"] = config.chat_template and read_template(config.chat_template)
+    return ModelRef(path, digest, committed=committed, **use)
 
 
 def read_template(path: str) -> str:
+    """The chat template in a file. Raises BadInput where it cannot be read, or is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
+        parse_chat_template(text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"chat_template: {path}: cannot be read ({error}); give a file with a chat template in it") from None
+    except TemplateSyntaxError as error:
+        raise BadInput(f"chat_template: {path}: line {error.lineno} does not parse ({error.message}); correct it") from None
+    return text
 
 
 def local_name(name: str) -> str:
@@ -100,7 +117,7 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turn the errors with which transformers fails to load `name` into one BadInput."""
     try:
         yield
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
+    except (BadInput, Damaged, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged file makes of a library: SafetensorError, TypeError, ZeroDivisionError, …
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
 """A model's text side, without its weights: tokenizer, token bytes, stop ids, rendering of prompts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -12,8 +12,11 @@ from configs.errors import BadInput
 from tasks.models.chat import Message, check_arguments, find_turn_end, write_chat
 from tasks.models.reference import ModelRef, explain_load_errors, local_name
 from tasks.models.stops import chosen_stops, configured_stops
+from tasks.models.template import Unfilled, write_last
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class Side:
@@ -109,8 +112,13 @@ class Side:
             raise BadInput(f"{self.ref.path}: prefix: its tokenizer cannot spell {self.ref.prefix!r}; give other characters")
         return ids
 
-    def frame(self, messages: list[Message]) -> list[Message]:
-        """A row's messages as this side is to read them."""
+    def frame(self, messages: list[Message], fields: Mapping[str, Any] = NOTHING) -> list[Message]:
+        """A row's messages as this side is to read them; `fields` are what its template may name. Raises BadInput."""
+        if self.ref.template is not None:
+            try:
+                messages = write_last(messages, self.ref.template, fields)
+            except Unfilled as error:
+                raise BadInput(f"template: {self.ref.template!r} cannot be filled ({error})") from None
         system = self.ref.system
         if system is None:
             return messages
@@ -126,9 +134,9 @@ class Side:
         except BadInput as error:
             raise BadInput(f"{self.ref.path}: {error}") from None
 
-    def render(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+    def render(self, messages: list[Message], tools: list[Any] | None = None, fields: Mapping[str, Any] = NOTHING) -> list[int]:
         """The ids of a prompt, up to where what is sampled starts."""
-        text = self.write(self.frame(messages), tools)
+        text = self.write(self.frame(messages, fields), tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # a template writes BOS itself
         if self.ref.rendering == "plain":  # what the tokenizer puts in front, not the end that it may put behind
             whole, length = self.tokenizer(text)["input_ids"], len(ids)
@@ -136,9 +144,13 @@ class Side:
             ids = next((whole[: at + length] for at in starts if whole[at : at + length] == ids), whole)
         return ids + self.prefix_ids if self.ref.prefix else ids
 
-    def show(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The very text of a rendered prompt, special tokens included; what a terminal would act on is escaped."""
-        text = self.tokenizer.decode(self.render(messages, tools), clean_up_tokenization_spaces=False)
+    def show(self, messages: list[Message], tools: list[Any] | None = None, fields: Mapping[str, Any] = NOTHING) -> str:
+        """The very text of a rendered prompt."""
+        return self.spell(self.render(messages, tools, fields))
+
+    def spell(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included; what a terminal would act on is escaped."""
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -153,18 +165,3 @@ def tokenizer_of(name: str) -> Side:
     text_side = side(ModelRef(local_name(name), "", rendering="plain"))
     text_side.check()
     return text_side
-
-
-def teacher_ids(rows: Sequence[dict[str, Any]], teacher: Side, as_sampled: bool) -> list[list[int] | None]:
-    """Each completion in the teacher's ids, its stop included; None where its tokenizer cannot spell the text.
-
-    `rows` have `token_ids`, `text` and `finish_reason`. With one vocabulary on both sides (`as_sampled`) the sampled ids
-    themselves are used: a student may split a text in other ways than `encode` does.
-    """
-    if as_sampled:
-        return [row["token_ids"] or None for row in rows]
-    encoded = teacher.encoder.encode([row["text"] or "" for row in rows])
-    stop = teacher.stop_ids[:1]
-    return [
-        None if ids is None else ids + stop * (row["finish_reason"] == "stop") for ids, row in zip(encoded, rows, strict=True)
-    ]

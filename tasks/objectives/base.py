@@ -5,6 +5,7 @@ the tokens `start … end - 1` and has a target: log masses on a few events, and
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 
 from configs.objectives import ObjectiveConfig
-from tasks.tokens.align import Units, unit_starts
+from tasks.tokens.align import Units
 from tasks.tokens.byte_laws import expand_ranges
-from tasks.tokens.ragged import offsets_of, ragged, rows_of
+from tasks.tokens.ragged import offsets_of, ragged
+
+WHOLE = -1  # as `inside` of a term: its one event is the path of a marker, or of a control token, as a whole
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,22 @@ class Pairing:
     rest: np.ndarray  # log mass outside top_ids, one per teacher token; all 0 where the signal is `laws`, which hold their own
     units: Units
     behaviour: np.ndarray  # [units], log-prob under the policy that sampled the unit; NaN where none did
-    escapes: tuple[np.ndarray, np.ndarray] | None = None  # [rows] of the control token behind the units: pairing.py
+    # [rows], log-prob under its policy of the unpaired control token right behind the units; NaN where there is none
+    escapes: np.ndarray | None = None
     laws: tuple[np.ndarray, ...] | None = None  # of the next byte before each teacher token: counts, classes, masses
 
     @property
     def rows(self) -> int:
         """The number of rows."""
         return len(self.stops)
+
+    @cached_property
+    def paths(self) -> np.ndarray:
+        """float64 `[units]`: log P_T of each unit."""
+        total = np.concatenate([[0.0], np.cumsum(self.teacher_logprobs)])
+        base = self.teacher_offsets[self.units.rows]
+        path: np.ndarray = total[base + self.units.teacher_ends] - total[base + self.units.teacher_starts]
+        return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +69,7 @@ class Projection:
     logprobs: np.ndarray  # [events]
     rest: np.ndarray  # [terms], log mass outside the events; what that is depends on the objective (MATHS.md §4)
     supervised: np.ndarray  # [rows], bytes that a term covers
-    inside: np.ndarray | None = None  # [terms], bytes of the last token that were read before (`bytes` only)
+    inside: np.ndarray | None = None  # [terms], bytes of the last token that were read before (`bytes`), or WHOLE
     behaviour: np.ndarray | None = None  # [terms], log-prob under the policy that sampled the term (`opd` reads it)
     unmatched_counts: np.ndarray | None = None  # [terms], teacher's masses without an event (`gold` only)
     unmatched_logprobs: np.ndarray | None = None  # those log masses, flat, the largest first
@@ -153,22 +165,18 @@ def unit_logprobs(logprobs: torch.Tensor, terms: Terms, stops: torch.Tensor | No
 def project_units(pairing: Pairing, only: np.ndarray | None = None) -> Projection:
     """Units as terms with one event, the unit itself: its log-prob under the teacher. `only` picks units: bool `[units]`."""
     units = pairing.units
-    row = rows_of(units.offsets)
+    row = units.rows
     chosen = np.flatnonzero(only) if only is not None else np.arange(len(row))
-    total = np.concatenate([[0.0], np.cumsum(pairing.teacher_logprobs)])
-    base = pairing.teacher_offsets[row]
-    path = total[base + units.teacher_ends] - total[base + unit_starts(units.teacher_ends, units.offsets)]
-    sizes = units.byte_ends - unit_starts(units.byte_ends, units.offsets)
-    path = np.minimum(path[chosen], 0)
+    path = np.minimum(pairing.paths[chosen], 0)
     with np.errstate(divide="ignore"):
         return Projection(
             offsets=offsets_of(np.bincount(row[chosen], minlength=pairing.rows)),
-            starts=unit_starts(units.student_ends, units.offsets)[chosen],
+            starts=units.student_starts[chosen],
             ends=units.student_ends[chosen],
             counts=np.ones(len(chosen), np.int64),
             ids=np.zeros(len(chosen), np.int64),
             logprobs=path,
             rest=np.log(-np.expm1(path)),
-            supervised=np.bincount(row[chosen], sizes[chosen], pairing.rows).astype(np.int64),
+            supervised=np.bincount(row[chosen], units.sizes[chosen], pairing.rows).astype(np.int64),
             behaviour=pairing.behaviour[chosen],
         )

@@ -1,7 +1,8 @@
 """`bpm`: the teacher's mass at a unit's start, carried onto student tokens by their bytes (arXiv 2607.22334).
 
 The mass of each teacher token w goes to φ(w), the longest student token that begins it. A sampled student token that spans
-several teacher tokens gets their joint probability, and the first one's target gives up as much.
+several teacher tokens gets their joint probability, and the first one's target gives up as much; so does the student's first
+token of a marker.
 """
 
 import numpy as np
@@ -11,9 +12,9 @@ from configs.objectives import Bpm
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
 from tasks.objectives.classes import Classes
 from tasks.objectives.divergences import bucketed_jsd
-from tasks.tokens.align import Kind, unit_starts
+from tasks.tokens.align import Kind
 from tasks.tokens.masses import read_masses
-from tasks.tokens.ragged import add_up, expand, rows_of
+from tasks.tokens.ragged import add_up, expand
 from tasks.tokens.vocabulary import Vocabulary, match
 
 
@@ -33,16 +34,13 @@ class BpmObjective(ObjectiveModule):
 
     def project(self, pairing: Pairing) -> Projection:
         units = pairing.units
-        row = rows_of(units.offsets)
-        starts = unit_starts(units.student_ends, units.offsets)
-        first = pairing.teacher_offsets[row] + unit_starts(units.teacher_ends, units.offsets)
+        row, starts = units.rows, units.student_starts
+        first = pairing.teacher_offsets[row] + units.teacher_starts
         entries, unit = expand(pairing.top_offsets[first], pairing.top_offsets[first + 1])
         ids, mass = self.carry[pairing.top_ids[entries]], np.exp(pairing.top_logprobs[entries])
 
-        spans = np.flatnonzero(units.kind == Kind.ONE_TO_MANY)
-        total = np.concatenate([[0.0], np.cumsum(pairing.teacher_logprobs)])
-        last = pairing.teacher_offsets[row] + units.teacher_ends
-        joint = np.exp(total[last[spans]] - total[first[spans]])
+        spans = np.flatnonzero((units.kind == Kind.ONE_TO_MANY) | (units.kind == Kind.MARKER))
+        joint = np.exp(pairing.paths[spans])
         sampled = self.student.representative[pairing.student_ids[pairing.student_offsets[row[spans]] + starts[spans]]]
         opening = pairing.teacher_ids[first]  # the teacher's first token of each unit
         carried = self.carry[opening[spans]]
@@ -58,7 +56,6 @@ class BpmObjective(ObjectiveModule):
         masses = np.maximum(masses, 0)  # rounding
         owner = np.repeat(np.arange(len(row)), counts)
         covered = np.bincount(owner, masses, len(row))
-        sizes = units.byte_ends - unit_starts(units.byte_ends, units.offsets)
         with np.errstate(divide="ignore"):
             return Projection(
                 offsets=units.offsets,
@@ -68,7 +65,7 @@ class BpmObjective(ObjectiveModule):
                 ids=cells,
                 logprobs=np.log(masses),
                 rest=np.log(np.maximum(1 - covered, 0)),
-                supervised=np.bincount(row, sizes * (counts > 0), pairing.rows).astype(np.int64),
+                supervised=np.bincount(row, units.sizes * (counts > 0), pairing.rows).astype(np.int64),
             )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:

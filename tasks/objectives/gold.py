@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from configs.objectives import Gold
-from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
+from tasks.objectives.base import WHOLE, ObjectiveModule, Pairing, Projection, Terms, log_of, unit_sums
 from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed_jsd
-from tasks.tokens.align import unit_starts
+from tasks.tokens.align import Kind
 from tasks.tokens.byte_laws import expand_ranges
 from tasks.tokens.masses import read_masses
-from tasks.tokens.ragged import add_up, expand, rows_of
+from tasks.tokens.ragged import add_up, expand
 from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
 IMPOSSIBLE = -1000.0  # a log mass whose exponential is 0
@@ -27,7 +27,7 @@ class GoldObjective(ObjectiveModule):
     def __init__(self, config: Gold, *, student: Vocabulary, teacher: Vocabulary):
         super().__init__(config)
         self.to_student = match_to_student(student=student, teacher=teacher)
-        self.teacher_class = teacher.representative
+        self.teacher_class, self.student_class = teacher.representative, student.representative
         self.teacher_size = teacher.size
         matched = np.zeros(student.size, bool)
         matched[self.to_student[self.to_student >= 0]] = True
@@ -38,8 +38,8 @@ class GoldObjective(ObjectiveModule):
     def project(self, pairing: Pairing) -> Projection:
         """Units as terms. All of the teacher's stop ids become one event, the student's stop (`to_student`)."""
         units = pairing.units
-        row = rows_of(units.offsets)
-        first = pairing.teacher_offsets[row] + unit_starts(units.teacher_ends, units.offsets)
+        row = units.rows
+        first = pairing.teacher_offsets[row] + units.teacher_starts
         last = pairing.teacher_offsets[row] + units.teacher_ends - 1
         total = np.concatenate([[0.0], np.cumsum(pairing.teacher_logprobs)])
         if self.config.merge == "sum":
@@ -51,29 +51,50 @@ class GoldObjective(ObjectiveModule):
             logprobs = pairing.top_logprobs[entries] + path[unit]
             teacher_ids = pairing.top_ids[entries]
 
+        markers = np.flatnonzero(units.kind == Kind.MARKER)
+        text = units.kind[unit] != Kind.MARKER
+        teacher_ids, logprobs, unit = teacher_ids[text], logprobs[text], unit[text]
         ids, mass = self.to_student[teacher_ids], np.exp(logprobs)
         hit = ids >= 0
-        counts, target_ids, masses = add_up(unit[hit], ids[hit].astype(np.int64), mass[hit], len(row))
+        held, marker_ids, marker_mass = self._events_of_markers(pairing, markers)
+        counts, target_ids, masses = add_up(
+            np.concatenate([unit[hit], held]),
+            np.concatenate([ids[hit].astype(np.int64), marker_ids]),
+            np.concatenate([mass[hit], marker_mass]),
+            len(row),
+        )
         owner = np.repeat(np.arange(len(row)), counts)
         covered = np.bincount(owner, masses, len(row))
         classes = self.teacher_class[teacher_ids[~hit]].astype(np.int64)
         unmatched_counts, _, unmatched = add_up(unit[~hit], classes, mass[~hit], len(row))
         order = np.lexsort((-unmatched, np.repeat(np.arange(len(row)), unmatched_counts)))
-        starts = unit_starts(units.student_ends, units.offsets)
-        byte_starts = unit_starts(units.byte_ends, units.offsets)
         with np.errstate(divide="ignore"):
             return Projection(
                 offsets=units.offsets,
-                starts=starts,
+                starts=units.student_starts,
                 ends=units.student_ends,
                 counts=counts,
                 ids=target_ids,
                 logprobs=np.log(masses),
                 rest=np.log(np.maximum(1 - covered, 0)),
-                supervised=np.bincount(row, (units.byte_ends - byte_starts) * (counts > 0), pairing.rows).astype(np.int64),
+                supervised=np.bincount(row, units.sizes * (counts > 0), pairing.rows).astype(np.int64),
+                inside=np.where(units.kind == Kind.MARKER, WHOLE, 0) if len(markers) else None,
                 unmatched_counts=unmatched_counts,
                 unmatched_logprobs=np.log(unmatched[order]),
             )
+
+    def _events_of_markers(self, pairing: Pairing, markers: np.ndarray) -> tuple[np.ndarray, ...]:
+        """A marker is one event: its units, the student ids that stand for it in the merged vector, and P_T of its path.
+
+        In a product of experts (`sum`) no id stands for a path.
+        """
+        if self.config.merge == "sum":
+            return markers[:0], markers[:0], np.zeros(0)
+        units = pairing.units
+        at = units.student_ends - 1 if self.config.merge == "chain" else units.student_starts
+        token = pairing.student_offsets[units.rows[markers]] + at[markers]
+        stand = self.student_class[pairing.student_ids[token]].astype(np.int64)
+        return markers, stand, np.exp(pairing.paths[markers])
 
     def _sum(self, pairing: Pairing, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, ...]:
         """softmax(Σ_i log p_i) per unit. An id outside a token's top k gets an even share of that token's rest.
@@ -125,7 +146,8 @@ class GoldObjective(ObjectiveModule):
         if unmatched:
             path_mass = rest_of_path.exp()
             top, total = law[:, events:] * path_mass[:, None], totals[at, 0] * path_mass
-            loss = loss + unmatched * self._sorted_l1(top, total, terms.unmatched.exp())
+            difference = self._sorted_l1(top, total, terms.unmatched.exp())
+            loss = loss + unmatched * difference.masked_fill(terms.inside == WHOLE, 0)
         return loss
 
     @staticmethod

@@ -7,6 +7,7 @@ import torch
 
 from configs.objectives import Opd
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, project_units, unit_logprobs
+from tasks.objectives.divergences import FLOOR
 from tasks.tokens.vocabulary import Vocabulary
 
 
@@ -23,11 +24,11 @@ class OpdObjective(ObjectiveModule):
     def project(self, pairing: Pairing) -> Projection:
         """Units of the student's samples as terms. A row without behaviour log-probs was not sampled by a policy and has none.
 
-        A control token behind the last unit is a term of its own. It has no bytes, so it is in no unit; without the term the
-        student could leave a text there at no cost.
+        An unpaired control token behind the last unit is a term of its own. It is in no unit; without the term the student
+        could leave a text there at no cost.
         """
         units = project_units(pairing, only=~np.isnan(pairing.behaviour))
-        return units if pairing.escapes is None else _add_escapes(units, pairing, *pairing.escapes)
+        return units if pairing.escapes is None else _add_escapes(units, pairing, pairing.escapes)
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
         """A surrogate `[terms]` with the gradient -w·A·∇log P_S, where A = log P_T - log P_S and w = min(P_S / P_behaviour, C).
@@ -42,10 +43,10 @@ class OpdObjective(ObjectiveModule):
         return -advantage - weight * advantage * (path - path.detach())
 
 
-def _add_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray, teacher_logprobs: np.ndarray) -> Projection:
+def _add_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray) -> Projection:
     """`units` and, last in each row that has one, the term of its control token, which covers no byte.
 
-    `behaviour` and `teacher_logprobs` `[rows]` are the token's log-probs under its policy (NaN: none) and under the teacher.
+    `behaviour` `[rows]` is the token's log-prob under its policy (NaN: none). For the teacher it is impossible: the floor.
     """
     row = np.flatnonzero(~np.isnan(behaviour))
     at, kept = units.offsets[row + 1], np.diff(pairing.student_offsets)[row]
@@ -58,7 +59,7 @@ def _add_escapes(units: Projection, pairing: Pairing, behaviour: np.ndarray, tea
         ends=np.insert(units.ends, at, kept + 1),
         counts=np.insert(units.counts, at, 1),
         ids=np.insert(units.ids, at, 0),
-        logprobs=np.insert(units.logprobs, at, teacher_logprobs[row]),
-        rest=np.insert(units.rest, at, np.log(-np.expm1(np.minimum(teacher_logprobs[row], np.log1p(-1e-12))))),
+        logprobs=np.insert(units.logprobs, at, FLOOR),
+        rest=np.insert(units.rest, at, np.log(-np.expm1(FLOOR))),
         behaviour=np.insert(units.behaviour, at, behaviour[row]),  # type: ignore[arg-type]
     )

@@ -1,73 +1,19 @@
 """Pair a shard's rollouts and scores: both sides' tokens, flat, their common units, and the teacher's signal."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tasks.models.text import Side
 from tasks.objectives.base import Pairing
-from tasks.objectives.divergences import FLOOR
+from tasks.objectives.sampled import Sampled
 from tasks.signals.base import Events, Reading, Signal
 from tasks.signals.head import Head
-from tasks.tokens.align import Units, align, unit_starts
+from tasks.tokens.align import Kind, Units, align, byte_ends
 from tasks.tokens.byte_laws import REST
-from tasks.tokens.ragged import Flat, add_up, first_of, flat, offsets_of, rows_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """The part of a shard's rollouts that can be aligned: each row's ids up to its first control token.
-
-    Log-probs are float64 in nats.
-    """
-
-    status: np.ndarray  # [rows], strings
-    ids: np.ndarray  # int32 [tokens]
-    offsets: np.ndarray  # int64 [rows + 1]
-    stopped: np.ndarray  # bool [rows]: the last of the ids is a stop
-    logprobs: np.ndarray  # [tokens], under the policy that sampled; NaN where the student did not sample
-    model_logprobs: np.ndarray  # [tokens], under the student at temperature 1 and over all tokens; NaN as above
-    escapes: np.ndarray  # [rows], under the policy, of the control token that ended the ids; NaN where none did
-
-
-def read_rollouts(rollouts: pa.Table, student: Side) -> Sampled:
-    """Read a shard's rollouts. Tokens from the first control token on are left out: the teacher never sees that token."""
-    ids, offsets = flat(rollouts["token_ids"])
-    row, rows = rows_of(offsets), len(offsets) - 1
-    is_stop = np.isin(ids, student.stop_ids)
-    last = np.zeros(len(ids), bool)
-    last[offsets[1:][np.diff(offsets) > 0] - 1] = True
-    control = (student.vocabulary.lengths[ids] == 0) & ~(is_stop & last)
-    keep = np.cumsum(control) - np.concatenate([[0], np.cumsum(control)])[offsets[:-1]][row] == 0
-    empty = np.where(rollouts["text"].is_null().to_numpy(), "no_reference", "lossy_text")
-    logprobs, model_logprobs = (_spread(column, row) for column in (rollouts["logprobs"], model_logprobs_of(rollouts)))
-    escapes, escaped = np.full(rows, np.nan), np.flatnonzero(control)[::-1]
-    escapes[row[escaped]] = logprobs[escaped]  # backwards: a row's first control token is written last
-    return Sampled(
-        status=np.where(np.diff(offsets) > 0, "ok", empty).astype(object),
-        ids=ids[keep],
-        offsets=offsets_of(np.bincount(row[keep], minlength=rows)),
-        stopped=np.bincount(row, is_stop & last & keep, rows) > 0,
-        logprobs=logprobs[keep],
-        model_logprobs=model_logprobs[keep],
-        escapes=escapes,
-    )
-
-
-def model_logprobs_of(rollouts: pa.Table) -> pa.ChunkedArray:
-    """The student's log-probs at temperature 1 and over all tokens: `logprobs`, where samples were drawn from that law."""
-    drawn = rollouts["logprobs"]
-    return pc.coalesce(rollouts["model_logprobs"], drawn) if "model_logprobs" in rollouts.column_names else drawn
-
-
-def _spread(column: pa.ChunkedArray, row: np.ndarray) -> np.ndarray:
-    """A column of log-probs as float64 `[tokens]`; `row` `[tokens]` is each token's row. NaN in rows without log-probs."""
-    logprobs = np.full(len(row), np.nan)
-    logprobs[~column.is_null().to_numpy()[row]] = flat(column)[0]
-    return logprobs
+from tasks.tokens.ragged import add_up, first_of, flat, index_in_row, offsets_of, rows_of
 
 
 def pair_rows(
@@ -86,25 +32,103 @@ def pair_rows(
     """
     s_ids, s_offsets = sampled.ids, sampled.offsets
     t_ids, t_offsets = (s_ids, s_offsets) if scores is None else flat(scores["token_ids"])
-    rows, s_lengths, t_lengths = len(s_offsets) - 1, student.vocabulary.lengths[s_ids], teacher.vocabulary.lengths[t_ids]
-    s_bytes, t_bytes = np.bincount(rows_of(s_offsets), s_lengths, rows), np.bincount(rows_of(t_offsets), t_lengths, rows)
-    t_stopped = np.bincount(rows_of(t_offsets), np.isin(t_ids, teacher.stop_ids), rows) > 0
-    stops = sampled.stopped & t_stopped & (s_bytes == t_bytes)  # a text that is cut on one side has no stop
-    units = align(*_text_lengths(s_lengths, s_offsets), *_text_lengths(t_lengths, t_offsets), stops)
+    units = _align_rows(sampled, t_ids, t_offsets, student=student, teacher=teacher)
     s_counts, t_counts = last_of(units.student_ends, units.offsets), last_of(units.teacher_ends, units.offsets)
     t_keep, t_kept = first_of(t_offsets, t_counts), offsets_of(t_counts)
     reading = Reading(tokens=np.flatnonzero(t_keep), offsets=t_kept, laws=wants_laws, vocabulary=teacher.vocabulary, head=head)
+    escapes = np.where(s_counts == np.diff(s_offsets), sampled.escapes, np.nan)
+    if scores is not None:
+        escapes[~np.isin(scores["status"].to_numpy(zero_copy_only=False), ["ok", "empty"])] = np.nan
     return Pairing(
         student_ids=s_ids[first_of(s_offsets, s_counts)],
         student_offsets=offsets_of(s_counts),
         teacher_ids=t_ids[t_keep],
         teacher_offsets=t_kept,
-        stops=stops,
+        stops=np.bincount(units.rows, units.kind == Kind.STOP, len(s_counts)) > 0,
         units=units,
-        behaviour=sum_units(units, units.student_ends, sampled.logprobs, s_offsets),
-        escapes=_read_escapes(sampled, s_counts, scores, t_ids, t_offsets, t_counts, teacher),
+        behaviour=sum_units(units, units.student_starts, units.student_ends, sampled.logprobs, s_offsets),
+        escapes=escapes,
         **read_signal(signal, scores, reading),
     )
+
+
+def _align_rows(sampled: Sampled, t_ids: np.ndarray, t_offsets: np.ndarray, *, student: Side, teacher: Side) -> Units:
+    """The common units of rows, whose ends on both sides are in one measure. Skipped tokens are in none."""
+    s_ids, s_offsets, rows = sampled.ids, sampled.offsets, len(sampled.stopped)
+    s_row, t_row = rows_of(s_offsets), rows_of(t_offsets)
+    t_ends = byte_ends(np.maximum(teacher.vocabulary.lengths[t_ids], 1), t_offsets)
+    for number, answer in sampled.answers.items():
+        here = slice(t_offsets[number], t_offsets[number + 1])
+        t_ends[here] = answer.places(t_ends[here], other=True)
+    t_last = np.zeros(len(t_ids), bool)
+    t_last[t_offsets[1:][np.diff(t_offsets) > 0] - 1] = True
+    t_stop = t_last & np.isin(t_ids, teacher.stop_ids)
+    s_stop = np.zeros(len(s_ids), bool)
+    s_stop[s_offsets[1:][sampled.stopped] - 1] = True
+    s_text, t_text = ~s_stop & ~sampled.skipped, ~t_stop
+    reached = [np.zeros(rows, np.int64) for _ in range(2)]
+    for furthest, row, text, ends in zip(reached, (s_row, t_row), (s_text, t_text), (sampled.ends, t_ends), strict=True):
+        np.maximum.at(furthest, row[text], ends[text])
+    # A text that is cut on one side has no stop.
+    stops = sampled.stopped & (np.bincount(t_row, t_stop, rows) > 0) & (reached[0] == reached[1])
+
+    def widths(ends: np.ndarray, row: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        offsets = offsets_of(np.bincount(row[text], minlength=rows))
+        steps = np.diff(ends[text], prepend=0)
+        steps[offsets[:-1][np.diff(offsets) > 0]] = ends[text][offsets[:-1][np.diff(offsets) > 0]]
+        return steps, offsets
+
+    units = align(*widths(sampled.ends, s_row, s_text), *widths(t_ends, t_row, t_text), stops)
+    if sampled.skipped.any():
+        units = _count_skipped(units, sampled)
+    total = np.concatenate([[0], np.cumsum(student.vocabulary.lengths[s_ids], dtype=np.int64)])
+    reads = total[s_offsets[units.rows] + units.student_ends] - total[s_offsets[units.rows]]
+    marked = _any_in(sampled.markers, s_offsets[units.rows] + units.student_starts, s_offsets[units.rows] + units.student_ends)
+    return replace(
+        units, byte_ends=reads.astype(np.int32), kind=np.where(marked, Kind.MARKER, units.kind).astype(units.kind.dtype)
+    )
+
+
+def _count_skipped(units: Units, sampled: Sampled) -> Units:
+    """Units of the tokens that were not skipped, counted in all tokens of their rows."""
+    read = np.flatnonzero(~sampled.skipped)
+    before = offsets_of(np.bincount(rows_of(sampled.offsets)[read], minlength=len(sampled.stopped)))[units.rows]
+    place = index_in_row(sampled.offsets)[read].astype(np.int32)
+    starts, ends = place[before + units.student_starts], place[before + units.student_ends - 1] + 1
+    return replace(units, student_starts=starts, student_ends=ends)
+
+
+def _any_in(flags: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """bool `[ranges]`: whether a flag of each range `[start, end)` is set."""
+    total = np.concatenate([[0], np.cumsum(flags)])
+    found: np.ndarray = total[ends] > total[starts]
+    return found
+
+
+def show_skipped(units: Units, sampled: Sampled, *sums: np.ndarray) -> tuple[Units, list[np.ndarray]]:
+    """Units with those of skipped tokens among them, and sums of each unit with 0 for these.
+
+    A skipped token is shown where it stands before a row's last unit; it has a student token and no teacher token.
+    """
+    place = index_in_row(sampled.offsets)
+    row = rows_of(sampled.offsets)
+    tokens = np.flatnonzero(sampled.skipped & (place < last_of(units.student_ends, units.offsets)[row]))
+    if not len(tokens):
+        return units, list(sums)
+    span = int(place.max()) + 2
+    at = np.searchsorted(units.rows * span + units.student_starts, row[tokens] * span + place[tokens], side="right")
+    inside = at > units.offsets[row[tokens]]  # whether a unit of its row is before it
+    before = [np.where(inside, np.append(0, ends)[at], 0) for ends in (units.teacher_ends, units.byte_ends)]
+    counts = np.diff(units.offsets) + np.bincount(row[tokens], minlength=len(units.offsets) - 1)
+    shown = Units(
+        offsets=offsets_of(counts),
+        student_ends=np.insert(units.student_ends, at, place[tokens] + 1),
+        teacher_ends=np.insert(units.teacher_ends, at, before[0]),
+        byte_ends=np.insert(units.byte_ends, at, before[1]),
+        kind=np.insert(units.kind, at, Kind.SKIPPED),
+        student_starts=np.insert(units.student_starts, at, place[tokens]),
+    )
+    return shown, [np.insert(values, at, 0.0) for values in sums]
 
 
 def read_signal(signal: Signal, scores: pa.Table | None, reading: Reading) -> dict[str, Any]:
@@ -140,40 +164,6 @@ def _renormalise(events: Events) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return owner, events.logprobs - total[owner], events.rest - total
 
 
-def _read_escapes(
-    sampled: Sampled,
-    s_counts: np.ndarray,
-    scores: pa.Table | None,
-    t_ids: np.ndarray,
-    t_offsets: np.ndarray,
-    t_counts: np.ndarray,
-    teacher: Side,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs `[rows]` of the control token behind each row's last unit, under its policy and under the teacher.
-
-    The policy's is NaN where there is no such token. A teacher with the same ids has scored it; for another one it is
-    impossible, and gets the floor.
-    """
-    behaviour = np.where(s_counts == np.diff(sampled.offsets), sampled.escapes, np.nan)
-    scored = np.full(len(behaviour), FLOOR)
-    if scores is not None:
-        behaviour[~np.isin(scores["status"].to_numpy(zero_copy_only=False), ["ok", "empty"])] = np.nan
-        row = np.flatnonzero(t_counts < np.diff(t_offsets))
-        at = t_offsets[row] + t_counts[row]
-        known = (teacher.vocabulary.lengths[t_ids[at]] == 0) & ~np.isin(t_ids[at], teacher.stop_ids)
-        scored[row[known]] = flat(scores["logprobs"])[0][at[known]]
-    return behaviour, np.maximum(scored, FLOOR)
-
-
-def _text_lengths(lengths: np.ndarray, offsets: np.ndarray) -> Flat:
-    """Byte lengths up to each row's first token without bytes (its stop, or a control token), and the rows' new bounds."""
-    row = rows_of(offsets)
-    empty = np.cumsum(lengths == 0)
-    before = np.concatenate([[0], empty])[offsets[:-1]][row]
-    keep = empty - before == 0
-    return lengths[keep], offsets_of(np.bincount(row[keep], minlength=len(offsets) - 1))
-
-
 def last_of(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Each row's last value, int64 `[rows]`; 0 for an empty row."""
     last, some = np.zeros(len(offsets) - 1, np.int64), np.diff(offsets) > 0
@@ -181,13 +171,13 @@ def last_of(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return last
 
 
-def sum_units(units: Units, ends: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def sum_units(units: Units, starts: np.ndarray, ends: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Σ of `logprobs` `[tokens]` over each unit's tokens: float64 `[units]`, in nats; NaN in rows with a NaN.
 
-    `ends` `[units]` are that side's ends of the units, `offsets` `[rows + 1]` its rows' bounds in the tokens.
+    `starts` and `ends` `[units]` are that side's of the units, `offsets` `[rows + 1]` its rows' bounds in the tokens.
     """
-    row = rows_of(units.offsets)
+    row = units.rows
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(logprobs.astype(np.float64)))])
-    sums = total[offsets[row] + ends] - total[offsets[row] + unit_starts(ends, units.offsets)]
+    sums = total[offsets[row] + ends] - total[offsets[row] + starts]
     missing = np.bincount(rows_of(offsets), np.isnan(logprobs), len(offsets) - 1) > 0
     return np.where(missing[row], np.nan, sums)

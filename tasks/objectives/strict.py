@@ -7,9 +7,9 @@ from configs.objectives import Strict
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, log_of
 from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed_jsd
-from tasks.tokens.align import Kind, unit_starts
+from tasks.tokens.align import Kind
 from tasks.tokens.masses import read_masses
-from tasks.tokens.ragged import add_up, expand, offsets_of, rows_of
+from tasks.tokens.ragged import add_up, expand, offsets_of
 from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
 
@@ -27,9 +27,9 @@ class StrictObjective(ObjectiveModule):
     def project(self, pairing: Pairing) -> Projection:
         """The teacher's distribution on matched ids, renormalised. Its mass outside the top k may be matched: it is rest."""
         units = pairing.units
-        row = rows_of(units.offsets)
+        row = units.rows
         single = np.flatnonzero((units.kind == Kind.ONE_TO_ONE) | (units.kind == Kind.STOP))
-        starts = unit_starts(units.student_ends, units.offsets)[single]
+        starts = units.student_starts[single]
         at = pairing.teacher_offsets[row[single]] + units.teacher_ends[single] - 1
         entries, term = expand(pairing.top_offsets[at], pairing.top_offsets[at + 1])
         ids, mass = self.to_student[pairing.top_ids[entries]], np.exp(pairing.top_logprobs[entries])
@@ -38,7 +38,7 @@ class StrictObjective(ObjectiveModule):
         owner = np.repeat(np.arange(len(single)), counts)
         rest = np.exp(pairing.rest[at])
         total = np.maximum(np.bincount(owner, masses, len(single)) + rest, np.finfo(float).tiny)
-        sizes = (units.byte_ends - unit_starts(units.byte_ends, units.offsets))[single]
+        sizes = units.sizes[single]
         with np.errstate(divide="ignore"):
             return Projection(
                 offsets=offsets_of(np.bincount(row[single], minlength=pairing.rows)),

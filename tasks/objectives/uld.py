@@ -5,8 +5,7 @@ import torch
 
 from configs.objectives import Uld
 from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms
-from tasks.tokens.align import byte_ends
-from tasks.tokens.ragged import expand, index_in_row, offsets_of
+from tasks.tokens.ragged import expand, first_of, offsets_of
 from tasks.tokens.vocabulary import Vocabulary
 
 
@@ -20,22 +19,24 @@ class UldObjective(ObjectiveModule):
         self.lengths = student.lengths
 
     def project(self, pairing: Pairing) -> Projection:
-        pairs = np.minimum(np.diff(pairing.student_offsets), np.diff(pairing.teacher_offsets))
-        offsets = offsets_of(pairs)
-        position = index_in_row(offsets)
+        units, rows = pairing.units, pairing.rows
+        position, unit = expand(units.student_starts, units.student_ends)  # the tokens that units hold
+        held = offsets_of(np.bincount(units.rows[unit], minlength=rows))
+        pairs = np.minimum(np.diff(held), np.diff(pairing.teacher_offsets))
+        paired = first_of(held, pairs)
+        position, row = position[paired], units.rows[unit][paired]
         teacher, _ = expand(pairing.teacher_offsets[:-1], pairing.teacher_offsets[:-1] + pairs)
         entries, _ = expand(pairing.top_offsets[teacher], pairing.top_offsets[teacher + 1])
-        ends = byte_ends(self.lengths[pairing.student_ids], pairing.student_offsets)
-        last = np.maximum(pairing.student_offsets[:-1] + pairs - 1, 0)
+        sizes = self.lengths[pairing.student_ids[pairing.student_offsets[row] + position]]
         return Projection(
-            offsets=offsets,
+            offsets=offsets_of(pairs),
             starts=position,
             ends=position + 1,
             counts=np.diff(pairing.top_offsets)[teacher],
             ids=pairing.top_ids[entries],
             logprobs=pairing.top_logprobs[entries],
             rest=pairing.rest[teacher],
-            supervised=np.where(pairs > 0, np.append(ends, 0)[last], 0),
+            supervised=np.bincount(row, sizes, rows).astype(np.int64),
         )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:

@@ -41,6 +41,7 @@ class Convention:
     needs: tuple[str, ...]
     read: Callable[[Row], Reading]
     may: tuple[str, ...] = ()
+    question: str = ""  # the column of a prompt that is one text, which others may belong to
 
     def reads(self, columns: set[str]) -> set[str]:
         return columns & {*self.needs, *self.may}
@@ -93,6 +94,12 @@ def read_sharegpt(row: Row) -> Reading:
     return Reading(_with_system(row.get("system"), prompt), answer, read_tools(row.get("tools")))
 
 
+def read_input_output(row: Row) -> Reading:
+    """`input`, text or a list of messages, and `output`; perhaps `system_prompt`."""
+    reading = _answered(row, "input", "output")
+    return Reading(_with_system(row.get("system_prompt"), reading.messages), reading.reference, reading.tools)
+
+
 def pair(name: str, title: str, prompt: str, answer: str, *, context: str = "", system: str = "") -> Convention:
     """A column with the prompt and one with its answer; `context` stands behind the prompt and an empty line."""
 
@@ -103,7 +110,7 @@ def pair(name: str, title: str, prompt: str, answer: str, *, context: str = "", 
         messages = _with_system(row.get(system), [{"role": "user", "content": "\n\n".join(parts)}])
         return Reading(messages, read_reference(row.get(answer), answer))
 
-    return Convention(name, title, (prompt, answer), read, tuple(filter(None, (context, system))))
+    return Convention(name, title, (prompt, answer), read, tuple(filter(None, (context, system))), question=prompt)
 
 
 CONVENTIONS = (
@@ -117,12 +124,17 @@ CONVENTIONS = (
     pair("alpaca", "Alpaca", "instruction", "output", context="input", system="system"),
     pair("dolly", "Dolly", "instruction", "response", context="context"),
     pair("openorca", "OpenOrca", "question", "response", system="system_prompt"),
+    Convention("input-output", "input and output", ("input", "output"), read_input_output, ("system_prompt", "tools")),
+    pair("query-response", "query and response", "query", "response"),
     pair("problem-solution", "problem and solution", "problem", "solution"),
     pair("problem-answer", "problem and answer", "problem", "answer"),
     pair("prompt-response", "prompt and response", "prompt", "response"),
     pair("prompt-answer", "prompt and answer", "prompt", "answer"),
     pair("prompt-solution", "prompt and solution", "prompt", "solution"),
 )
+
+
+PARTS = {"choices", "options", "context", "passage", "article", "document"}  # of a question, in data sets that have them apart
 
 
 def choose_convention(columns: set[str], filled: set[str], *, name: str | None, given: Columns, templated: bool) -> Convention:
@@ -140,7 +152,7 @@ def choose_convention(columns: set[str], filled: set[str], *, name: str | None, 
     fits = [c for c in CONVENTIONS if columns.issuperset(c.needs)]
     best = [c for c in fits if not any(c.reads(columns) < other.reads(columns) for other in fits)]
     if len(best) == 1:
-        return best[0]
+        return best[0] if templated else _expect_whole(best[0], filled)
     if best:
         readings = " or ".join(f"{c.title} ({', '.join(sorted(c.reads(columns)))})" for c in best)
         names = " or ".join(f'"{c.name}"' for c in best)
@@ -152,6 +164,17 @@ def choose_convention(columns: set[str], filled: set[str], *, name: str | None, 
         f"its columns {sorted(columns)} are of no convention that is known ({tried}); name the columns: "
         'prompts.columns = { prompt = "…", reference = "…" }, or a prompts.template of them'
     )
+
+
+def _expect_whole(convention: Convention, filled: set[str]) -> Convention:
+    """Refuse a question whose choices or context stand in columns that would not be read."""
+    if convention.question and (left := sorted(filled & PARTS - convention.reads(filled))):
+        raise Refused(
+            f"it has `{left[0]}` beside `{convention.question}`, and {convention.title} leaves that out; write it in: "
+            f'prompts.template = "{{question}} {{{left[0]}}}" (an item of a list is {{{left[0]}[0]}}), or leave it out: '
+            f'prompts.convention = "{convention.name}"'
+        )
+    return convention
 
 
 def _by_name(name: str, columns: set[str]) -> Convention:

@@ -1,12 +1,15 @@
 """Messages in one form, however a data set writes them: `role`, text `content`, and what turns with tools have beside it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from functools import cached_property
 from math import isnan
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+
+from tasks.models.template import last_of_user
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
@@ -112,19 +115,64 @@ def load_messages(stored: Iterable[list[Message]]) -> list[list[Message]]:
     return present
 
 
-Prompt = tuple[list[Message], Tools | None]  # what a template reads: messages, and the tools that they may call
+class Fields(Mapping[str, Any]):
+    """What a side's template may name of a row; its columns are parsed when they are asked for.
+
+    `prompt` is the user's last message, `question` the source's own where it has one, `reference` the answer, where there is
+    one. The others are the columns that are kept as metadata, or what a task's item is made of.
+    """
+
+    def __init__(self, messages: list[Message], reference: str | None, metadata: str | None):
+        self._messages, self._reference, self._metadata = messages, reference, metadata
+
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        columns: dict[str, Any] = json.loads(self._metadata or "{}")
+        if is_of_task(columns):
+            columns = {**columns["entry"]["metadata"], "question": columns["entry"]["question"]}
+        at = last_of_user(self._messages)
+        asked = {} if at is None else dict.fromkeys(("question", "prompt"), self._messages[at]["content"])
+        own = {"question": columns["question"]} if "question" in columns else {}
+        answer = {} if self._reference is None else {"reference": self._reference}
+        return columns | asked | own | answer
+
+    def __getitem__(self, name: str) -> Any:
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+class Prompt(NamedTuple):
+    """What a side renders: messages, the tools that they may call, and what its template may name."""
+
+    messages: list[Message]
+    tools: Tools | None
+    fields: Fields
 
 
 def load_prompts(rows: Iterable[dict[str, Any]]) -> list[Prompt]:
-    """Rows of the table `prompts` as a template reads them."""
+    """Rows of the table `prompts` as a side renders them."""
     rows = list(rows)
     messages = load_messages(row["messages"] for row in rows)
-    return [(m, json.loads(row["tools"]) if row.get("tools") else None) for m, row in zip(messages, rows, strict=True)]
+    return [
+        Prompt(m, json.loads(row["tools"]) if row.get("tools") else None, Fields(m, row.get("reference"), row.get("metadata")))
+        for m, row in zip(messages, rows, strict=True)
+    ]
 
 
 def prompts_of(table: pa.Table) -> list[Prompt]:
     """The same of the whole table, whose other columns stay Arrow's."""
-    return load_prompts(table.select([name for name in ("messages", "tools") if name in table.column_names]).to_pylist())
+    read = [name for name in ("messages", "tools", "reference", "metadata") if name in table.column_names]
+    return load_prompts(table.select(read).to_pylist())
+
+
+def is_of_task(metadata: dict[str, Any]) -> bool:
+    """Whether it is what a procedural task's item is made of; a data set may have a column of one of these names."""
+    return metadata.keys() >= {"task", "options", "entry"}
 
 
 def _message(message: Any, column: str, whole: Any) -> Message:

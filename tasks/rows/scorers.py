@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import BadInput
 from configs.schema import Evaluate
+from tasks.rows.messages import is_of_task
 from tasks.rows.sources import load_gym_dataset
 
 SECONDS = 5  # for a formula of a model's making; only a main thread can be interrupted
@@ -25,6 +26,11 @@ def make_scorer(kind: str) -> Scorer:
     return {"task": _task, "exact": lambda: score_exact, "math": _math}[kind]()
 
 
+def is_graded(kind: str, row: dict[str, Any]) -> bool:
+    """Whether there is anything to grade an answer to this prompt by: a reference, or a task's own scorer."""
+    return row["reference"] is not None or (kind == "task" and is_of_task(json.loads(row["metadata"] or "{}")))
+
+
 def score_exact(text: str, row: dict[str, Any]) -> float:
     """Whether the text is the reference."""
     return float(text.strip() == (row["reference"] or "").strip())
@@ -36,7 +42,7 @@ def _task() -> Scorer:
 
     def score(text: str, row: dict[str, Any]) -> float:
         metadata = json.loads(row["metadata"] or "{}")
-        if not metadata.keys() >= {"task", "options", "entry"}:  # a data set may have a column of that name
+        if not is_of_task(metadata):
             return score_exact(text, row)
         from reasoning_gym.utils import extract_answer
 

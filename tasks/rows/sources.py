@@ -1,8 +1,9 @@
 """Where prompts come from: procedural tasks, files, data sets of the hub."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from string import Formatter
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +11,10 @@ import pyarrow as pa
 from configs.errors import BadInput
 from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
 from storage.lineage import digest_file, digest_json
+from tasks.models.template import Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
+from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
 from tasks.rows.messages import Message, Refused, check_prompt, read_reference
 from tasks.rows.split import SourceRow, Split, split_stream, split_table
 from tasks.running.progress import logger
@@ -19,26 +22,40 @@ from tasks.running.seeds import derive_seed
 
 ATTEMPTS = 20  # procedural items drawn for each prompt wanted, before their supply counts as exhausted
 PLAIN: str = PromptSource.model_fields["template"].default
+FIELD = "prompts.template"
 CHECKED: set[str] = set()  # digests of what this process found right
 
 Placed = tuple[str, Any]  # a row behind the place it stands at: `data/a.jsonl: row 3`
 
 
-def check_prompts(config: Prompts, seed: int, references: bool = False) -> None:
-    """Raise BadInput where `config` cannot give prompts, or none with a reference where `references` are needed.
+def check_prompts(
+    config: Prompts, seed: int, references: bool = False, templates: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raise BadInput where `config` cannot give prompts, or none with a reference where `references` are needed, or rows that
+    `templates` (of a side, by their field) cannot be filled with.
 
     Every row of a file or a data set is read, of a task one item is made. What was found right is not read again.
     """
     if isinstance(config, GymPrompts):
-        next(_gym_rows(config, seed))
+        _check_templates(templates, [next(_gym_rows(config, seed))])
         return
-    key = digest_json([config.model_dump(mode="json"), digest_files(config), references])
+    key = digest_json([config.model_dump(mode="json"), digest_source(config), references, dict(templates)])
     if key in CHECKED:
         return
     split = deal_prompts(config, seed)
+    _check_templates(templates, [*split.train, *split.eval])
     if references and not any(row.reference for row in split.train):
         raise BadInput(f"{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
     CHECKED.add(key)
+
+
+def _check_templates(templates: Mapping[str, str], rows: list[SourceRow]) -> None:
+    for field, template in templates.items():
+        for row in rows:
+            try:
+                write_last(row.messages, template, row.fields)
+            except Unfilled as error:
+                raise _unfilled(field, template, row.place, error) from None
 
 
 def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
@@ -88,11 +105,15 @@ def _where(config: Prompts) -> str:
     return f"{field_of(config)}: {found}"
 
 
-def digest_files(config: Prompts) -> list[str]:
-    """Digests of all files that are read, in order; none where the source is no file."""
-    if not isinstance(config, FilePrompts):
-        return []
-    return [digest_file(file) for entry in config.entries for file in find_files(entry.path, field_of(config))]
+def digest_source(config: Prompts) -> list[str]:
+    """Digests of all that is read: of each file in order, of a data set's rows; none of a generated task."""
+    match config:
+        case GymPrompts():
+            return []
+        case FilePrompts():
+            return [digest_file(file) for entry in config.entries for file in find_files(entry.path, field_of(config))]
+        case HubPrompts():
+            return [digest_hub_dataset(config)]
 
 
 # -- procedural tasks --------------------------------------------------------------------------------------------------
@@ -115,14 +136,14 @@ def load_gym_dataset(name: str, options: dict[str, Any], seed: int = 0, size: in
 def _gym_rows(config: GymPrompts, seed: int) -> Iterator[SourceRow]:
     size = ATTEMPTS * (config.train + config.eval)
     for entry in load_gym_dataset(config.task, config.options, derive_seed(seed, "prompts") % 2**31, size):
-        fields = {**entry["metadata"], "question": entry["question"]}
+        fields = {"prompt": entry["question"], **entry["metadata"], "question": entry["question"]}
         metadata = {"task": config.task, "options": config.options, "entry": entry}
         try:
-            content = config.template.format_map(fields)
-        except FILLING as error:
-            raise _unfilled(config.template, fields, error) from None
-        messages = [{"role": "user", "content": content}]
-        yield SourceRow(config.task, "reasoning-gym", messages, entry["answer"], json.dumps(metadata, default=str))
+            content = fill_template(config.template, fields, Formatter())  # which writes lists of numbers as well
+        except Unfilled as error:
+            raise _unfilled(FIELD, config.template, f"prompts of {config.task}", error) from None
+        messages, known = [{"role": "user", "content": content}], json.dumps(metadata, default=str)
+        yield SourceRow(config.task, "reasoning-gym", messages, entry["answer"], known, place=f"prompts of {config.task}")
 
 
 # -- files and data sets -----------------------------------------------------------------------------------------------
@@ -137,15 +158,7 @@ def _file_rows(config: FilePrompts) -> Iterator[SourceRow]:
 
 
 def _hub_rows(config: HubPrompts) -> Iterator[SourceRow]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise BadInput("prompts.source: 'hub' needs the datasets package: pip install -e '.[hub]'") from None
-    try:
-        loaded: Iterable[Row] = load_dataset(config.dataset, config.subset, split=config.hub_split)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"prompts.dataset: {config.dataset} cannot be loaded: {error}") from None
-    rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(loaded, 1)]
+    rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(load_hub_dataset(config), 1)]
     yield from _table_rows(config, "prompts.dataset", rows, config.dataset)
 
 
@@ -172,7 +185,7 @@ def _table_rows(
             continue
         metadata = json.dumps({key: value for key, value in row.items() if key not in consumed}, default=str)
         tools = None if reading.tools is None else json.dumps(reading.tools)
-        yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight)
+        yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight, place)
     if refused:
         more = f"; and {len(refused) - 1:,} more of {len(rows):,} rows cannot be read" if len(refused) > 1 else ""
         raise BadInput(f"{field}: {refused[0]}{more}")
@@ -204,35 +217,20 @@ def _read(config: TablePrompts, convention: Convention, row: Row) -> Reading:
 
 # -- templates ---------------------------------------------------------------------------------------------------------
 
-FILLING = (KeyError, IndexError, ValueError, AttributeError, TypeError)
-
-
-class Texts(Formatter):
-    """Fills a template with texts and numbers alone."""
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None or isinstance(value, dict | list | bytes):
-            raise ValueError(f"{value!r:.60} is no text")
-        return str(super().format_field(value, format_spec))
-
 
 def _fill_template(template: str, row: Row, messages: list[Message], place: str) -> list[Message]:
-    """The messages with the user's last one written by the template, in which it is `{question}`."""
+    """The messages with the user's last one written by the template, in which it is `{prompt}` and `{question}`."""
     if template == PLAIN and messages:
         return messages
-    last = max((at for at, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if messages and last is None:
-        raise Refused("prompts.template writes the user's last message, and there is none")
-    fields = row if last is None else {**row, "question": messages[last]["content"]}
+    at = last_of_user(messages)
+    asked = {} if at is None else dict.fromkeys(("prompt", "question"), messages[at]["content"])
     try:
-        filled = Texts().vformat(template, (), fields)
-    except FILLING as error:
-        raise _unfilled(template, fields, error, f" for {place}") from None
-    if last is None:
-        return [{"role": "user", "content": filled}]
-    return [*messages[:last], {**messages[last], "content": filled}, *messages[last + 1 :]]
+        if not messages:
+            return [{"role": "user", "content": fill_template(template, row)}]
+        return write_last(messages, template, row | asked)
+    except Unfilled as error:
+        raise _unfilled(FIELD, template, place, error) from None
 
 
-def _unfilled(template: str, fields: dict[str, Any], error: Exception, place: str = "") -> BadInput:
-    known = ", ".join(sorted(fields))
-    return BadInput(f"prompts.template: {template!r} cannot be filled{place} ({error!r}); fields here: {known}")
+def _unfilled(field: str, template: str, place: str, error: Unfilled) -> BadInput:
+    return BadInput(f"{field}: {template!r} cannot be filled for {place}: {error}")

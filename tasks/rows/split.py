@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from storage.lineage import digest_json
 from storage.schemas import ACCOUNTS, prompts_schema
-from tasks.rows.messages import MORE, Message, Refused, store_messages
+from tasks.rows.messages import MORE, Fields, Message, Refused, store_messages
 
 TRAIN, EVAL, LEFT, TWICE, OTHER = "to train on", "held out", "left over", "duplicates", "duplicates with another reference"
 OUTCOMES = (TRAIN, EVAL, LEFT, TWICE, OTHER)
@@ -28,6 +28,12 @@ class SourceRow:
     metadata: str  # JSON
     tools: str | None = None  # JSON
     weight: float | None = None  # of its source
+    place: str = ""  # where it stands, for messages about it
+
+    @property
+    def fields(self) -> Fields:
+        """What a side's template may name."""
+        return Fields(self.messages, self.reference, self.metadata)
 
     @cached_property
     def prompt_id(self) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -9,20 +10,23 @@ from tasks.tokens.ragged import index_in_row, offsets_of, rows_of
 
 
 class Kind(IntEnum):
-    """How many tokens a unit has on each side."""
+    """How many tokens a unit has on each side, or what it is."""
 
     STOP = 0
     ONE_TO_ONE = 1
     MANY_TO_ONE = 2  # several student tokens, one teacher token
     ONE_TO_MANY = 3
     MANY_TO_MANY = 4
+    MARKER = 5  # what the recipe pairs in place of a control token, with the text around it where tokens join them
+    SKIPPED = 6  # an unpaired control token of the student's, which the teacher does not read
 
 
 @dataclass(frozen=True)
 class Units:
     """Units of many rows, flat and ordered by row; row r's are `offsets[r]:offsets[r + 1]`.
 
-    Ends are exclusive and count from the row's start.
+    Starts are inclusive, ends exclusive; both count from the row's start. Between two units the student may have tokens that
+    are in neither; the teacher has none.
     """
 
     offsets: np.ndarray  # int64 [rows + 1]
@@ -30,6 +34,28 @@ class Units:
     teacher_ends: np.ndarray  # int32 [units], in teacher tokens
     byte_ends: np.ndarray  # int32 [units]
     kind: np.ndarray  # int8 [units]: Kind
+    student_starts: np.ndarray  # int32 [units], in student tokens
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The row of each unit, int64 `[units]`."""
+        return rows_of(self.offsets)
+
+    @cached_property
+    def teacher_starts(self) -> np.ndarray:
+        """int32 `[units]`, in teacher tokens."""
+        return unit_starts(self.teacher_ends, self.offsets)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each unit, int32 `[units]`."""
+        return unit_sizes(self.byte_ends, self.offsets)
+
+    @cached_property
+    def controls(self) -> np.ndarray:
+        """bool `[units]`: markers, and with one tokenizer control tokens. They are events of their own, not text."""
+        found: np.ndarray = (self.kind == Kind.MARKER) | ((self.sizes == 0) & (self.kind != Kind.STOP))
+        return found
 
 
 def byte_ends(lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -48,8 +74,9 @@ def align(
 ) -> Units:
     """The minimal common units of two tokenizations, for all rows at once.
 
-    `*_lengths` are the bytes of each token (at least 1), flat; `*_offsets` the rows' bounds in them. `stops[r]` says
-    whether row r ended with a stop on both sides; that stop, which is not among the tokens, becomes its last unit.
+    `*_lengths` are the bytes of each token (at least 1, and 1 for a control token), flat; `*_offsets` the rows' bounds in them.
+    `stops[r]` says whether row r ended with a stop on both sides; that stop, which is not among the tokens, becomes its last
+    unit.
     A unit's ends are the members of E_S ∩ E_T; bytes behind the last common end are in no unit.
     """
     rows = len(student_offsets) - 1
@@ -76,7 +103,7 @@ def align(
     is_stop = np.concatenate([np.zeros(len(s_at), bool), np.ones(len(stop_rows), bool)])[order]
     s_many, t_many = unit_sizes(student_ends, offsets) > 1, unit_sizes(teacher_ends, offsets) > 1
     kind = np.where(is_stop, Kind.STOP, Kind.ONE_TO_ONE + s_many + 2 * t_many).astype(np.int8)
-    return Units(offsets, student_ends, teacher_ends, common, kind)
+    return Units(offsets, student_ends, teacher_ends, common, kind, unit_starts(student_ends, offsets))
 
 
 def unit_sizes(ends: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -35,8 +35,8 @@ def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tenso
     return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
 
 
-# The masses at places (position · V + id), `[places]`, and of all cells, `[positions, cells]`.
-Read = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Places of single masses (position · V + id), and the laws from these masses and those of all cells, `[positions, cells]`.
+Plan = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 
 
 class ByteLaws(nn.Module):
@@ -85,19 +85,24 @@ class ByteLaws(nn.Module):
 
     def forward(
         self, logits: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The law at each term, probabilities `[terms, 258]`: (cover + path · first) / (Σ cover + path).
 
-        `logits` `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
-        `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have been read.
+        `logits` `[positions, V]` chose `actual` `[positions]`, whose masses `[positions]` come second. A term `[terms]` reads
+        the positions `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have
+        been read.
         """
-        return self._law(lambda places: read_masses(logits, lambda _: places, self)[:2], actual, start, end, inside)
+        places, finish = self._plan(actual, start, end, inside)
+        own = torch.arange(len(actual), device=actual.device) * len(self.cell) + actual
+        read, cells, _ = read_masses(logits, lambda _: torch.cat([own, places]), self)
+        return finish(read[len(own) :], cells), read[: len(own)]
 
     def law(
         self, mass: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
-        """As `forward`, from probabilities `[positions, V]`; without a gradient in few passes."""
-        return self._law(lambda places: (mass.reshape(-1)[places], self.add_up(mass)), actual, start, end, inside)
+        """As `forward`, the laws alone, from probabilities `[positions, V]`."""
+        places, finish = self._plan(actual, start, end, inside)
+        return finish(mass.reshape(-1)[places], self.add_up(mass))
 
     def add_up(self, mass: torch.Tensor) -> torch.Tensor:
         """The mass of each cell, `[positions, cells]`, from `mass` `[positions, V]` (`Sums`)."""
@@ -107,9 +112,7 @@ class ByteLaws(nn.Module):
         """`[positions, V]`, to each id the value of its cell: every id has one."""
         return of_sets.index_select(1, self.cell)
 
-    def _law(
-        self, read: Read, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
-    ) -> torch.Tensor:
+    def _plan(self, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor) -> Plan:
         size = len(self.cell)
         behind, token = end - start == 2, actual[start]
         known = torch.where(behind, self.lengths[token], inside)  # bytes read that a longer token may share
@@ -117,17 +120,19 @@ class ByteLaws(nn.Module):
         low, equal, high = (torch.where(known > 0, table[at], 0) for table in (self.low, self.equal, self.high))
         place, term = expand_ranges(torch.where(behind, low, equal), high)
         position, summand = start[term], self.summands[place]
-        places = position * size + summand.clamp(max=size - 1)
-        single, cells = read(places)
-        first = cells.new_zeros(len(cells), CLASSES).index_add(1, self.first, cells)
-        masses = torch.where(summand < size, single, cells[position, (summand - size).clamp(min=0)])
         byte = self.flat[self.begins[place] + known[term]].long()
         column = torch.where(place < equal[term], CLASSES, byte)  # the path itself stands behind the classes
-        sums = cells.new_zeros(len(start) * (CLASSES + 1)).index_add(0, term * (CLASSES + 1) + column, masses)
-        cover, path = sums.view(-1, CLASSES + 1).split([CLASSES, 1], 1)
-        law = cover + (path + (known == 0)[:, None]) * first[end - 1]
-        normalised: torch.Tensor = law / law.sum(-1, keepdim=True).clamp(min=TINY)
-        return normalised
+
+        def finish(single: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+            first = cells.new_zeros(len(cells), CLASSES).index_add(1, self.first, cells)
+            read = torch.where(summand < size, single, cells[position, (summand - size).clamp(min=0)])
+            sums = cells.new_zeros(len(start) * (CLASSES + 1)).index_add(0, term * (CLASSES + 1) + column, read)
+            cover, path = sums.view(-1, CLASSES + 1).split([CLASSES, 1], 1)
+            law = cover + (path + (known == 0)[:, None]) * first[end - 1]
+            normalised: torch.Tensor = law / law.sum(-1, keepdim=True).clamp(min=TINY)
+            return normalised
+
+        return position * size + summand.clamp(max=size - 1), finish
 
 
 def boundary_laws(laws: ByteLaws, mass: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -170,17 +170,13 @@ class Encoder:
 
 
 def split_completion(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -> tuple[str, bool]:
-    """The text that sampled `ids` spell, and whether that is all of them.
+    """The text that sampled `ids` spell, and whether it has all of their bytes: it ends before bytes that are not valid UTF-8.
 
-    A stop id at the end is not part of the text. The text ends before the first other id without bytes
-    (a sampled control token) and before bytes that are not valid UTF-8; then the second value is False.
+    Control tokens, and the stop at the end, are no part of the text.
     """
-    body = ids[:-1] if ids and ids[-1] in stop_ids else ids
-    pieces = [beta.values[i] for i in body]
-    whole = None not in pieces
-    data = b"".join(piece for piece in (pieces if whole else pieces[: pieces.index(None)]) if piece)
-    text = _decode(data)
-    return text, whole and len(text.encode()) == len(data)
+    data = beta.join(ids[:-1] if ids and ids[-1] in stop_ids else ids)
+    text = decode_valid(data)
+    return text, len(text.encode()) == len(data)
 
 
 def spell_answer(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -> tuple[str, str]:
@@ -191,10 +187,11 @@ def spell_answer(beta: TokenBytes, ids: Sequence[int], stop_ids: set[int]) -> tu
     """
     body = list(ids[:-1] if ids and ids[-1] in stop_ids else ids)
     last = max((i + 1 for i, token in enumerate(body) if beta.values[token] is None), default=0)
-    return _decode(beta.join(body)), _decode(beta.join(body[last:]))
+    return decode_valid(beta.join(body)), decode_valid(beta.join(body[last:]))
 
 
-def _decode(data: bytes) -> str:
+def decode_valid(data: bytes) -> str:
+    """The text of bytes, up to the first that are not valid UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import traceback
 from collections import defaultdict, deque
 from pathlib import Path
@@ -14,12 +13,15 @@ from pathlib import Path
 import torch
 from torch.distributed import init_process_group
 
-from configs.errors import BadInput, Stopped
+from configs.errors import BadInput, Damaged, Stopped
 from configs.schema import Recipe
 from tasks.models.reference import device_of
+from tasks.running.attached import SCRIPT as ATTACHED
+from tasks.running.attached import end_attached, start_attached
 from tasks.running.progress import logger
 
 LAST_WORDS = 20  # lines of each process's output that an error quotes
+ENDS = (BadInput, Stopped, Damaged)  # of a process, which the one that started it raises again
 MARK = "potstill| "  # prefix that tells our log lines from what libraries print
 
 
@@ -36,12 +38,11 @@ def check_processes(recipe: Recipe) -> None:
 def launch(job: str, folder: Path, processes: int) -> None:
     """Run `tasks.training.trainer.train` on `job` (JSON) in `processes` processes, and log their lines here.
 
-    Raises BadInput or Stopped where one of them does, and RuntimeError with the last output of each where one fails.
+    Raises BadInput, Stopped or Damaged where one of them does, and RuntimeError with the last output of each where one fails.
     """
     (folder / "job.json").write_text(job)
     # By default torchrun's processes meet at a port on every interface of the machine. Nobody else can reach a file.
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/torchrun", "--rdzv-conf=store_type=file"]
-    torchrun = ["torch.distributed.run", *meeting, f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={folder}/logs"]
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     environment = {
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes)),
@@ -50,15 +51,16 @@ def launch(job: str, folder: Path, processes: int) -> None:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     last_words: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=LAST_WORDS))
-    with subprocess.Popen(
-        [sys.executable, "-m", *torchrun, "-m", "tasks.training.processes", str(folder)],
-        stdin=subprocess.PIPE,  # nothing is written to it: the processes end when it closes, that is when this one ends
+    running = start_attached(
+        *("torch.distributed.run", *meeting, f"--nproc-per-node={processes}", "--tee=3", f"--log-dir={folder}/logs"),
+        *(ATTACHED, "tasks.training.processes", str(folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         env=environment | os.environ,
-    ) as running:
+    )
+    try:
         assert running.stdout is not None
         for line in running.stdout:
             rank, text = re.fullmatch(r"(?:\[\D*(\d+)\]:)?(.*)", line.rstrip("\n"), re.DOTALL).groups()  # type: ignore[union-attr]
@@ -66,7 +68,10 @@ def launch(job: str, folder: Path, processes: int) -> None:
                 logger.info(text.removeprefix(MARK))
             else:
                 last_words["torchrun" if rank is None else f"process {rank}"].append(text)
-    for kind in (BadInput, Stopped):
+        running.wait()
+    finally:
+        end_attached(running)
+    for kind in ENDS:
         if (message := folder / kind.__name__).exists():
             raise kind(message.read_text())
     if running.returncode:
@@ -80,7 +85,6 @@ def main(folder: Path) -> None:
     """Run one process. It ends without destructors: torch's wait for gloo's threads, and hold a GIL they may need."""
     from tasks.training.trainer import JOB, train
 
-    threading.Thread(target=_end_with_the_flow, daemon=True).start()
     rank, processes, status = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0
     if rank == 0:
         logger.addHandler(handler := logging.StreamHandler())
@@ -88,8 +92,8 @@ def main(folder: Path) -> None:
     try:
         init_process_group(init_method=f"file://{folder}/processes", rank=rank, world_size=processes)
         train(JOB.validate_json((folder / "job.json").read_text()), folder)
-    except (BadInput, Stopped) as error:
-        (folder / type(error).__name__).write_text(str(error))
+    except ENDS as error:
+        (folder / type(error).__name__).write_text(error.args[0])
         status = 2
     except Exception:
         traceback.print_exc()
@@ -97,12 +101,6 @@ def main(folder: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _end_with_the_flow() -> None:
-    """End this process when the flow has ended, even if the flow was killed."""
-    os.read(0, 1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from storage.read import scan
 from storage.store import Run
 from tasks.views.rounds import sum_bytes
 
-ROUND = alt.X("round:Q", title="round", axis=alt.Axis(tickMinStep=1, format="d"))
 STAGES = ("completions", "rollouts", "scores", "aligned", "gates", "training", "evals")
 BYTES = ("supervised", "unmatched", "dropped", "tail")
 SIZE = {"width": 420, "height": 220}
@@ -46,6 +45,14 @@ def list_seconds(run: Run) -> Iterator[tuple[int, str, float]]:
             yield int(place[1]), stage, manifest["seconds"]
 
 
+def _along(column: str, numbers: pl.Series) -> alt.X:
+    """An axis of whole numbers, with at most about ten ticks: Vega's own ticks may be halves, which `d` shows as `1 1 2 2`."""
+    first, last = int(numbers.min()), int(numbers.max())  # type: ignore[arg-type]
+    step = -(-(last - first + 1) // 10)
+    ticks = list(range(first, last + 1, step))
+    return alt.X(f"{column}:Q", title=column, axis=alt.Axis(values=ticks, format="d"), scale=alt.Scale(nice=False, zero=False))
+
+
 def _draw_accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
     kinds = [kind for kind in ("sampled", "greedy") if rounds[kind].is_not_null().any()]
     if not kinds:
@@ -58,7 +65,7 @@ def _draw_accuracy(rounds: pl.DataFrame) -> alt.TopLevelMixin | None:
     )  # fmt: skip
     colour = _colour_of("decoding")
     hint = [alt.Tooltip(name, format=".3f") for name in ("accuracy", "low", "high")]
-    student = alt.Chart(long.filter(model="student")).encode(x=ROUND, color=colour)
+    student = alt.Chart(long.filter(model="student")).encode(x=_along("round", long["round"]), color=colour)
     teacher = alt.Chart(long.filter(model="teacher")).encode(color=colour)
     height = alt.Y("accuracy:Q", title="share of correct answers", scale=alt.Scale(domain=[0, 1]))
     return alt.layer(
@@ -79,7 +86,8 @@ def _draw_line(rounds: pl.DataFrame, column: str, title: str, style: str = ".1f"
     scale = alt.Scale(zero=True) if (some[column] != 0).any() else alt.Scale(domain=[0, 1])  # all zeros would give no axis
     height = alt.Y(f"{column}:Q", title=title, scale=scale, axis=alt.Axis(format=style))
     hint = ["model", "round", alt.Tooltip(column, format=style)]
-    lines = [alt.Chart(some.filter(model="student")).mark_line(point=True).encode(x=ROUND, y=height, tooltip=hint)]
+    along = _along("round", some["round"])
+    lines = [alt.Chart(some.filter(model="student")).mark_line(point=True).encode(x=along, y=height, tooltip=hint)]
     if len(teacher := some.filter(model="teacher")):
         lines.append(alt.Chart(teacher).mark_rule(strokeDash=[5, 4]).encode(y=height, tooltip=hint))
     return alt.layer(*lines)
@@ -109,7 +117,7 @@ def _draw_bars(data: pl.DataFrame, kind: str, height: alt.Y, order: tuple[str, .
 
 
 def _colour_of(column: str, order: tuple[str, ...] | None = None) -> alt.Color:
-    return alt.Color(f"{column}:N", title=None, sort=order, legend=alt.Legend(orient="top"))
+    return alt.Color(f"{column}:N", title=None, sort=order, legend=alt.Legend(orient="top", symbolOpacity=1))
 
 
 def _draw_loss(run: str) -> alt.TopLevelMixin | None:
@@ -122,5 +130,6 @@ def _draw_loss(run: str) -> alt.TopLevelMixin | None:
     means = steps.group_by(pl.col("step") // width * width, "round").agg(pl.col("loss").mean()).sort("step")
     height = alt.Y("loss:Q", title="nats per unit", scale=alt.Scale(zero=False))
     hint = ["step", "round", alt.Tooltip("loss", format=".4f")]
-    chart: alt.TopLevelMixin = alt.Chart(means).mark_line().encode(x=alt.X("step:Q", title="step"), y=height, tooltip=hint)
+    along = _along("step", means["step"])
+    chart: alt.TopLevelMixin = alt.Chart(means).mark_line().encode(x=along, y=height, tooltip=hint)
     return chart

@@ -22,12 +22,15 @@ def compare_runs(runs: dict[str, list[str]], number: int) -> list[dict[str, Any]
     rows = []
     for name, seeds in runs.items():
         tables = [summarise_rounds(run).filter(model="student", round=number) for run in seeds]
-        change = estimate_difference([(a - b).to_numpy() for a, b in zip(shares[name], first, strict=True)])
+        graded = len(first[0]) > 0
+        change = estimate_difference([(a - b).to_numpy() for a, b in zip(shares[name], first, strict=True)]) if graded else None
         rows.append(
             {
                 "objective": name,
-                "accuracy": f"{np.mean([correct.mean() for correct in shares[name]]):.3f}",
-                "difference": "" if shares[name] is first else f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+                "accuracy": f"{np.mean([correct.mean() for correct in shares[name]]):.3f}" if graded else "",
+                "difference": f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+                if change and shares[name] is not first
+                else "",
                 "recovered": _format_mean([table["recovered"][0] for table in tables], "{:.0%}"),
                 "divergence": _format_mean([table["divergence"][0] for table in tables], "{:.4f}"),
                 "seconds": f"{np.mean([_training_seconds_of(run, number) for run in seeds]):.1f}",
@@ -40,6 +43,7 @@ def _shares_correct_of(run: str, number: int) -> pl.Series:
     """The share of correct answers to each held-out prompt, in order of `prompt_id`; of sampled answers if there are any."""
     evals = scan(run, "evals").filter(pl.col("round") == number, model="student").collect()
     kind = "sampled" if (evals["decoding"] == "sampled").any() else "greedy"
+    evals = evals.drop_nulls("correct")  # prompts without a reference
     return evals.filter(decoding=kind).group_by("prompt_id").agg(pl.col("correct").mean()).sort("prompt_id")["correct"]
 
 

@@ -1,6 +1,5 @@
 """What `potstill inspect` shows, as rows. Everything comes from the run's tables; no model is loaded."""
 
-import itertools
 import posixpath
 from typing import Any
 
@@ -14,8 +13,6 @@ from tasks.rows.accounts import summarise_account
 from tasks.tokens.align import Kind
 
 SHOWN = 10  # rollouts in the view of a round
-
-Piece = tuple[str, float | None]  # a token as a literal, and its log-prob in nats
 
 
 def check_run(run: str) -> None:
@@ -106,84 +103,9 @@ def _measure_matches(run: str, number: int, rollouts: pl.DataFrame) -> list[dict
     return lines
 
 
-def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
-    """One rollout token by token, unit after unit: both sides' pieces and log-probs, in nats."""
-    selected = pl.col("rollout_id") == rollout_id
-    rollouts = _list_rows(run, "rollouts", selected)
-    if not rollouts:
-        some = ", ".join(row["rollout_id"] for row in _list_rows(run, "rollouts", pl.int_range(pl.len()) < 3))
-        hint = f"give one of the run's ids, such as {some}" if some else "the run has no rollouts yet"
-        raise BadInput(f"{run}: no rollout '{rollout_id}'; {hint}")
-    row = rollouts[0]
-    if not (aligned_rows := _list_rows(run, "aligned", selected)):
-        raise BadInput(f"{run}: rollout '{rollout_id}' is not aligned yet; continue the run first")
-    aligned = aligned_rows[0]
-    student = _pieces_of(run, "student", row["token_ids"], row["logprobs"])
-    teacher: list[Piece] = []
-    if aligned["teacher_logprobs"] is not None:
-        scores = scan(run, "scores").filter(selected).collect().to_dicts()[0]
-        teacher = _pieces_of(run, "teacher", scores["token_ids"], scores["logprobs"])
-    lines: list[dict[str, Any]] = []
-    s_start = t_start = 0
-    for unit, (s_end, t_end, kind) in enumerate(
-        zip(aligned["student_ends"], aligned["teacher_ends"], aligned["kind"], strict=True)
-    ):
-        lines += _format_unit(str(unit), Kind(kind).name.lower(), student[s_start:s_end], teacher[t_start:t_end])
-        s_start, t_start = s_end, t_end
-    lines += _format_unit("-", "not aligned", student[s_start:], teacher[t_start:])
-    prompt = scan(run, "prompts").filter(pl.col("prompt_id") == row["prompt_id"]).collect().to_dicts()[0]
-    about = {
-        "rollout": rollout_id,
-        "source": row["source"],
-        "prompt": " | ".join(m["content"] for m in prompt["messages"]),
-        "text": row["text"],
-        "reference": prompt["reference"],
-        "finish": row["finish_reason"],
-        "status": aligned["status"],
-    }
-    return {"Rollout": [about], "Tokens (log-probs in nats)": lines}
-
-
 def collect_rows(run: str, table: str, selected: pl.Expr) -> pl.DataFrame:
     """The selected rows of a table; none where the run does not have the table yet."""
     try:
         return scan(run, table).filter(selected).collect()
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return pl.DataFrame()
-
-
-def _list_rows(run: str, table: str, selected: pl.Expr) -> list[dict[str, Any]]:
-    return collect_rows(run, table, selected).to_dicts()
-
-
-def _pieces_of(run: str, side: str, ids: list[int], logprobs: list[float] | None) -> list[Piece]:
-    vocab = scan(run, "vocab").filter(pl.col("side") == side).select("token_id", "bytes", "role")
-    rows = {row["token_id"]: row for row in vocab.filter(pl.col("token_id").is_in(ids)).collect().to_dicts()}
-    pieces = [f"<{rows[i]['role']}>" if rows[i]["bytes"] is None else _format_piece(rows[i]["bytes"]) for i in ids]
-    return list(zip(pieces, itertools.repeat(None) if logprobs is None else logprobs))
-
-
-def _format_piece(data: bytes) -> str:
-    """A token as a literal: its text, or its bytes where they are only a part of a character."""
-    try:
-        return repr(data.decode())
-    except UnicodeDecodeError:
-        return repr(data)
-
-
-def _format_unit(unit: str, kind: str, student: list[Piece], teacher: list[Piece]) -> list[dict[str, Any]]:
-    lines = []
-    for i in range(max(len(student), len(teacher))):
-        s_piece, s_logprob = student[i] if i < len(student) else ("", None)
-        t_piece, t_logprob = teacher[i] if i < len(teacher) else ("", None)
-        lines.append(
-            {
-                "unit": unit if i == 0 else "",
-                "kind": kind if i == 0 else "",
-                "student": s_piece,
-                "log P_student": None if s_logprob is None else round(s_logprob, 3),
-                "teacher": t_piece,
-                "log P_teacher": None if t_logprob is None else round(t_logprob, 3),
-            }
-        )
-    return lines

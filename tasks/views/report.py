@@ -15,15 +15,26 @@ from storage.store import Run
 from tasks.gates.gate import limit_figure
 from tasks.tokens.align import Kind
 from tasks.views.charts import draw_charts
+from tasks.views.escapes import escape_controls
 from tasks.views.inspect import collect_rows, show_prompts
+from tasks.views.readers import Readers
 from tasks.views.rounds import format_rounds, summarise_rounds
 
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
 FULL = 5.0  # nats per unit from which the shade is full
 
+
+def _escape(value: Any) -> Any:
+    return escape_controls(value) if type(value) is str else value  # markup of our own stays as it is
+
+
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    finalize=_escape,
 )
 
 
@@ -39,6 +50,8 @@ def render_report(run: Run) -> str:
     assert recipe is not None
     rounds = summarise_rounds(run.address)
     done = run.rounds_done()
+    readers = Readers(run)
+    rollouts = _pick_rollouts(run.address, done, readers)
     return TEMPLATES.get_template("report.html").render(
         recipe=recipe,
         toml=dump_recipe(recipe),
@@ -49,8 +62,9 @@ def render_report(run: Run) -> str:
         vega=_bundle_vega(),
         prompts=show_prompts(run.address),
         gates=_list_gates(run.address, done, recipe.gates),
-        answers=_collect_answers(run.address, done),
-        rollouts=_pick_rollouts(run.address, done),
+        answers=collect_answers(run.address, done),
+        rollouts=rollouts,
+        missing=readers.missing,
         full=FULL,
     )
 
@@ -68,7 +82,7 @@ def _list_gates(run: str, number: int, limits: Gates) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name != "advice"} for record in records]
 
 
-def _collect_answers(run: str, last: int) -> list[dict[str, Any]]:
+def collect_answers(run: str, last: int) -> list[dict[str, Any]]:
     """The first held-out prompts with their reference and the answers before and after; greedy ones if the run has them."""
     evals = collect_rows(run, "evals", pl.col("round").is_in([0, last]))
     if evals.is_empty():
@@ -91,7 +105,7 @@ def _collect_answers(run: str, last: int) -> list[dict[str, Any]]:
     ]
 
 
-def _pick_rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
+def _pick_rollouts(run: str, number: int, readers: Readers) -> dict[str, list[dict[str, Any]]]:
     """Samples of a round, unit by unit: the first ones, and those with the largest divergence in nats per byte."""
     log_ratio = (pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()).cast(pl.Float64)
     size = pl.col("byte_ends").list.last()
@@ -116,7 +130,7 @@ def _pick_rollouts(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
         title: [
             {
                 "rollout_id": row["rollout_id"],
-                "prompt": " | ".join(m["content"] for m in prompts[texts[row["rollout_id"]]["prompt_id"]]["messages"]),
+                "read": readers.show(texts[row["rollout_id"]], prompts[texts[row["rollout_id"]]["prompt_id"]]),
                 "divergence": row["divergence"],
                 "units": split_units(texts[row["rollout_id"]]["text"], row),
             }

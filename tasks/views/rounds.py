@@ -4,8 +4,10 @@ from typing import Any
 
 import polars as pl
 
+from configs.schema import Recipe
 from storage.read import scan
 from tasks.views.estimates import Estimate, estimate_accuracy
+from tasks.views.inspect import open_run
 
 
 def summarise_rounds(run: str) -> pl.DataFrame:
@@ -21,16 +23,18 @@ def summarise_rounds(run: str) -> pl.DataFrame:
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return pl.DataFrame()  # a run that has only begun
     supervised = dict(sum_bytes(run).select("round", "supervised").iter_rows())
+    recipe = open_run(run).frozen_recipe()
     estimates: dict[tuple[str, int, str], Estimate] = {}
     rows = []
     for (model, number), group in evals.group_by(["model", "round"]):
-        for (decoding,), some in group.group_by(["decoding"]):
+        for (decoding,), some in group.drop_nulls("correct").group_by(["decoding"]):
             estimates[str(model), int(str(number)), str(decoding)] = estimate_accuracy(some)
         sampled = group.filter(pl.col("decoding") == "sampled") if (group["decoding"] == "sampled").any() else group
         rows.append(
             {
                 "model": model,
                 "round": number,
+                "title": name_teacher(recipe, 1) if model == "teacher" else f"student, round {number}",
                 "divergence": _divergence_of(sampled),
                 "tokens": sampled["tokens"].mean(),
                 "truncated": (sampled["finish_reason"] == "length").mean(),
@@ -55,6 +59,13 @@ def summarise_rounds(run: str) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
+def name_teacher(recipe: Recipe | None, number: int) -> str:
+    """Who scores a round, counted from 1: the teacher, or the student that it was after which round (0: before any)."""
+    if recipe is None or recipe.teacher is None or not recipe.self_taught:
+        return "teacher"
+    return f"teacher: student at round {number - 1 if recipe.teacher.weights == 'round' else 0}"
+
+
 def _divergence_of(evals: pl.DataFrame) -> float | None:
     """Mean log-ratio of completions in nats per byte; None where none has a teacher's log-prob."""
     scored = evals.filter(pl.col("teacher_logprob").is_not_null())
@@ -73,6 +84,18 @@ def sum_bytes(run: str) -> pl.DataFrame:
     return table.with_columns(pl.col(names) / pl.max_horizontal(pl.sum_horizontal(names), 1))
 
 
+def find_best(table: pl.DataFrame, figure: str) -> int | None:
+    """The round whose student has the largest accuracy, or the least divergence; the earliest of equals, None if none has it.
+
+    `table` is `summarise_rounds` of a run, `figure` the recipe's `evaluate.best`.
+    """
+    if table.is_empty():
+        return None
+    trained = table.filter(pl.col("model") == "student", pl.col("round") > 0, pl.col(figure).is_not_null())
+    best = trained.sort(figure, "round", descending=[figure != "divergence", False]).head(1)
+    return None if best.is_empty() else int(best["round"][0])
+
+
 def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table for people: accuracies such as `0.716 [0.66, 0.77]`, other shares in percent."""
 
@@ -81,7 +104,7 @@ def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
 
     return [
         {
-            "model": row["model"] if row["model"] == "teacher" else f"student, round {row['round']}",
+            "model": row["title"],
             "sampled": format_interval(row, "sampled"),
             "greedy": format_interval(row, "greedy"),
             "recovered": _format_value(row["recovered"], "{:.0%}"),
@@ -96,11 +119,3 @@ def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
 
 def _format_value(value: float | None, pattern: str) -> str | None:
     return None if value is None else pattern.format(value)
-
-
-def format_markdown(table: pl.DataFrame, where: str) -> str:
-    """The table of rounds as Markdown, with the address of the run."""
-    rows = format_rounds(table)
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows]
-    return "\n".join([*lines, "", f"Divergence is in nats per byte. The run is in `{where}`."])

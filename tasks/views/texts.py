@@ -99,7 +99,7 @@ def summarise_alignment(aligned: AlignedTexts, student: Side, teacher: Side) -> 
         "texts": len(table),
         "dropped texts": sum(state != "ok" for state in table["status"].to_pylist()),
         "units": int(kinds.sum()),
-        **{kind.name.lower(): _format_share(kinds[kind], kinds.sum()) for kind in Kind if kind != Kind.STOP},
+        **{kind.name.lower(): _format_share(kinds[kind], kinds.sum()) for kind in Kind if Kind.STOP < kind < Kind.MARKER},
         "bytes in units": sum(table["supervised_bytes"].to_pylist()),
         "bytes dropped": sum(table["dropped_bytes"].to_pylist()),
     }

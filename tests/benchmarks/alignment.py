@@ -28,13 +28,14 @@ from configs.schema import Score  # noqa: E402
 from storage.schemas import ROLLOUTS, SCORES  # noqa: E402
 from tasks import objectives  # noqa: E402
 from tasks.align import align_rollouts  # noqa: E402
+from tasks.models.pair import teacher_ids  # noqa: E402
 from tasks.models.text import (  # noqa: E402
     Side,
-    teacher_ids,
     tokenizer_of,
 )
 from tasks.signals import make_signal  # noqa: E402
 from tasks.tokens.align import align  # noqa: E402
+from tasks.tokens.markers import NO_MARKERS  # noqa: E402
 from tasks.tokens.ragged import flat  # noqa: E402
 
 PAIRS = [
@@ -97,7 +98,9 @@ def measured(texts: list[str], own: Side, other: Side) -> dict[str, Callable[[],
         return sum(map(len, side.tokenizer.backend_tokenizer.encode_batch(kept, add_special_tokens=False)))
 
     def units() -> int:
-        z = pa.chunked_array([pa.array(teacher_ids(rows, other, as_sampled=False), pa.list_(pa.int32()))])
+        z = pa.chunked_array(
+            [pa.array(teacher_ids(rows, student=own, teacher=other, markers=NO_MARKERS), pa.list_(pa.int32()))]
+        )
         y_ids, y_offsets = flat(rollouts["token_ids"])
         z_ids, z_offsets = flat(z)
         lengths = own.vocabulary.lengths[y_ids], other.vocabulary.lengths[z_ids]
@@ -105,7 +108,7 @@ def measured(texts: list[str], own: Side, other: Side) -> dict[str, Callable[[],
         return len(y_ids) + len(z_ids)
 
     def stage() -> int:
-        graded = teacher_ids(rows, other, as_sampled=False)
+        graded = teacher_ids(rows, student=own, teacher=other, markers=NO_MARKERS)
         scores = {
             "rollout_id": rollouts["rollout_id"],
             "token_ids": pa.array(graded, pa.list_(pa.int32())),

@@ -35,6 +35,7 @@ from tasks.tokens.byte_laws import (  # noqa: E402
     ByteLaws,
     boundary_laws,
 )
+from tasks.tokens.markers import ONE_TOKENIZER  # noqa: E402
 
 TOPICS = (
     "the tides", "a lost key", "sorting a list in Python", "bread", "prime numbers", "the French Revolution", "bees", "a haiku",
@@ -93,7 +94,9 @@ def main(samples: int, tokens: int, temperature: float) -> None:
     base = None
     for case in CASES[::-1]:  # `sampled` first: what every file holds
         signal = make_signal(case.signal, case.k, case.top_p)
-        size, events = stored_size(score_rows(rows, prompts, engine, engine.side, signal, as_sampled=True), total)
+        size, events = stored_size(
+            score_rows(rows, prompts, engine, signal, ONE_TOKENIZER, student=engine.side, teacher=engine.side), total
+        )
         base = size if base is None else base
         error = errors(case, head, noisy, t_hidden, s_hidden, actual, first, ByteLaws(engine.side.vocabulary))
         cells = [case.signal, str(case.k), str(case.top_p), f"{events:.1f}", f"{size:.1f}", f"{base:.1f}"]

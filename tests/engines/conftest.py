@@ -11,14 +11,14 @@ sys.path.append(str(CHECKOUT / "tests" / "property"))
 
 from fake_server import FakeServer  # noqa: E402
 
-from tasks.engines import server  # noqa: E402
+from tasks.engines import http  # noqa: E402
 from tasks.models.reference import ModelRef  # noqa: E402
 
 
 @pytest.fixture
 def serve(monkeypatch) -> Iterator[Callable[..., FakeServer]]:
     """Starts a server of a model; all are stopped in the end. Second attempts come soon."""
-    monkeypatch.setattr(server, "PAUSE", 0.01)
+    monkeypatch.setattr(http, "PAUSE", 0.01)
     started: list[FakeServer] = []
 
     def start(ref: ModelRef, **options) -> FakeServer:

@@ -18,7 +18,8 @@ from configs.errors import BadInput, Unavailable
 from tasks.engines import vllm as parent
 from tasks.engines import vllm_child
 from tasks.engines.base import Sampling
-from tasks.engines.choose import engine_name, get_engine, release
+from tasks.engines.choose import get_engine, release
+from tasks.engines.names import engine_name
 from tasks.engines.vllm import VllmEngine
 from tasks.models.reference import ModelRef
 from tasks.models.text import side

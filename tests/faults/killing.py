@@ -28,9 +28,11 @@ class Potstill:
 
     def __init__(self, forks: Forks, place: Path):
         self.forks, self.place, self.pid = forks, place, 0
+        self.arguments: list[str] = []
 
     def start(self, *arguments: object) -> int:
         """Start the command; its process id."""
+        self.arguments = [str(argument) for argument in arguments]
         for name in ("out", "err"):
             (self.place / name).write_text("")
         self.pid = self.forks.start(arguments, self.place, self.place / "out", self.place / "err")
@@ -153,10 +155,9 @@ def unbroken(potstill: Potstill, root: Path, arguments: Callable[[Path], list[st
     return Reference(root, order, seconds, times[order[-1]] - started, digests(root), steps(root))
 
 
-def kill_at(moment: tuple[str, float], potstill: Potstill, pid: int, root: Path, reference: Reference) -> None:
-    """Wait for the moment and kill: (slot, share): so far into the making of that slot; ("", seconds): after so long."""
+def wait_for(moment: tuple[str, float], potstill: Potstill, root: Path, reference: Reference) -> None:
+    """Wait for the moment: (slot, share): so far into the making of that slot; ("", seconds): after so long."""
     slot, amount = moment
-    process = os.pidfd_open(pid)  # an id may come to be another process's, this does not
     if slot:
         place = reference.order.index(slot)
         before = reference.order[place - 1].replace("/", "/_manifests/", 1) + ".json" if place else None
@@ -167,8 +168,6 @@ def kill_at(moment: tuple[str, float], potstill: Potstill, pid: int, root: Path,
                 break
         amount *= reference.seconds[slot]
     time.sleep(amount)
-    signal.pidfd_send_signal(process, signal.SIGKILL)
-    os.close(process)
 
 
 def kill_and_go_on(
@@ -182,9 +181,11 @@ def kill_and_go_on(
     """One run, killed at each of `moments`, then left to end; asserts that it lost nothing and ended as it should."""
     before: dict[str, tuple[int, int]] = {}
     for moment in moments:
-        pid = potstill.start(*arguments(root))
+        process = os.pidfd_open(potstill.start(*arguments(root)))  # an id may come to be another process's, this does not
+        wait_for(moment, potstill, root, reference)
         with suppress(ProcessLookupError):  # it ended before
-            kill_at(moment, potstill, pid, root, reference)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
         status = potstill.wait()
         after = committed(root)
         _compare(before, after, tally)

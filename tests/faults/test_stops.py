@@ -1,5 +1,6 @@
 """A stop that was asked for, a disk that is full, a file that was damaged: one message, and the run goes on."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -7,8 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from killing import Potstill, arguments, committed, damages, digests, halves, steps
+from killing import Potstill, Reference, arguments, committed, damages, digests, halves, steps, wait_for
+from stopping import Stop, one_message
 
 
 def when(path: Path) -> None:
@@ -19,16 +22,6 @@ def when(path: Path) -> None:
         time.sleep(0.005)
 
 
-def one_message(text: str) -> str:
-    """The last line, which is the only one of its kind; the others are plain lines of the log."""
-    *log, last = text.strip().splitlines()
-    assert "Traceback" not in text
-    assert last.startswith("potstill: ")
-    assert not any(line.startswith("potstill: ") for line in log), text
-    assert all(line[2] == line[5] == ":" for line in log), text
-    return last
-
-
 def ended_as_unbroken(potstill: Potstill, root: Path, reference) -> None:
     assert potstill.run(*arguments(root)) == 0, potstill.err
     assert digests(root) == reference.digests
@@ -37,25 +30,55 @@ def ended_as_unbroken(potstill: Potstill, root: Path, reference) -> None:
     assert damages(root) == {}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stop_that_was_asked_for(potstill, reference, tmp_path, number, status):
-    """In a teacher's recipe and in the run itself: a message, nothing half-made, the lock free."""
-    root = tmp_path / "runs"
-    for after in (
-        "test-teacher-seed0/_manifests/round=0001/aligned/part-00000",
-        "tiny/_manifests/round=0002/aligned/part-00001",
-    ):
-        pid = potstill.start(*arguments(root))
-        when(root / f"{after}.json")
-        time.sleep(0.05)
-        os.kill(pid, number)
-        assert potstill.wait() == status, potstill.err
-        assert one_message(potstill.err) == "potstill: stopped; the same command goes on from what is committed"
+def crashed(server: str) -> list[str]:
+    """The states of the flow runs that Prefect's server knows of, the last one first."""
+    found = httpx.post(f"{server}/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 50}, timeout=30).json()
+    return [run["state_type"] for run in found]
+
+
+# What is in the making in each stage, in the order in which they come, with others between them.
+STAGES = {
+    "prompts": "test-teacher-seed0/prompts/train",
+    "scratch": "test-student-seed0/round=0000/student",
+    "vocab": "tiny/vocab/teacher",
+    "evaluation": "tiny/round=0000/evals/teacher",
+    "scores": "tiny/round=0001/scores/part-00000",
+    "check": "tiny/round=0001/gates/part-00000",
+    "rollouts": "tiny/round=0002/rollouts/part-00001",
+    "alignment": "tiny/round=0002/aligned/part-00001",
+    "training": "tiny/round=0002/student",
+    "report": "tiny/round=0002/evals/student",
+}
+TOLD = [(number, group) for group in (True, False) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def stop_in(stages: list[str], told: list[tuple[int, bool]], potstill: Potstill, root: Path, reference: Reference) -> None:
+    """One run, stopped in each of these stages, then left to end as if nothing had been."""
+    for name, (number, group) in zip(stages, itertools.cycle(told)):
+        before = committed(root)
+        potstill.start(*arguments(root))
+        wait_for((STAGES[name], 0.5), potstill, root, reference)
+        stop = Stop(potstill, number, group)
+        print(f"{name} | {signal.Signals(number).name}{' to the group' if group else ''} | {stop.seconds:.1f} s | {stop.line}")
+        stop.goes_on()
         assert halves(root) == []
         assert list(root.glob("*/_tmp")) == []
         assert damages(root) == {}
+        assert before.items() <= committed(root).items()
+        assert "RUNNING" not in crashed(potstill.forks.server)
     ended_as_unbroken(potstill, root, reference)
+
+
+def test_a_stop_in_the_middle_of_a_run(potstill, reference, tmp_path):
+    """Here with the session's Prefect server, where the flow runs end as crashed."""
+    stop_in(["scores", "training"], TOLD, potstill, tmp_path / "runs", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", range(3))
+def test_a_stop_in_each_stage(potstill, reference, tmp_path, turn):
+    told = TOLD[turn:] + TOLD[:turn]
+    stop_in(list(STAGES), told, potstill, tmp_path / "runs", reference)
 
 
 def test_two_processes_on_one_run(potstill, forks, tmp_path):

@@ -1,5 +1,6 @@
 """What the tests of flows share beside fixtures."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,13 @@ def made(folder: Path, size: int, *texts: str) -> Path:
 
 
 def refused(ended: Ended, *parts: str) -> None:
-    """One message on standard error, with all of `parts` in it, and exit status 2."""
+    """One message on standard error, with all of `parts` in it, and exit status 2; at most a line about the run before it."""
     assert ended.status == 2, ended.err
-    assert ended.err.startswith("potstill: ")
+    *log, message = ended.err.strip().splitlines()
+    assert message.startswith("potstill: ")
     assert ended.err.count("potstill: ") == 1
-    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    assert len(log) <= 1, ended.err
+    assert all(re.match(r"\d\d:\d\d:\d\d \S+: (a new run of )?\d+ ", line) for line in log), ended.err
     assert "Traceback" not in ended.err + ended.out
     assert ended.out == ""
     for part in parts:

@@ -13,8 +13,9 @@ import pytest
 from helpers import CHECKOUT, POTSTILL, TINY, files
 
 from flows import cli
-from flows.terminal import CONTROLS, print_table
+from flows.terminal import print_table
 from storage.read import scan
+from tasks.views.escapes import CONTROLS
 from tasks.views.inspect import show_round
 
 ANSI = "\x1b"

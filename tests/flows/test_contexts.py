@@ -23,6 +23,7 @@ TEMPLATE = (
 )
 CONTEXTS: dict[str, Any] = {
     "system": "Say hello.",
+    "template": "{word} world {prompt}",
     "chat_template": "other.jinja",
     "chat_template_kwargs": {"think": False, "tone": "hello"},
     "prefix": " world",
@@ -123,7 +124,7 @@ def test_equal_contexts_are_no_difference(recipe, objective, shared, least, most
 REFUSED = [
     ({"chat_template": "nowhere.jinja"}, ["chat_template: ", "nowhere.jinja: cannot be read", "give a file"]),
     ({"chat_template": ""}, ["student.chat_template", "at least 1 character"]),
-    ({"chat_template": "broken.jinja"}, ["student, ", "its chat template says", "correct that template"]),
+    ({"chat_template": "broken.jinja"}, ["chat_template: ", "broken.jinja: line 1 does not parse", "correct it"]),
     (
         {"chat_template_kwargs": {"thinking": True}},
         ["chat_template_kwargs: its chat template takes no thinking", "it reads none"],

@@ -73,7 +73,7 @@ def test_a_run_goes_on_on_a_smaller_machine(recipe, tmp_path):
     )
     assert distill(str(small))["rounds"] == 1
     after = files(tmp_path / "runs")
-    assert {name for name in after if after[name] != before[name]} == {"tiny/run.toml"}
+    assert {name for name in after if after[name] != before[name]} == {"tiny/run.toml", "tiny/_receipt.json"}
     assert distill(str(small), rounds=2)["rounds"] == 2
 
 
@@ -91,7 +91,8 @@ def test_every_table_has_its_schema(tiny):
 def test_the_folder_is_as_designed(tiny):
     """Names of DESIGN.md §4, and nothing half-made among them."""
     assert {path.name for path in tiny.iterdir()} == {
-        "run.toml", "report.html", "vocab", "prompts", "accounts", "_manifests", "round=0000", "round=0001", "round=0002",
+        "run.toml", "report.html", "vocab", "prompts", "accounts", "_manifests", "_receipt.json",
+        "round=0000", "round=0001", "round=0002",
     }  # fmt: skip
     assert {path.name for path in (tiny / "round=0000").iterdir()} == {"evals"}
     for number in (1, 2):
@@ -116,7 +117,7 @@ def test_every_manifest_tells_the_truth(tiny):
         if path.suffix == ".parquet":
             assert manifest["rows"] == pq.read_metadata(path).num_rows, slot
         covered |= {str(path.relative_to(tiny))} if path.is_file() else {f"{path.relative_to(tiny)}/{n}" for n in files(path)}
-    data = {name for name in files(tiny) if not name.startswith("_manifests/")} - {"run.toml", "report.html"}
+    data = {name for name in files(tiny) if not name.startswith("_manifests/")} - {"run.toml", "report.html", "_receipt.json"}
     assert data == covered
 
 
@@ -282,7 +283,7 @@ def test_three_rounds_in_two_calls_are_three_rounds_in_one(recipe, tmp_path):
     assert steps(in_two).equals(steps(at_once))
     assert not any("taken_from" in manifest for manifest in manifests(at_once).values())
     later = files(in_two)
-    del early["report.html"]  # which speaks of all rounds
+    del early["report.html"], early["_receipt.json"]  # which speak of all rounds
     assert {name: later[name] for name in early} == early  # what was there was not made again
 
     # A deleted shard is made again, with the same digest, and nothing else is.
@@ -294,7 +295,7 @@ def test_three_rounds_in_two_calls_are_three_rounds_in_one(recipe, tmp_path):
         assert digests(at_once) == before
         assert digest_file(at_once / f"{name}.parquet") == before[name]
         changed = {path for path, time in files(at_once).items() if times.get(path) != time}
-        assert changed == {f"{name}.parquet", f"_manifests/{name}.json"}
+        assert changed == {f"{name}.parquet", f"_manifests/{name}.json", "_receipt.json"}
 
 
 def test_a_schedule_adds_round_by_round_until_the_recipe_is_done(recipe, tmp_path):

@@ -14,7 +14,7 @@ from configs.models import Scratch
 from flows.distill import distill
 from flows.refuse import check_recipe
 from storage.read import scan
-from tasks.engines import choose, server
+from tasks.engines import choose, http
 from tasks.engines.choose import release
 from tasks.scratch import init_model, train_tokenizer
 
@@ -28,7 +28,7 @@ FAKES = CHECKOUT / "tests" / "engines" / "fakes"
 @pytest.fixture
 def fake(models, monkeypatch):
     """A server of the tiny teacher."""
-    monkeypatch.setattr(server, "PAUSE", 0.01)
+    monkeypatch.setattr(http, "PAUSE", 0.01)
     made = FakeServer(str(models["teacher"]))
     yield made
     made.stop()

@@ -159,6 +159,8 @@ RECIPES = [
     (["prompts.template={{nothing}}"], ["prompts.template: '{nothing}'", "fields here:", "word"]),
     (["prompts.options.min_word_len=9", "prompts.options.max_word_len=3"], ["prompts.options", "max_word_len must be >="]),
     (["prompts={{source='file', path='{place}'}}"], ["prompts.path: {place}: a folder without .parquet"]),
+    (["prompts={{source='file', path='https://host/a.jsonl'}}"], ["prompts.path: an address", "this machine", "'hub'"]),
+    (["prompts={{source='file', paths=[{{path='s3://b/a.csv'}}]}}"], ["prompts.paths.0.path: an address", "download it"]),
     (["prompts={{source='file', path='{place}/*.csv'}}"], ["prompts.path: {place}/*.csv: matches no file", "data/*.parquet"]),
     (["prompts={{source='file'}}"], ["prompts: give prompts.path or prompts.paths: both are missing"]),
     (["prompts={{source='file', path='a', paths=[{{path='b'}}]}}"], ["prompts.path or prompts.paths: both are there"]),
@@ -182,6 +184,8 @@ def test_a_recipe(potstill_in_nothing, place, settings, parts):
         ('{"messages": [{"role": "user", "content": 3}]}', ["{role, content}", "both text", "'content': 3"]),
         ('{"messages": []}', ["{role, content}", "found []"]),
         ('{"messages": "hi"}', ["{role, content}", "found 'hi'"]),
+        ('{"messages": {"role": "user", "content": "hi"}}', ["a list of {role, content}", "found {'role': 'user'"]),
+        ('{"messages": [{"role": "system", "content": "hi"}]}', ["no message to answer", "roles: system", "one of the user's"]),
         ('{"prompt": 3}', ["`prompt` must be text or a list of messages", "found 3"]),
         ('{"prompt": null}', ["`prompt` must be text or a list of messages", "found None"]),
         (r'{"prompt": "\ud800"}', ["`prompt` must be text or a list of messages", r"found '\ud800'"]),
@@ -201,6 +205,24 @@ def test_a_row_of_prompts(potstill_in_nothing, place, tmp_path, row, parts):
     file.write_text("".join(json.dumps({"prompt": f"q{i}"}) + "\n" for i in range(30)) + row + "\n")
     ended = potstill_in_nothing("run", place / "good.toml", "--set", f"prompts={{source='file', path='{file}'}}")
     refused(ended, f"prompts.path: {file}: ", " 31", *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.csv", "prompt,reference\na,b\nc\n", ["cannot be read as csv: row 2 has 1 cells, the header 2: prompt, reference"]),
+        ("a.csv", 'prompt,reference\na,b\n"c,d\n', ["cannot be read as csv: row 2: unexpected end of data"]),
+        (
+            "a.jsonl",
+            '{"problem": "a", "solution": "b", "answer": "c"}\n',
+            ["problem and solution", "or problem and answer", 'prompts.convention = "problem-solution" or "problem-answer"'],
+        ),
+    ],
+)
+def test_a_file_of_prompts(potstill_in_nothing, place, tmp_path, name, content, parts):
+    (tmp_path / name).write_text(content)
+    ended = potstill_in_nothing("run", place / "good.toml", "--set", f"prompts={{source='file', path='{tmp_path / name}'}}")
+    refused(ended, f"prompts.path: {tmp_path / name}: ", *parts)
 
 
 @pytest.mark.parametrize("content", [b"", b"no", b"PAR1" + bytes(20) + b"PAR1", b'{"prompt": "\xff"}'])

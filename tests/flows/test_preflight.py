@@ -404,6 +404,10 @@ def test_the_lead_is_held_against_by_its_upper_end():
     assert gate.value == pytest.approx(apart.mean() + 1.96 * apart.std(ddof=1) / math.sqrt(50))
     assert gate.ok
     assert lead_gate(limits, teacher=evals(np.full(50, 0.1)), student=evals(np.full(50, 0.9))).ok is False
+    ungraded = pa.Table.from_pylist([{"prompt_id": "none", "decoding": "sampled", "correct": None}], teacher.schema)
+    both = {"teacher": pa.concat_tables([teacher, ungraded]), "student": pa.concat_tables([student, ungraded])}
+    assert lead_gate(limits, **both) == gate  # what has no reference is no wrong answer
+    assert lead_gate(limits, teacher=ungraded, student=ungraded).value is None
     nothing = lead_gate(limits, teacher=evals(np.zeros(5)), student=evals(np.zeros(5)))
     assert (nothing.ok, nothing.record()["limit"]) == (None, "at least 0")
     assert all(

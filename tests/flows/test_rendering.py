@@ -11,14 +11,18 @@ import tomli_w
 from helpers import made, refused
 from transformers import AutoTokenizer
 
+from configs.errors import BadInput
 from configs.schema import Rollout
 from flows.preflight import preflight
+from tasks.engines.choose import get_engine, release
 from tasks.gates.rendering import find_lost, rendering_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side
 from tasks.rollout import make_rollouts
-from tasks.rows.messages import store_messages
+from tasks.rows.messages import load_prompts, store_messages
 from tasks.rows.plan import Row
+from tasks.score import score_rows
+from tasks.signals import make_signal
 
 TURN = "{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}"
 OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -165,8 +169,9 @@ def test_tools_and_calls_reach_the_template(model):
     assert (kept.value, kept.ok) == (1, False)
 
 
-def test_tools_and_calls_reach_what_is_sampled(model):
+def test_tools_and_calls_reach_what_is_sampled(model, monkeypatch):
     """The stages render a row of the table with its calls and tools, as the gates do."""
+    monkeypatch.setattr("tasks.gates.rendering.context_of", lambda ref: None)  # it is longer than this small model takes
     ref = ModelRef(str(model(TOOLS)), "0")
     row = {"prompt_id": "p", "messages": store_messages([USER, CALL, RESULT]), "reference": "yes", "tools": json.dumps(TOOL)}
     rows = [Row(0, 0, "reference", 1, "r")]
@@ -226,3 +231,18 @@ def test_prompts_that_are_too_long(potstill, recipe, model, tmp_path):
     assert "too long: 1 of " in message
     assert "at most 64 tokens is allowed; shorten the prompts, lower rollout.max_new_tokens" in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_that_nobody_had_time_to_look_at(model, monkeypatch):
+    """Of a large file the start looks at as many prompts as ten seconds allow: the stages hold every one that they use."""
+    ref = ModelRef(str(model("")), "0")
+    row = {"prompt_id": "p", "messages": [{"role": "user", "content": "hello " * 90}], "reference": "yes", "split": "train"}
+    monkeypatch.setattr("tasks.gates.rendering.SECONDS", -1.0)
+    assert list(rendering_gates("student", ref, [row], 4)) == []
+    with pytest.raises(BadInput, match=r"student: room: .* tokens .*too long: 1 of 1 prompts.* at most 64 tokens is allowed"):
+        make_rollouts([Row(0, 0, "student", 1, "r")], pa.Table.from_pylist([row]), Rollout(max_new_tokens=4), 1, ref, [])
+    given = [{"rollout_id": "r", "prompt_id": "p", "text": "hello", "finish_reason": "stop", "token_ids": None}]
+    engine = get_engine(ref)
+    with pytest.raises(BadInput, match=r"teacher: room: a prompt with its answer has \d+ tokens, and .* has room for 64"):
+        score_rows(given, {"p": load_prompts([row])[0]}, engine, Side(ref), make_signal("sampled"), False)
+    release()

@@ -37,9 +37,11 @@ from tasks import objectives
 from tasks.align import align_rollouts
 from tasks.engines.base import TokenScores
 from tasks.engines.transformers import TransformersEngine
-from tasks.models.text import side, teacher_ids
+from tasks.models.pair import teacher_ids
+from tasks.models.text import side
 from tasks.signals import make_signal
 from tasks.tokens.align import Kind, align, unit_starts
+from tasks.tokens.markers import NO_MARKERS
 from tasks.tokens.ragged import offsets_of
 from tasks.tokens.token_bytes import Encoder, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
@@ -327,7 +329,7 @@ def test_unit_logprobs_are_the_chain_rule_on_shifted_logits() -> None:
     completions = [ids + own.stop_ids for ids in completions if ids]
     rollouts = rollouts_table(PROMPTS, completions, own)
     prompts = [[1, 4, 33, 2, 5, 7], [1, 4, 2, 5], [1, 5]]
-    graded = teacher_ids(rollouts.to_pylist(), other, as_sampled=False)
+    graded = teacher_ids(rollouts.to_pylist(), student=own, teacher=other, markers=NO_MARKERS)
     scores = scores_of(teacher.score(prompts, graded, make_signal(k=16)), graded)  # type: ignore[arg-type]
     behaviour = student.score(PROMPTS, completions, make_signal(k=4))
     column = pa.array([s.logprobs for s in behaviour], rollouts.schema.field("logprobs").type)

@@ -23,8 +23,10 @@ from configs.objectives import Alm
 from storage.schemas import SCORES
 from tasks import objectives
 from tasks.align import align_rollouts
-from tasks.models.text import Side, teacher_ids, tokenizer_of
+from tasks.models.pair import teacher_ids
+from tasks.models.text import Side, tokenizer_of
 from tasks.tokens.align import Kind
+from tasks.tokens.markers import NO_MARKERS
 from tasks.tokens.token_bytes import split_completion
 from tasks.tokens.vocabulary import match
 
@@ -342,7 +344,7 @@ def check_block(rng: np.random.Generator, own: Known, other: Known, texts: list[
     completions = [text for text, _ in split]
     rollouts = rollouts_table([[0]] * len(ids), ids, own.side, completions, [-rng.random(len(row)) for row in ids])
     rows = rollouts.to_pylist()
-    graded = teacher_ids(rows, other.side, as_sampled=False)
+    graded = teacher_ids(rows, student=own.side, teacher=other.side, markers=NO_MARKERS)
     check_teacher(rows, graded, own, other)
 
     objective = objectives.build(Alm(name="alm"), student=own.side.vocabulary, teacher=other.side.vocabulary)

@@ -1,6 +1,7 @@
 """Figures that are reported hold whatever law samples are drawn by (MATHS.md §7), and in the state that trains."""
 
 from functools import cache
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,8 @@ from tasks.rollout import make_rollouts
 from tasks.rows.plan import Row
 from tasks.score import score_rows
 from tasks.signals import make_signal
+from tasks.signals.base import Signal
+from tasks.tokens.markers import ONE_TOKENIZER
 from tasks.tokens.token_bytes import TokenBytes, spell_answer
 from tasks.training.student import load_for_training, mean_loss
 
@@ -43,6 +46,12 @@ def writing_ref(stops: int) -> ModelRef:
             if not kept and i not in ids:
                 model.get_output_embeddings().weight[i] = 0
     return saved(f"writing-{stops}", model, text_side.tokenizer, ids)  # type: ignore[arg-type]
+
+
+def score_itself(ref: ModelRef, rollouts: pa.Table, messages: dict[str, Any], signal: Signal) -> pa.Table:
+    """A model's scores of its own rollouts."""
+    rows, own = rollouts.to_pylist(), side(ref)
+    return score_rows(rows, messages, TransformersEngine(ref), signal, ONE_TOKENIZER, student=own, teacher=own)
 
 
 def recipe_of(ref: ModelRef, objective: str = "gkd", **rollout: float) -> Recipe:
@@ -92,7 +101,7 @@ def test_aligned_units_compare_both_models_own_laws(law: dict[str, float]) -> No
     recipe = recipe_of(ref, **law)
     rollouts = make_rollouts(rows, prompts, recipe.rollout, 1, ref, [])
     messages = {row["prompt_id"]: (row["messages"], None) for row in PROMPTS}
-    scores = score_rows(rollouts.to_pylist(), messages, TransformersEngine(ref), side(ref), make_signal("sampled"), True)
+    scores = score_itself(ref, rollouts, messages, make_signal("sampled"))
     vocabulary = side(ref).vocabulary
     objective = objectives.build(recipe_of(ref, "opd").objective, student=vocabulary, teacher=vocabulary)
     table = align_rollouts(rollouts, scores, objective, make_signal("sampled"), student=side(ref), teacher=side(ref))
@@ -133,7 +142,7 @@ def test_the_loss_of_a_students_own_teacher_is_measured_in_the_state_that_trains
     rollouts = make_rollouts(rows, prompts, recipe.rollout, 1, ref, [])
     messages = {row["prompt_id"]: (row["messages"], None) for row in PROMPTS}
     signal = make_signal("topk", 10**6)
-    scores = score_rows(rollouts.to_pylist(), messages, TransformersEngine(ref), side(ref), signal, True)
+    scores = score_itself(ref, rollouts, messages, signal)
     vocabulary = side(ref).vocabulary
     objective = objectives.build(recipe.objective, student=vocabulary, teacher=vocabulary)
     aligned = align_rollouts(rollouts, scores, objective, signal, student=side(ref), teacher=side(ref))

@@ -25,6 +25,7 @@ from tasks.score import score_rows
 from tasks.signals import make_signal
 from tasks.signals.head import Head
 from tasks.tokens.byte_laws import CLASSES, REST
+from tasks.tokens.markers import NO_MARKERS
 
 PROMPT = [{"role": "user", "content": "say it"}]
 SHORT = ["the cat sat", "a naïve 👩", "", "  x", "then he added that"]
@@ -58,9 +59,10 @@ def scores(rows: pa.Table, config: Score) -> pa.Table:
         records,
         {"p": (PROMPT, None)},
         engine(),
-        side(teacher_ref()),
         make_signal(config.signal, config.k, config.top_p),
-        as_sampled=False,
+        NO_MARKERS,
+        student=side(student_ref()),
+        teacher=side(teacher_ref()),
     )
 
 

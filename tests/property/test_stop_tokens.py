@@ -1,10 +1,14 @@
 """Stops and prompts of six real tokenizers: base and instruct variants, with and without a generation config."""
 
 import json
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import fetch
+import jinja2
 import pytest
+from tokenizers import Tokenizer
 
 from configs.errors import BadInput
 from tasks.gates.rendering import find_lost
@@ -24,8 +28,10 @@ TEMPLATES = {
     "gptoss": "{% for m in messages %}{% if m['role'] == 'assistant' %}<|start|>assistant<|channel|>final<|message|>"
     "{{ m['content'] }}{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}<|start|>{{ m['role'] }}<|message|>"
     "{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
-    "llama2": "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "llama2": "{% if messages[0]['role'] == 'system' %}{% set asked = messages[1:] %}{% set system = '<<SYS>>\\n' + "
+    "messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% else %}{% set asked = messages %}{% set system = '' %}{% endif %}"
+    "{% for m in asked %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + "
+    "m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
 }
 
 
@@ -84,44 +90,70 @@ CALLED = [
     {"role": "tool", "name": "get_weather", "content": "-3 C, and snow"},
 ]
 # Templates that leave out what they do not know, or refuse it.
-WITHOUT_TOOLS = {"llama3": "its tools", "gemma3": "its tools", "deepseek_v3": "its tools"}
-WITHOUT_CALLS = {
-    "llama3": "the tool calls of its assistant message",
-    "deepseek_v3": "the tool calls",
-    "gemma3": "must alternate",
-}
+WITHOUT_TOOLS = {name: "its tools" for name in ENDS if name != "qwen3"}
+WITHOUT_CALLS = dict.fromkeys(("llama3", "deepseek_v3", "gptoss", "llama2"), "the tool calls of its assistant message")
+WITHOUT_CALLS["gemma3"] = "must alternate"
 
 
 def chat_side(name: str, **context: object) -> Side:
-    return Side(ModelRef(str(fetch.MODELS / name), name, **context))  # type: ignore[arg-type]
+    template = {"chat_template": TEMPLATES[name]} if name in TEMPLATES else {}
+    return Side(ModelRef(str(fetch.MODELS / name), name, **template, **context))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "deepseek_v3"])
+class ByHand:
+    """A template applied by jinja2, and its text encoded by `tokenizers`, without Potstill and transformers."""
+
+    def __init__(self, name: str):
+        written = json.loads((fetch.MODELS / name / "tokenizer_config.json").read_text())
+        self.tokens = {key: self.text_of(written.get(key)) for key in ("bos_token", "eos_token")}
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+        environment.globals["raise_exception"] = self.refuse
+        environment.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
+        self.template = environment.from_string(written.get("chat_template") or TEMPLATES[name])
+        self.tokenizer = Tokenizer.from_file(str(fetch.MODELS / name / "tokenizer.json"))
+
+    @staticmethod
+    def text_of(token: Any) -> str:
+        return token["content"] if isinstance(token, dict) else token or ""
+
+    @staticmethod
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def write(self, messages: list[dict[str, Any]], **told: Any) -> str:
+        return self.template.render(messages=messages, add_generation_prompt=True, **self.tokens, **told)
+
+    def render(self, messages: list[dict[str, Any]], **told: Any) -> list[int]:
+        return list(self.tokenizer.encode(self.write(messages, **told), add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("name", ENDS)
 def test_prompts_are_what_the_template_says(name: str) -> None:
     """Against the template applied by hand: system, several turns, tools, a prefix; nothing of a message is lost."""
-    side = chat_side(name)
-
-    def by_hand(messages: list[dict[str, object]], **told: object) -> list[int]:
-        text = side.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **told)
-        return side.tokenizer(text, add_special_tokens=False)["input_ids"]
-
+    side, hand = chat_side(name), ByHand(name)
     for messages in ([TURNS[0]], TURNS, [SYSTEM, *TURNS]):
-        assert side.render(messages) == by_hand(messages)
+        assert side.write(messages) == hand.write(messages)
+        assert side.render(messages) == hand.render(messages)
         assert find_lost(side, messages, None) is None
-        assert side.render([{**m, "tool_calls": None} for m in messages]) == by_hand(messages)  # as a table's column has it
+        assert side.render([{**m, "tool_calls": None} for m in messages]) == hand.render(messages)  # as a table's column has it
         prefix = "<answer>\n 42"
-        behind = chat_side(name, prefix=prefix).render(messages)[len(by_hand(messages)) :]
-        assert side.beta.join(behind) == prefix.encode()
-    assert chat_side(name, system=SYSTEM["content"]).render(TURNS) == by_hand([SYSTEM, *TURNS])
-    assert chat_side(name, system="").render([SYSTEM, *TURNS]) == by_hand(TURNS)
-    assert side.render(TURNS, TOOLS) == by_hand(TURNS, tools=TOOLS)
+        begun = chat_side(name, prefix=prefix).render(messages)
+        assert begun[: len(hand.render(messages))] == hand.render(messages)
+        assert side.beta.join(begun[len(hand.render(messages)) :]) == prefix.encode()
+    assert chat_side(name, system=SYSTEM["content"]).render(TURNS) == hand.render([SYSTEM, *TURNS])
+    assert chat_side(name, system="").render([SYSTEM, *TURNS]) == hand.render(TURNS)
+    assert side.render(TURNS, TOOLS) == hand.render(TURNS, tools=TOOLS)
+    assert chat_side(name, prefix="So:").render(TURNS, TOOLS)[: len(side.render(TURNS, TOOLS))] == side.render(TURNS, TOOLS)
     lost = find_lost(side, TURNS, TOOLS)
     assert lost is None if name not in WITHOUT_TOOLS else lost.startswith(WITHOUT_TOOLS[name])
     try:
         said = find_lost(side, CALLED, None)
-        assert side.render(CALLED) == by_hand(CALLED)
+        assert side.render(CALLED) == hand.render(CALLED)
     except BadInput as error:
         said = str(error)
+        with pytest.raises(jinja2.TemplateError, match="alternate"):
+            hand.write(CALLED)
     assert said is None if name not in WITHOUT_CALLS else WITHOUT_CALLS[name] in str(said)
 
 
@@ -130,7 +162,7 @@ def test_a_thinking_switch() -> None:
     messages = [TURNS[0]]
     side = chat_side("qwen3", chat_template_kwargs='{"enable_thinking": false}')
     side.check()
-    wanted = side.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    wanted = ByHand("qwen3").write(messages, enable_thinking=False)
     assert side.write(messages) == wanted
     assert wanted.endswith("<think>\n\n</think>\n\n")
     assert not chat_side("qwen3").write(messages).endswith("</think>\n\n")

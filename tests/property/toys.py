@@ -222,6 +222,10 @@ class ToySide:
         return self.vocabulary.stop_ids
 
     @property
+    def beta(self) -> TokenBytes:
+        return self.vocabulary.beta
+
+    @property
     def encoder(self) -> StubEncoder:
         return StubEncoder(self.vocabulary)
 

@@ -11,10 +11,12 @@ from configs.objectives import Alm, Bpm, Bytes, Gold, Objective, Opd, Sft, Stric
 from tasks import objectives
 from tasks.align import align_rollouts
 from tasks.engines.transformers import TransformersEngine
+from tasks.models.pair import teacher_ids
 from tasks.models.reference import ModelRef
-from tasks.models.text import side, teacher_ids
+from tasks.models.text import side
 from tasks.models.weights import load_weights
 from tasks.signals import make_signal
+from tasks.tokens.markers import NO_MARKERS, ONE_TOKENIZER
 from tasks.training.batches import ALIGNED_COLUMNS, ROLLOUT_COLUMNS, MicroBatch
 from tasks.training.student import Student
 
@@ -54,7 +56,9 @@ def trainable_rows(objective: Objective, teacher: ModelRef, completions: list[li
     sampled = [path_logprobs(p, ids) + rng.normal(size=len(ids)) * 0.3 for p, ids in zip(policy, completions, strict=True)]
     rollouts, scores = rollouts_table(prompts, completions, own, logprobs=sampled), None
     if objective.name != "sft":
-        graded = teacher_ids(rollouts.to_pylist(), other, own.vocabulary.same_as(other.vocabulary))
+        same = own.vocabulary.same_as(other.vocabulary)
+        markers = ONE_TOKENIZER if same else NO_MARKERS
+        graded = teacher_ids(rollouts.to_pylist(), student=own, teacher=other, markers=markers)
         able = [ids for ids in graded if ids]
         asked = [[1, 40, 50, 60][: 1 + r % 4] for r in range(len(able))]
         results = teacher_engine(teacher).score(asked, able, make_signal(k=k, top_p=2.0))

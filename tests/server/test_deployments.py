@@ -1,15 +1,19 @@
-"""The deployments of prefect.yaml on a real server with a real worker, as the README says to use them."""
+"""`potstill up`: the deployments of prefect.yaml on a real server with a real worker, as flows/README.md says to use them."""
 
 import os
+import re
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 import yaml
 
@@ -19,59 +23,54 @@ HOUSE = Path(__file__).parents[2]
 TINY = "tests/recipes/tiny.toml"
 PATIENCE = 240.0  # seconds, on a busy machine
 
+pytestmark = pytest.mark.slow
+
 
 class Prefect:
-    """The `prefect` command against a server of its own."""
+    """`potstill up`, and the `prefect` command against its server."""
 
     def __init__(self, home: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.home, self.children = home, []
-        self.env = {
-            **os.environ,
-            "PWD": str(HOUSE),
-            "PREFECT_HOME": str(home),
-            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_LOGGING_LEVEL": "INFO",
-            "DO_NOT_TRACK": "1",
-        }
+            port = free.getsockname()[1]
+        self.home, self.url = home, f"http://127.0.0.1:{port}/api"
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        self.env |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": str(port), "DO_NOT_TRACK": "1"}
+        with open(home / "out", "w") as out, open(home / "err", "w") as err:
+            command = [sys.executable, "-m", "flows.cli", "up"]
+            self.up = subprocess.Popen(command, cwd=HOUSE, env=self.env, stdout=out, stderr=err, process_group=0)
+        wait_until(lambda: "export PREFECT_API_URL=" in self.read("out") or self.up.poll() is not None, "all of it is up")
+        assert self.up.poll() is None, self.read("err")
+
+    def read(self, name: str) -> str:
+        return (self.home / name).read_text()
 
     def __call__(self, *args: str) -> str:
+        """As in another terminal, after the line that `up` says."""
+        (url,) = re.findall(r"^export PREFECT_API_URL=(\S+)", self.read("out"), re.MULTILINE)
         command = [sys.executable, "-m", "prefect", "--no-prompt", *args]
-        done = subprocess.run(command, cwd=HOUSE, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
+        env = {**self.env, "PREFECT_API_URL": url}
+        done = subprocess.run(command, cwd=HOUSE, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start(self, *args: str) -> None:
-        log = open(self.home / f"{args[0]}.log", "w")  # noqa: SIM115
-        self.children.append(
-            subprocess.Popen([sys.executable, "-m", "prefect", *args], cwd=HOUSE, env=self.env, stdout=log, stderr=log)
-        )
+    def states(self) -> dict[str, str]:
+        """The flow runs that the database has, and their states."""
+        with closing(sqlite3.connect(self.home / "prefect.db")) as database:
+            return dict(database.execute("SELECT name, state_type FROM flow_run"))
 
-    def stop(self) -> None:
-        for child in reversed(self.children):
-            child.terminate()
-            child.wait(60)
+    def end(self) -> None:
+        """Ctrl-C, unless it has ended."""
+        if self.up.poll() is None:
+            os.killpg(self.up.pid, signal.SIGINT)
+            self.up.wait(60)
 
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     command = Prefect(tmp_path_factory.mktemp("prefect"))
-    command.start("server", "start", "--host", "127.0.0.1", "--port", str(command.port))
-    wait_until(lambda: healthy(command.port), "the server is healthy")
-    command("work-pool", "create", "potstill", "--type", "process")
-    command.start("worker", "start", "--pool", "potstill", "--type", "process")
     yield command
-    command.stop()
-
-
-def healthy(port: int) -> bool:
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5).status == 200
-    except OSError:
-        return False
+    command.end()
 
 
 def wait_until(condition, what: str) -> None:
@@ -82,7 +81,6 @@ def wait_until(condition, what: str) -> None:
 
 
 def test_manual_deployment_runs_to_the_rounds_asked_for(prefect: Prefect, tmp_path: Path) -> None:
-    prefect("deploy", "--all")
     assert "distill/quickstart-nightly" in prefect("deployment", "ls")
 
     here = f'overrides=["root={tmp_path}"]'
@@ -93,7 +91,6 @@ def test_manual_deployment_runs_to_the_rounds_asked_for(prefect: Prefect, tmp_pa
     assert set(correct["model"]) == {"student", "teacher"}
 
 
-@pytest.mark.slow
 def test_scheduled_deployment_advances_a_run_by_one_round_each_time(prefect: Prefect, tmp_path: Path) -> None:
     """The nightly deployment as it stands, on a schedule of seconds: two firings, two rounds, and no third."""
     house = yaml.safe_load((HOUSE / "prefect.yaml").read_text())
@@ -118,3 +115,22 @@ def test_scheduled_deployment_advances_a_run_by_one_round_each_time(prefect: Pre
     time.sleep(45)  # one more firing finds the recipe's rounds done
     assert run.rounds_done() == 2
     prefect("deployment", "schedule", "clear", "distill/quickstart-nightly", "--accept-yes")
+
+
+def test_a_stop_ends_all_of_it(prefect: Prefect, tmp_path: Path) -> None:
+    """Last, in the middle of a flow run: which ends as crashed, so that it does not keep the next one waiting."""
+    here = f'overrides=["root={tmp_path}"]'
+    prefect("deployment", "run", "distill/quickstart", "-p", f"config={TINY}", "-p", here)
+    wait_until((tmp_path / "tiny/_manifests/vocab/teacher.json").exists, "the flow run has begun")
+    assert "RUNNING" in prefect.states().values()
+
+    processes = psutil.Process(prefect.up.pid).children(recursive=True)
+    assert len(processes) > 2
+    started = time.monotonic()
+    prefect.end()
+    assert time.monotonic() - started < 10
+    assert prefect.up.returncode == 130
+    assert not psutil.wait_procs(processes, timeout=2)[1]
+    assert prefect.read("err").endswith("potstill: stopped; `potstill up` starts again\n")
+    assert "RUNNING" not in prefect.states().values()
+    assert "CRASHED" in prefect.states().values()

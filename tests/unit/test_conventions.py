@@ -151,6 +151,35 @@ CASES: dict[str, tuple[str, Any, Any]] = {
         lambda n, q, a: {"prompt": q, "response": a, "helpfulness": 4, "verbosity": 1},
         lambda n, q: [user(q)],
     ),
+    "Nemotron": (
+        "input and output",
+        lambda n, q, a: {
+            "input": [user(q)],
+            "output": a,
+            "category": "math",
+            "license": "cc-by-4.0",
+            "reasoning": "on",
+            "generator": "DeepSeek-R1",
+            "used_in_training": ["Ultra"],
+            "version": "v1",
+            "system_prompt": TERSE["content"],
+        },
+        lambda n, q: [TERSE, user(q)],
+    ),
+    "MetaMathQA": (
+        "query and response",
+        lambda n, q, a: {"type": "GSM_Rephrased", "query": q, "original_question": "Bicycles?", "response": a},
+        lambda n, q: [user(q)],
+    ),
+    "UltraChat 200k": (
+        "chat messages",
+        lambda n, q, a: {
+            "prompt": q,
+            "prompt_id": f"{n:064d}",
+            "messages": [user(q), assistant("Two?"), user("No."), assistant(a)],
+        },
+        lambda n, q: [user(q), assistant("Two?"), user("No.")],
+    ),
     "UltraFeedback": (
         "preferences",
         lambda n, q, a: {
@@ -449,6 +478,60 @@ def test_columns_of_no_convention(tmp_path: Path) -> None:
     assert "row 1: its columns ['text', 'url'] are of no convention that is known" in told
     assert "TRL: prompt, completion; verl: prompt, reward_model; ShareGPT: conversations" in told
     assert 'prompts.columns = { prompt = "…", reference = "…" }, or a prompts.template' in told
+
+
+# Public data sets whose questions have parts in other columns: read without them, a question about nothing is left.
+PARTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "MMLU": ({"question": "UNLIKE", "subject": "anatomy", "choices": ["a", "b"], "answer": 1}, "choices", "{choices[1]}"),
+    "MMLU-Pro": ({"question": "UNLIKE", "options": ["a", "b"], "answer": "B", "answer_index": 1}, "options", "{options[1]}"),
+    "BoolQ": ({"question": "UNLIKE", "passage": "b", "answer": True}, "passage", "{passage}"),
+    "HotpotQA": ({"question": "UNLIKE", "answer": "yes", "context": {"title": ["b"]}}, "context", "{context[title][0]}"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_question_is_not_parted_from_what_it_is_about(tmp_path: Path, name: str) -> None:
+    row, column, field = PARTS[name]
+    told = refuse(lines(tmp_path / "rows.jsonl", [row]))
+    assert f"row 1: it has `{column}` beside `question`, and question and answer leaves that out" in told
+    assert f'prompts.template = "{{question}} {{{column}}}"' in told
+    assert 'prompts.convention = "question-answer"' in told
+    found = read_row(tmp_path, row, template=f"{{question}} {field}")  # both ways out are ways out
+    assert found["messages"] == [user("UNLIKE b")]
+    assert read_row(tmp_path, row, convention="question-answer")["messages"] == [user("UNLIKE")]
+
+
+# Public data sets in no convention of ours, as their cards have them, and what can be done.
+@pytest.mark.parametrize(
+    ("row", "part", "way_out"),
+    [
+        ({"id": "0", "data": ["How?", "So.", "Why?", "Thus."]}, "its columns ['data', 'id'] are of no convention", None),
+        (
+            {"message_id": "m", "parent_id": None, "text": "UNLIKE", "role": "prompter", "lang": "en", "message_tree_id": "m"},
+            "'parent_id', 'role', 'text'] are of no convention",
+            {"columns": {"prompt": "text"}},
+        ),
+        ({"prompt": {"text": "Hi", "role": "prompter", "replies": []}}, "`prompt` must be text or a list of messages", None),
+        ({"source": "Airoboros", "conversation": [{"input": "How?", "output": "So."}]}, "of no convention", None),
+        (
+            {"conversation_id": "c", "model": "vicuna", "conversation": [user("UNLIKE"), assistant("So.")], "turn": 1},
+            "'conversation', 'conversation_id'",
+            {"columns": {"prompt": "conversation"}},
+        ),
+        (
+            {"id": "1", "title": "t", "context": "c", "question": "UNLIKE", "answers": {"text": ["So."], "answer_start": [1]}},
+            "'context', 'id', 'question', 'title'] are of no convention",
+            {"template": "{context} {question}", "columns": {"prompt": "question"}},
+        ),
+    ],
+    ids=["UltraChat", "OpenAssistant", "OpenAssistant's trees", "Capybara", "LMSYS-Chat-1M", "SQuAD"],
+)
+def test_a_public_shape_that_is_refused(tmp_path: Path, row: dict, part: str, way_out: dict[str, Any] | None) -> None:
+    told = refuse(lines(tmp_path / "rows.jsonl", [row]))
+    assert ": row 1: " in told
+    assert part in told
+    if way_out is not None:
+        assert "UNLIKE" in read_row(tmp_path, row, **way_out)["messages"][-1]["content"]
 
 
 def test_an_answer_without_its_prompt(tmp_path: Path) -> None:

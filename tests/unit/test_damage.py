@@ -10,9 +10,10 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from configs.errors import CannotWrite
+from configs.errors import CannotWrite, Damaged
 from storage import disk
-from storage.artifacts import read_table
+from storage.artifacts import local_folder, read_table
+from storage.damage import mend
 from storage.schemas import STEPS
 from storage.store import Run
 
@@ -33,7 +34,7 @@ def flip(path: Path) -> None:
     stat, data = path.stat(), bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # this process has read it: another would not know
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 DAMAGE = {"cut": cut, "flipped": flip, "missing": Path.unlink, "empty": lambda path: path.write_bytes(b"")}
@@ -51,8 +52,13 @@ def test_a_damaged_table_is_made_again(root, how):
     DAMAGE[how](Path(first.path))
     assert run.find_damage(SLOT)
     lines.clear()
-    assert run.build_table(SLOT, {"x": 1}, table, lines.append) == first  # the same digest: later stages stay
-    assert read_table(first).equals(table())
+
+    def use() -> pa.Table:
+        artifact = run.build_table(SLOT, {"x": 1}, table, lines.append)
+        assert artifact == first  # the same digest: later stages stay
+        return read_table(artifact)
+
+    assert mend(use).equals(table())
     assert run.find_damage(SLOT) is None
     assert "damaged" in lines[0]
     assert SLOT in lines[0]
@@ -95,9 +101,41 @@ def test_a_damaged_folder_is_made_again(root, how):
 
     first = run.build_files(FOLDERS, {"x": 1}, make, lambda _: None)
     DAMAGE[how](Path(first["trainer"].path) / "weights")
-    assert run.build_files(FOLDERS, {"x": 1}, make, lambda _: None) == first
+
+    def use() -> str:
+        artifacts = run.build_files(FOLDERS, {"x": 1}, make, lambda _: None)
+        assert artifacts == first
+        return local_folder(artifacts["trainer"])
+
+    assert mend(use) == first["trainer"].path
     assert len(calls) == 2
     assert all(run.find_damage(slot) is None for slot in FOLDERS.values())
+
+
+def test_what_nobody_reads_is_left_to_verify(root):
+    """A start compares sizes: a flipped bit in a file that no stage reads costs no look at it."""
+    run = Run(root, "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+    flip(Path(first.path))
+    assert run.build_table(SLOT, {"x": 1}, lambda: pytest.fail("made again"), lambda _: None) == first
+    assert run.find_damage(SLOT, read=False) is None
+    assert run.find_damage(SLOT) == "its content was altered"
+
+
+def test_what_is_damaged_again_and_again_ends(root):
+    """A disk that loses each write: the work is done twice, and then the artifact is named."""
+    run, calls = Run(root, "a"), []
+
+    def use() -> pa.Table:
+        artifact = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+        calls.append(1)
+        flip(Path(artifact.path))
+        return read_table(artifact)
+
+    with pytest.raises(Damaged, match=f"{SLOT}.parquet: its content was altered"):
+        mend(use)
+    assert len(calls) == 2
+    assert mend(lambda: read_table(run.build_table(SLOT, {"x": 1}, table, lambda _: None))).equals(table())
 
 
 def test_a_remake_that_differs_reaches_later_stages(root):
@@ -140,7 +178,7 @@ def test_damage_of_a_linked_file_is_found_on_both_sides(root):
     flip(Path(first.path))
     assert Run(root, "a").find_damage(SLOT)
     assert Run(root, "b").find_damage(SLOT)
-    Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    mend(lambda: read_table(Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)))
     assert not os.path.samefile(first.path, second.path)
     assert Run(root, "b").find_damage(SLOT) is None
 

@@ -15,7 +15,7 @@ from configs.errors import BadInput
 from configs.schema import FilePrompts
 from storage.lineage import digest_file
 from tasks.rows.files import find_files, read_file
-from tasks.rows.sources import check_prompts, deal_prompts, digest_files, split_prompts
+from tasks.rows.sources import check_prompts, deal_prompts, digest_source, split_prompts
 
 ROWS = [{"prompt": f"naïve {i} 👩", "reference": str(i)} for i in range(6)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -151,13 +151,13 @@ def test_a_name_that_looks_like_a_pattern(tmp_path: Path) -> None:
 def test_every_file_is_in_the_key(folder: Path) -> None:
     """A file that changes, comes or goes makes the prompts anew."""
     config = FilePrompts(source="file", path=str(folder))
-    before = digest_files(config)
+    before = digest_source(config)
     assert before == [digest_file(folder / "a.parquet"), digest_file(folder / "part=b" / "0.parquet")]
     pl.DataFrame(ROWS[3:]).write_parquet(folder / "part=b" / "0.parquet")
-    after = digest_files(config)
+    after = digest_source(config)
     assert (after[0], after[1] == before[1]) == (before[0], False)
     pl.DataFrame(ROWS).write_parquet(folder / "z.parquet")
-    assert len(digest_files(config)) == 3
+    assert len(digest_source(config)) == 3
 
 
 def test_several_paths_in_several_conventions(tmp_path: Path) -> None:

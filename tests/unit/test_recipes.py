@@ -11,7 +11,7 @@ from configs.objectives import Bytes, Gold
 from configs.schema import FilePrompts
 
 CHECKOUT = Path(__file__).parents[2]
-RECIPES = sorted([*(CHECKOUT / "configs").rglob("*.toml"), *(CHECKOUT / "tests" / "recipes").rglob("*.toml")])
+RECIPES = sorted(path for place in ("configs", "tests") for path in (CHECKOUT / place).rglob("*.toml"))
 TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
 
 PLAIN = """
@@ -127,8 +127,24 @@ def test_set_reaches_deep_tables(tmp_path):
 # What is set in a recipe that is right otherwise; the field that the message names; what it says would be right.
 BAD = [
     (["nam=1"], "nam", "known here: name, root, seed"),
-    (["rollot.prompts=3"], "rollot", "rollout"),
-    (["rollout.promts=3"], "rollout.promts", "prompts, samples"),
+    (["rollot.prompts=3"], "rollot", "did you mean rollout? known here: name, root"),
+    (
+        ["rollout.promts=3"],
+        "rollout.promts",
+        "did you mean rollout.prompts? known here: on_policy, off_policy, prompts, samples",
+    ),
+    (["learning_rate=1"], "learning_rate", "did you mean train.learning_rate? known here"),
+    (["score.batch_size=1"], "score.batch_size", "did you mean score.batch_tokens? known here"),
+    (["train.top_p=1"], "train.top_p", "did you mean rollout.top_p or score.top_p? known here"),
+    (["train.zebra=1"], "train.zebra", "unknown key; known here: batch_size"),
+    (["prompts.pth=x"], "prompts.pth", "did you mean prompts.path? known here: train, eval"),
+    (
+        ['prompts={source="file", paths=[{file="x", path="y"}]}'],
+        "prompts.paths.0.file",
+        "unknown key; known here: path, weight",
+    ),
+    (["train.schedule=cosin"], "train.schedule", "'linear' or 'constant' (found 'cosin'; did you mean 'cosine'?)"),
+    (["objective.name=glod"], "objective.name", "unknown 'glod'; did you mean 'gold'? one of 'gkd'"),
     (["student.scratch.depth=3"], "student.scratch.depth", "layers, width"),
     (["objective.merge=chain"], "objective.merge", "known here: name, beta"),
     (["prompts.task=spell_backward"], "prompts.task", "path"),
@@ -263,7 +279,7 @@ def test_a_run_may_go_on_with_other_machinery(plain):
 def test_keys_name_all_but_machinery(plain):
     """What may change while a run goes on must leave its stages' keys as they are; what may not must change them."""
     recipe = load_recipe(plain)
-    for name in ("rollout", "score", "train"):
+    for name in ("rollout", "score", "train", "evaluate"):
         left_out = getattr(recipe, name).model_dump().keys() - select_content(recipe, name).keys()
         no_part = {field for field in MACHINERY | LATER if field.startswith(f"{name}.")}
         assert {f"{name}.{key}" for key in left_out} == no_part

@@ -456,7 +456,7 @@ def test_a_recipe_on_a_remote_filesystem(remote_root):
 
 
 def test_a_local_folder_is_used_where_it_lies(tmp_path):
-    assert local_folder(Artifact(str(tmp_path), "digest")) == str(tmp_path)
+    assert local_folder(Artifact(str(tmp_path), digest_folder(tmp_path))) == str(tmp_path)
 
 
 # -- digests -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ OPENERS |= {"read_ndjson", "scan_ndjson", "read_csv", "load_file", "save_file", 
 # and what passes between this process and vLLM's.
 MAY_OPEN = {
     ("configs/load.py", "load_recipe"),
+    ("flows/starter.py", "write_recipe"),
     ("flows/__init__.py", "_writable_home"),  # Prefect's own
+    ("flows/ending.py", "ending"),  # the null device
     *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
     ("tasks/rows/files.py", "_read_parquet"),
@@ -51,7 +53,10 @@ MAY_OPEN = {
     ("tasks/training/trainer.py", "_restore"),
 }
 FROM_STORAGE = {"read_table", "write_parquet"}  # functions of storage.artifacts that carry a library's name
-THROUGH_A_RUN = {("tasks/views/report.py", "write_report")}  # which asks storage's Run for it
+THROUGH_A_RUN = {
+    ("tasks/views/report.py", "write_report"),
+    ("tasks/views/card.py", "write_card"),
+}  # which asks storage's Run for it
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -1,0 +1,181 @@
+"""How a command ends: its last line, its exit status, and that SIGINT, SIGTERM and SIGHUP end it within seconds.
+
+A stop is raised in the main thread, so that locks, half-made files and Prefect's states are seen to. What does not let go (a
+library in C, a server that does not answer) is not waited for: a thread ends the process then, with the same line and status.
+"""
+
+import atexit
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from tasks.running.attached import kill_attached
+
+if TYPE_CHECKING:  # which takes a while to import, and a stop may come at once
+    from configs.schema import Recipe
+
+PATIENCE = 3.5  # seconds from the signal until the process is ended whatever it does
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
+
+_told: int | None = None  # the signal that ends this command
+_status = 1
+_said = threading.Lock()  # taken by the thread that says the last line
+_committed: Callable[[], str] | None = None  # what a stop finds committed, as a part of a sentence; called in any thread
+_line = ""
+
+
+class Told(KeyboardInterrupt):
+    """The command was told to end by a signal."""
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """End the process after a command, with the status that it ended with; a stop with one line."""
+    global _status
+    _catch_stops()
+    try:
+        yield
+        _status = 0
+    except SystemExit as ended:
+        _status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:  # what a stop breaks need not be Told: imports make other errors of it
+        if _told is None:
+            traceback.print_exc()
+    if _told is not None:
+        _status = 128 + _told
+        _say(_describe_stop())
+        for descriptor in (1, 2):  # what libraries still say while they end is of no use to anybody
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    sys.exit(_status)
+
+
+def end(message: str, status: int) -> NoReturn:
+    """End the command with one message."""
+    if _told is None:  # else it is what the stop broke
+        print(f"potstill: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def work_on(recipe: "Recipe", rounds: int | None) -> None:
+    """Let a stop say what is committed of this recipe's run."""
+    global _committed
+    _committed = partial(_describe_committed, recipe, recipe.rounds if rounds is None else rounds)
+
+
+@contextmanager
+def stoppable(recipe: "Recipe | None" = None, rounds: int | None = None) -> Iterator[None]:
+    """What a flow does, on a recipe's run if it works on one.
+
+    In a command SIGTERM is taken back from Prefect, whose own handler breaks off what ends the flow if the signal comes twice.
+    """
+    global _committed
+    before = _committed
+    if recipe is not None:
+        work_on(recipe, rounds)
+    if signal.getsignal(signal.SIGINT) is _stop:  # this process is a command, not a worker's
+        signal.signal(signal.SIGTERM, _stop)
+    yield
+    _committed = before  # but not where a stop goes through
+
+
+def _catch_stops() -> None:
+    """Let each stop that is not ignored (as `nohup` ignores SIGHUP) raise Told here, and let a thread see it at once."""
+    atexit.register(_leave)  # the first one registered is the last one called
+    seen, mark = os.pipe()
+    os.set_blocking(mark, False)
+    signal.set_wakeup_fd(mark, warn_on_full_buffer=False)
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    sys.unraisablehook = _raise_again
+    threading.Thread(target=_wait_for_stop, args=(seen,), daemon=True).start()
+
+
+def _stop(number: int, _: Any) -> None:
+    global _told
+    if _told is None:
+        _told = number
+        raise Told
+
+
+def _raise_again(swallowed: Any) -> None:
+    """Python swallows what is raised in a destructor or a weak reference's callback: a stop is then raised a moment later."""
+    global _told
+    if not isinstance(swallowed.exc_value, Told):
+        sys.__unraisablehook__(swallowed)
+    elif _told is not None:
+        number, _told = _told, None
+        _start_timer(0.05, os.kill, os.getpid(), number)
+
+
+def _wait_for_stop(seen: int) -> None:
+    global _line
+    number = 0
+    while number not in STOPS:
+        number = os.read(seen, 1)[0]
+    _start_timer(PATIENCE, _end_now, number)
+    _line = _describe_stop()
+
+
+def _end_now(number: int) -> None:
+    _say(_line or "stopped; the same command goes on from what is committed")
+    kill_attached()
+    os._exit(128 + number)
+
+
+def _start_timer(seconds: float, function: Callable[..., None], *args: Any) -> None:
+    timer = threading.Timer(seconds, function, args)
+    timer.daemon = True
+    timer.start()
+
+
+def _describe_stop() -> str:
+    command = shlex.join(["potstill", *sys.argv[1:]])
+    if _committed is None:
+        return f"stopped; `{command}` starts again"
+    try:
+        return f"stopped {_committed()}; `{command}` goes on"
+    except Exception:  # the disk may be what is wrong
+        return f"stopped; `{command}` goes on from what is committed"
+
+
+def _describe_committed(recipe: "Recipe", rounds: int) -> str:
+    """Where the run stands, such as `in round 2 of 3 of tiny; committed of it: rollouts, 1 of 2 shards of scores`."""
+    from storage.store import Run, round_slot
+    from tasks.rows.plan import count_shards
+
+    run = Run(recipe.root, recipe.name)
+    number = run.rounds_done() + 1
+    if number > rounds:
+        return f"with all {rounds} rounds of {run.name} committed"
+    tables = [slot.split("/")[1] for slot in run.slots() if slot.startswith(round_slot(number) + "/")]
+    shards, found = count_shards(recipe.rollout), []
+    for table in ("completions", "rollouts", "scores", "aligned"):
+        if made := tables.count(table):
+            found.append(table if made == shards else f"{made} of {shards} shards of {table}")
+    if "steps" in tables:  # the last of what training commits
+        found.append("the trained student")
+    return f"in round {number} of {rounds} of {run.name}; committed of it: {', '.join(found) or 'nothing'}"
+
+
+def _say(line: str) -> None:
+    """Print the last line, once. The stream's own lock may be held, and the terminal may be gone."""
+    if _said.acquire(blocking=False):
+        with suppress(OSError):
+            os.write(2, f"{SHOW_CURSOR if sys.stderr.isatty() else ''}potstill: {line}\n".encode())
+
+
+def _leave() -> None:
+    """The last of the functions at exit: to take the interpreter down piece by piece takes seconds, and may never end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(_status)

@@ -1,0 +1,69 @@
+"""The temporary Prefect server of a command, where Prefect is configured with none.
+
+It starts beside the command's own imports and checks, and ends with the command. Prefect would start the same server at the
+first flow run and wait for it there, in the command's process group, where Ctrl-C reaches it before the flow has ended.
+"""
+
+import atexit
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from configs.errors import Unavailable
+from tasks.running.attached import end_attached, start_attached
+
+PATIENCE = 120.0  # seconds until it answers
+LAST_WORDS = 5  # lines of its output that an error quotes
+# What Prefect sets for its own temporary server, and services that one command has no use for: they write each event of
+# a run into the database, and look for automations that it may start. The recorder of task runs stays.
+LIGHT = {
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+}
+
+
+def start_server() -> Callable[[], None]:
+    """Start a server unless Prefect is configured with one. Returns the function that waits until it answers.
+
+    That raises Unavailable where it does not.
+    """
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url:
+        return lambda: None
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects before the server is there waits for it
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        log = tempfile.TemporaryFile()  # noqa: SIM115
+        server = start_attached(
+            "uvicorn",
+            *("--factory", "prefect.server.api.server:create_app"),
+            *("--fd", str(listener.fileno()), "--log-level", "error", "--lifespan", "on"),
+            pass_fds=[listener.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env=LIGHT | os.environ,
+        )
+    atexit.register(end_attached, server)
+    os.environ["PREFECT_API_URL"] = address
+    refresh_global_settings_context()
+
+    def wait() -> None:
+        try:
+            urlopen(f"{address}/health", timeout=PATIENCE).close()
+        except (URLError, OSError):
+            log.seek(0)
+            words = log.read().decode(errors="replace").strip().splitlines()[-LAST_WORDS:]
+            raise Unavailable(
+                "Prefect's temporary server did not start; its last output:\n  " + ("\n  ".join(words) or "(none)")
+            ) from None
+
+    return wait

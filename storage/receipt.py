@@ -1,0 +1,89 @@
+"""A run's receipt: up to which round it was last found whole, of what it was made, and the sizes and times of all that.
+
+With it a start reads no content of what is committed: files that have not changed since need not be looked at again.
+"""
+
+import json
+import os
+import posixpath
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from storage.damage import SUSPECTS, is_suspect
+from storage.lineage import know_digest, read_once, stamp_of
+from storage.store import Run
+
+FILE = "_receipt.json"
+MANIFESTS = "_manifests"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    made_from: str  # digest of the recipe and of everything else that keys depend on, but for `inputs`
+    rounds: int  # complete ones, from the first
+    files: dict[str, list[int]]  # committed files and manifests of these rounds: bytes, and the time of change in ns
+    inputs: dict[str, list[int | str]]  # files that the recipe names: their stamp and digest
+
+
+def read_receipt(run: Run) -> Receipt | None:
+    """The run's receipt; None where there is none, or where it cannot be read."""
+    try:
+        return Receipt(**json.loads(run.read_text(FILE)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def write_receipt(run: Run, made_from: str, rounds: int, inputs: list[Path]) -> None:
+    """Write that `rounds` rounds are complete. A file among `inputs` that was written just now is not trusted, so left out."""
+    stamped: dict[str, list[int | str]] = {}
+    for path in inputs:
+        if (found := read_once(path)) is not None:
+            stamped[str(path)] = [*found[0], found[1]]
+    receipt = Receipt(made_from, rounds, _stamp_files(run, rounds), stamped)
+    if receipt != read_receipt(run):
+        run.write_text(FILE, json.dumps(asdict(receipt)))
+
+
+def trust_inputs(receipt: Receipt | None) -> None:
+    """Let this process know the digests of inputs, as long as they do not change."""
+    for path, (*stamp, digest) in receipt.inputs.items() if receipt else ():
+        inode, size, written, changed = map(int, stamp)
+        know_digest(path, (inode, size, written, changed), str(digest))
+
+
+def inputs_hold(receipt: Receipt, inputs: list[Path]) -> bool:
+    """Whether the receipt is about exactly these files, and none of them has changed since."""
+    if receipt.inputs.keys() != {str(path) for path in inputs}:
+        return False
+    return all([*stamp_of(path)] == receipt.inputs[str(path)][:-1] for path in inputs)
+
+
+def files_hold(receipt: Receipt, run: Run) -> bool:
+    """Whether every committed file has the size and time that it had. One that has not is suspected, and so read before use."""
+    here = _stamp_files(run, receipt.rounds)
+    changed = [path for path, stamp in receipt.files.items() if here.get(path) != stamp]
+    SUSPECTS.update(posixpath.join(run.path, path) for path in changed if not path.startswith(MANIFESTS))
+    return not changed and not is_suspect(run.path)
+
+
+def _stamp_files(run: Run, rounds: int) -> dict[str, list[int]]:
+    """Bytes and time of every manifest up to a round, and of every file in the folders that they are about."""
+    manifests = {path: stamp for path, stamp in _stamp_folder(run, MANIFESTS).items() if _round_of(path) <= rounds}
+    tops = {path.split("/")[1].removesuffix(".json") for path in manifests}
+    return manifests | {path: stamp for top in sorted(tops) for path, stamp in _stamp_folder(run, top).items()}
+
+
+def _round_of(path: str) -> int:
+    number = re.match(rf"{MANIFESTS}/round=(\d+)/", path)
+    return int(number[1]) if number else 0
+
+
+def _stamp_folder(run: Run, folder: str) -> dict[str, list[int]]:
+    """On object storage, which tells no time that a copy keeps, the bytes alone."""
+    base = posixpath.join(run.path, folder)
+    if not run.local:
+        found = run.fs.find(base, detail=True) if run.fs.exists(base) else {}
+        return {posixpath.relpath(path, run.path): [entry["size"]] for path, entry in found.items()}
+    stats = {path: os.stat(path) for place, _, names in os.walk(base) for path in (os.path.join(place, n) for n in names)}
+    return {os.path.relpath(path, run.path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}

@@ -1,0 +1,93 @@
+"""What each side read of a prompt: the text of what was rendered, special tokens included. No weights are loaded."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from configs.errors import BadInput
+from configs.load import inherit_overrides, load_recipe
+from configs.models import Model
+from configs.schema import Recipe
+from storage.store import Run, round_slot
+from tasks.models.reference import ModelRef, local_name, refer_as_used
+from tasks.models.text import Side, side
+from tasks.rows.messages import load_prompts
+
+Row = dict[str, Any]
+
+
+class Readers:
+    """Both sides of a run, as far as their tokenizers are still where they were; each is loaded when it is asked for."""
+
+    def __init__(self, run: Run):
+        recipe = run.frozen_recipe()
+        assert recipe is not None
+        self.run, self.recipe = run, recipe
+        self.missing: dict[str, str] = {}  # by role, why a side's texts cannot be shown
+
+    @cached_property
+    def student(self) -> Side | None:
+        """None where its tokenizer is gone."""
+        return self._load("student", lambda: _find_student(self.run, self.recipe))
+
+    @cached_property
+    def teacher(self) -> Side | None:
+        """None where there is none, or where its tokenizer is gone."""
+        config = self.recipe.teacher
+        return None if config is None else self._load("teacher", lambda: _find_teacher(self.run, self.recipe, config))
+
+    def _load(self, role: str, find: Callable[[], ModelRef]) -> Side | None:
+        try:
+            return side(find())
+        except BadInput as error:
+            self.missing[role] = str(error)
+            return None
+
+    def show(self, rollout: Row, prompt: Row) -> dict[str, str]:
+        """By role, the text of a rollout's prompt: the student's from its stored ids, the teacher's rendered again.
+
+        Where both are one text, the student's alone.
+        """
+        shown = {} if self.student is None else {"student": self.student.spell(rollout["prompt_token_ids"])}
+        if self.teacher is not None:
+            try:
+                text = self.teacher.show(*load_prompts([prompt])[0])
+            except BadInput as error:  # its template is another one now
+                self.missing["teacher"] = str(error)
+            else:
+                shown |= {"teacher": text} if text != shown.get("student") else {}
+        return shown
+
+    def list_texts(self, rollout: Row, prompt: Row) -> list[Row]:
+        """The same as rows for people, with why a side's text cannot be shown."""
+        shown = self.show(rollout, prompt)
+        alike = self.teacher is not None and "teacher" not in shown | self.missing
+        rows = [{"side": "both" if alike else role, "text": text} for role, text in shown.items()]
+        return rows + [{"side": role, "text": f"cannot be shown: {why}"} for role, why in self.missing.items()]
+
+
+def _find_student(run: Run, recipe: Recipe) -> ModelRef:
+    """The newest checkpoint, which has the tokenizer with it; before there is one, the student that the recipe names."""
+    for number in range(run.rounds_done(), -1, -1):
+        if checkpoint := run.find(round_slot(number, "student")):
+            return ModelRef(checkpoint.path, checkpoint.digest, rendering="plain")
+    return ModelRef(*_find_model(run, recipe, recipe.student), rendering="plain")
+
+
+def _find_teacher(run: Run, recipe: Recipe, config: Model) -> ModelRef:
+    path, digest = _find_model(run, recipe, config)
+    evaluated = run.manifest(round_slot(0, "evals", "teacher"))
+    return refer_as_used(config, path, evaluated["inputs"]["model"]["digest"] if evaluated else digest)
+
+
+def _find_model(run: Run, recipe: Recipe, config: Model) -> tuple[str, str]:
+    """Where a model lies, and its digest if that is known without reading its weights."""
+    if config.model is not None:
+        return local_name(config.model), ""
+    if config.recipe is None:
+        raise BadInput("the new model is not in this run any more; continue the run first")
+    maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
+    checkpoint = Run(run.uri, maker.name).find(round_slot(maker.rounds, "student"))  # beside the run, wherever that is now
+    if checkpoint is None:
+        raise BadInput(f"{config.recipe}: its model is not in {run.uri}/{maker.name}; run that recipe again")
+    return checkpoint.path, checkpoint.digest

@@ -1,0 +1,113 @@
+"""How a command ends when it is told to stop, wherever the signal finds it."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+# What a command does when it is stopped; `stop()` sends the signal.
+BODIES = {
+    "waits": "stop(); time.sleep(20)",
+    "swallowed by the collector": """
+        class Thing: pass
+        thing = Thing()
+        thing.itself = thing
+        seen = weakref.ref(thing, lambda _: stop())  # what the handler raises here is swallowed
+        del thing
+        gc.collect()
+        time.sleep(20)
+    """,
+    "makes another error of it": """
+        try: stop(); time.sleep(20)
+        except BaseException: raise ImportError("half a module")
+    """,
+    "ends with a message of its own": """
+        try: stop(); time.sleep(20)
+        except BaseException: ending.end("no such model", 2)
+    """,
+    "told again and again": """
+        try: stop(); time.sleep(20)
+        finally:
+            for _ in range(9): stop(); time.sleep(0.01)
+    """,
+    "does not let go": """
+        while True:
+            try: stop(); time.sleep(20)
+            except BaseException: pass
+    """,
+    "in a library in C": "stop_soon(); hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
+    "at exit": "atexit.register(time.sleep, 20); stop_soon(); time.sleep(20)",
+}
+COMMAND = """
+import atexit, gc, hashlib, os, sys, threading, time, weakref
+from flows import ending
+
+ending.PATIENCE = 0.5
+stop = lambda: os.kill(os.getpid(), int(sys.argv[1]))
+stop_soon = lambda: threading.Timer(0.2, stop).start()
+with ending.ending():
+    {body}
+    print("went on")
+"""
+
+
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=CHECKOUT)
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize(("body", "number"), [("waits", signal.SIGHUP), *zip(BODIES, itertools.cycle(STOPS))])
+def test_a_stop_ends_a_command_with_one_line(body: str, number: int) -> None:
+    ended = run(COMMAND.replace("{body}", BODIES[body].replace("\n    ", "\n").strip()), number, "a b")
+    assert ended.returncode == 128 + number
+    assert ended.stderr == f"potstill: stopped; `potstill {number} 'a b'` starts again\n"
+    assert ended.stdout == ""
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As `nohup` does it."""
+    code = COMMAND.replace("{body}", "stop(); time.sleep(0.1)")
+    ended = run(f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}", int(signal.SIGHUP))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "went on\n", "")
+
+
+def test_a_stop_says_what_is_committed() -> None:
+    """Of the run in hand: a teacher's that is made first, then the run's own."""
+    body = """
+    from pathlib import Path
+    from configs.load import load_recipe
+    recipe = load_recipe(Path("tests/recipes/tiny.toml"), ("root=/nowhere",))
+    with ending.stoppable(recipe, 3):
+        with ending.stoppable(recipe.model_copy(update={"name": "teacher"}), 1): pass
+        stop(); time.sleep(20)
+    """
+    for code, where in ((body, "3 of tiny"), (body.replace("pass", "stop(); time.sleep(20)"), "1 of teacher")):
+        ended = run(COMMAND.replace("{body}", code.strip()), 15)
+        assert ended.stderr == f"potstill: stopped in round 1 of {where}; committed of it: nothing; `potstill 15` goes on\n"
+
+
+@pytest.mark.parametrize(("body", "status"), [("pass", 0), ("sys.exit(1)", 1), ("ending.end('why', 2)", 2), ("1 / 0", 1)])
+def test_other_ends_keep_their_status(body: str, status: int) -> None:
+    ended = run(COMMAND.replace("{body}", body))
+    assert ended.returncode == status
+    assert ("ZeroDivisionError" in ended.stderr) == ("1 / 0" in body)
+
+
+@pytest.mark.parametrize("home", ["/proc", "/dev/null/home"])
+def test_prefect_has_a_home_where_the_users_own_cannot_be_written(home: str) -> None:
+    code = "import flows, os; print(os.environ.get('PREFECT_HOME', ''), os.path.isdir(os.environ['PREFECT_HOME']))"
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_HOME"} | {"HOME": home}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=CHECKOUT)
+    place, there = ended.stdout.split()
+    assert "potstill-prefect-" in place
+    assert there == "True"
+    assert not Path(place).exists(), "it goes with the process"
