@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from configs.load import inherit_overrides, load_recipe
 from configs.models import STUDENT, Model
-from configs.schema import FilePrompts, Recipe
+from configs.prompts import FilePrompts
+from configs.schema import Recipe
 from flows.track import Trackers
 from storage.artifacts import Artifact
 from storage.lineage import digest_code, digest_json, versions

@@ -81,7 +81,7 @@ def fit_prompts(data: dict[str, Any], where: str) -> None:
     """Set how many prompts are held out and sampled from, and how long an answer may be."""
     recipe = validate_recipe(data, where)
     try:
-        rows = list_prompts(recipe)
+        rows = list_prompts(recipe, {})
     except BadInput as error:
         if data["prompts"]["source"] != "hub":
             raise

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from configs.errors import BadInput
-from configs.schema import GymPrompts, Recipe, TablePrompts
+from configs.prompts import GymPrompts, TablePrompts
+from configs.schema import Recipe
 from storage.lineage import digest_json
 from tasks.gates.gate import Gate
 from tasks.models.chat import Message

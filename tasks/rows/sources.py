@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from configs.errors import BadInput
-from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
+from configs.prompts import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
 from storage.lineage import digest_file, digest_json
 from tasks.models.template import Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
