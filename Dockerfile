@@ -12,7 +12,8 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
 ARG PIP_NO_CACHE_DIR=1
 ARG EXTRAS=gguf,hub,lora,math,s3
-RUN mkdir configs flows storage tasks && make .venv/.installed EXTRAS="${EXTRAS}"
+RUN mkdir configs flows storage tasks && touch configs/__init__.py flows/__init__.py storage/__init__.py tasks/__init__.py \
+    && make .venv/.installed EXTRAS="${EXTRAS}"
 ARG VLLM
 RUN if [ -n "${VLLM}" ]; then make vllm VLLM="${VLLM}"; fi
 

@@ -60,7 +60,8 @@ def test_its_figures_are_the_runs(executed, tiny):
     assert scope["units"]["log_ratio"].sum() == pytest.approx(whole, rel=1e-4)
     assert scope["units"].height == aligned["student_ends"].list.len().sum()
 
-    joined = scope["units"].group_by("round", "rollout_id", maintain_order=True).agg(pl.col("ids").flatten())
+    ids = pl.col("ids").list.explode(keep_nulls=False, empty_as_null=False)
+    joined = scope["units"].group_by("round", "rollout_id", maintain_order=True).agg(ids)
     rollouts = scan(str(tiny), "rollouts").select("round", "rollout_id", "token_ids").collect()
     for row in joined.join(rollouts, on=["round", "rollout_id"]).iter_rows(named=True):
         assert row["token_ids"][: len(row["ids"])] == row["ids"]

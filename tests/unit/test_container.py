@@ -93,7 +93,7 @@ def test_what_is_copied_is_there():
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert {*packages, project["project"]["readme"], *project["project"]["license-files"]} <= kept
     made = next(rest for rest in of("RUN") if "mkdir configs" in rest)
-    assert all(re.search(rf"\b{name}\b", made) for name in packages)
+    assert all(f" {name}/__init__.py" in made for name in packages)  # an editable install leaves out empty folders
 
 
 def test_nothing_secret_or_heavy_is_sent():
