@@ -24,7 +24,7 @@ from tasks.check import check_lead, check_round
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
 from tasks.gates.rendering import refuse_rendering
-from tasks.models.reference import ModelRef, make_reference
+from tasks.models.reference import ModelRef, make_reference, refer_as_used
 from tasks.prompts import make_prompts
 from tasks.rollout import roll_out
 from tasks.rows.plan import count_shards, teacher_writes
@@ -69,11 +69,12 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     existing, teacher = make_models(recipe)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
-    refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
+    sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None}
+    refuse_rendering(recipe, sides)
     run.freeze(recipe)
 
     done, target = plan_rounds(recipe, rounds, at_most)
-    prompts = make_prompts(recipe)
+    prompts = make_prompts(recipe, sides)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
@@ -155,7 +156,9 @@ def make_models(recipe: Recipe) -> tuple[ModelRef | None, ModelRef | None]:
 
 def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
     """The student as its own teacher, in the teacher's context; None where the recipe has another teacher, or none."""
-    return make_reference(recipe.teacher, student.path, student.digest) if recipe.teacher and recipe.self_taught else None
+    if recipe.teacher is None or not recipe.self_taught:
+        return None
+    return refer_as_used(recipe.teacher, student.path, student.digest, committed=student.committed)
 
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:
@@ -174,7 +177,7 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
 
 def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
     """The reference to a committed checkpoint, used as `config` says."""
-    return make_reference(config, checkpoint.path, checkpoint.digest)
+    return refer_as_used(config, checkpoint.path, checkpoint.digest, committed=True)
 
 
 def renew_teacher(recipe: Recipe, teacher: ModelRef | None, *, student: ModelRef) -> ModelRef | None:

@@ -21,9 +21,7 @@ from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
 from tasks.views.card import write_card
-from tasks.views.report import write_report
 from tasks.views.rounds import format_rounds, summarise_rounds
-from tasks.views.summary import summarise_run
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
 
@@ -52,6 +50,10 @@ class Publication:
     def finish(self, student: Artifact) -> dict[str, Any]:
         """Publish the summary and the report, if a round was added. Returns the flow's result: run, rounds, last student."""
         if self.target > self.done:
+            # Charts' libraries take half a second, which a start need not wait for.
+            from tasks.views.report import write_report
+            from tasks.views.summary import summarise_run
+
             address = write_report(self.run)
             link = Path(address).as_uri() if self.run.local else address
             about = f"{self.run.name}: rounds, charts, and answers before and after"
