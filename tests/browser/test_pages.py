@@ -57,7 +57,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     home = tmp_path_factory.mktemp("prefect")
     address = f"http://127.0.0.1:{port}"
-    quiet = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    quiet = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with open(home / "log", "w") as log:
         running = subprocess.Popen(command, env={**os.environ, **quiet}, stdout=log, stderr=log)
@@ -173,7 +178,7 @@ def test_a_flow_run_is_named_by_its_rounds(look, server, run):
     } <= tasks
     seen = look(f"{server}/runs/flow-run/{found['id']}")
     seen.page.wait_for_selector("text=tiny · rounds 1–2", timeout=30_000)
-    seen.page.wait_for_selector("text=round 2: sampled", timeout=30_000)
+    seen.page.wait_for_selector("text=prompts/train: 128 rows", timeout=30_000)
     stays_here(seen.asked, server, server.replace("http", "ws"))
 
 
