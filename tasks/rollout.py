@@ -28,7 +28,7 @@ from tasks.signals import make_signal
 from tasks.tokens.markers import Markers
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 2
+CODE = 3
 
 
 @task(name="rollouts", task_run_name="round {round.number} · rollouts · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)

@@ -232,8 +232,17 @@ def test_the_teachers_completions_are_in_the_students_ids(student, teacher, from
     for row, completion in from_teacher:
         assert (row["source"], row["policy"], row["logprobs"]) == ("teacher", "teacher", None)
         body = row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"]
-        assert body == ids_of(text_side, row["text"])[: len(body)]
-        assert beta.join(completion.ids).startswith(row["text"].encode())
+        written = longest_text(beta.join(completion.ids))
+        assert body == ids_of(text_side, written)[: len(body)]
+        assert written.startswith(row["text"])
+
+
+def longest_text(data: bytes) -> str:
+    """What comes before the first bytes that are no text."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
 
 
 def test_a_teachers_completion_that_was_cut_gets_no_stop(student, teacher, from_teacher):

@@ -56,6 +56,7 @@ FROM_STORAGE = {"read_table", "write_parquet"}  # functions of storage.artifacts
 THROUGH_A_RUN = {
     ("tasks/views/report.py", "write_report"),
     ("tasks/views/card.py", "write_card"),
+    *(("flows/track.py", function) for function in ("__init__", "_send")),
 }  # which asks storage's Run for it
 
 
