@@ -134,7 +134,7 @@ def _spell_references(rows: list[Row], prompts: pa.Table, text_side: Side) -> li
     """The ids of each reference, with its reasoning where the chat template writes it; None for one that cannot be spelled."""
     references = prompts["reference"].to_pylist()
     spelled = text_side.encoder.encode([text or "" for text in references])
-    if all(row.source != "reference" for row in rows):
+    if "metadata" not in prompts.column_names:
         return spelled
     metadata = prompts["metadata"].to_pylist()
     thought = [i for i, row in enumerate(rows) if row.source == "reference" and references[i] and reasoning_of(metadata[i])]

@@ -28,9 +28,9 @@ def files(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
 
-def made(folder: Path, size: int, *texts: str) -> Path:
+def made(folder: Path, size: int, *texts: str, context: int = 64) -> Path:
     """A model folder, made in this process in a tenth of a second."""
-    shape = Scratch(vocab_size=size, layers=1, width=16, heads=2, feed_forward=16, context=64)
+    shape = Scratch(vocab_size=size, layers=1, width=16, heads=2, feed_forward=16, context=context)
     tokenizer = train_tokenizer(shape, list(texts))
     tokenizer.save_pretrained(folder)
     init_model(shape, tokenizer, 0).save_pretrained(folder)

@@ -51,7 +51,7 @@ def test_a_reference_with_its_reasoning(tmp_path: Path, template: str | None, ca
     assert prompts["reference"].to_pylist() == ["hello"] * 16
     rows = [Row(i, 0, "reference", i, f"r{i}") for i in range(16)]
     with caplog.at_level(logging.WARNING):
-        made_of = make_rollouts(rows, prompts, Rollout(max_new_tokens=64), 1, ref, [])
+        made_of = make_rollouts(rows, prompts, Rollout(max_new_tokens=40), 1, ref, [])
     thought = ["reasoning_content" in metadata for metadata in prompts["metadata"].to_pylist()]
     assert 0 < sum(thought) < 16
     wanted = ["[what is it] hello" if t and template == THINKS else "hello" for t in thought]
