@@ -236,7 +236,7 @@ def test_a_dropped_connection_is_tried_again(lie):
         (lambda: formatdate(time.time() + 30, usegmt=True), 30),
         ("1" * 400, 60),
     ],
-    ids=str,
+    ids=["seconds", "too long", "negative", "a word", "nothing", "a date", "huge"],
 )
 def test_a_server_may_ask_for_a_pause(lie, monkeypatch, header, longest):
     """In seconds or with a date, up to a minute; what it asks is not less than the pauses that double."""

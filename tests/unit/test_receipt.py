@@ -85,7 +85,9 @@ def test_what_has_not_changed_holds(run):
     assert build(run) == []
 
 
-@pytest.mark.parametrize("change", [later, altered, Path.unlink, lambda path: path.write_bytes(b"")], ids=str)
+@pytest.mark.parametrize(
+    "change", [later, altered, Path.unlink, lambda path: path.write_bytes(b"")], ids=["later", "altered", "gone", "empty"]
+)
 @pytest.mark.parametrize("place", ["prompts/train.parquet", "round=0001/student/weights", "_manifests/round=0001/student.json"])
 def test_any_change_is_seen(run, place, change):
     change(Path(run.path) / place)
