@@ -55,8 +55,6 @@ def ending() -> Iterator[None]:
     if _told is not None:
         _status = _status_of(_told)
         _say(_describe_stop())
-        for descriptor in (1, 2):  # what libraries still say while they end is of no use to anybody
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     sys.exit(_status)
 
 
@@ -185,6 +183,8 @@ def _say(line: str) -> None:
     if _said.acquire(blocking=False):
         with suppress(OSError):
             os.write(2, f"{SHOW_CURSOR if sys.stderr.isatty() else ''}potstill: {line}\n".encode())
+        for descriptor in (1, 2):  # what libraries still say while they end is of no use to anybody
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _leave() -> None:

@@ -52,7 +52,7 @@ def start_server() -> Callable[[], None]:
             pass_fds=[listener.fileno()],
             stdout=subprocess.DEVNULL,
             stderr=log,
-            env=LIGHT | os.environ,
+            env=LIGHT | os.environ | {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR"},  # into the file
         )
     ended = threading.Event()
 

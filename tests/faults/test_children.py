@@ -98,7 +98,7 @@ def test_a_temporary_server_that_cannot_start(potstill, tmp_path):
     setting = "sqlite+aiosqlite:////nowhere/prefect.db"
     code = f"import os; os.environ['PREFECT_SERVER_DATABASE_CONNECTION_URL'] = {setting!r}\n{ALONE}"
     assert potstill.run("-c", code, tmp_path, *command) == 1
-    assert potstill.err.startswith("potstill: Prefect's temporary server did not start; its last output:\n")
+    assert "potstill: Prefect's temporary server did not start; its last output:\n" in potstill.err
     assert "unable to open database file" in potstill.err
     assert "Traceback" not in potstill.err
 

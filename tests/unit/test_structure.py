@@ -38,7 +38,7 @@ MAY_OPEN = {
     ("configs/load.py", "load_recipe"),
     ("flows/starter.py", "write_recipe"),
     ("flows/__init__.py", "_writable_home"),  # Prefect's own
-    ("flows/ending.py", "ending"),  # the null device
+    ("flows/ending.py", "_say"),  # the null device
     *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
     ("tasks/rows/files.py", "_read_parquet"),
