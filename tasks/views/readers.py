@@ -75,6 +75,9 @@ def _find_student(run: Run, recipe: Recipe) -> ModelRef:
 
 
 def _find_teacher(run: Run, recipe: Recipe, config: Model) -> ModelRef:
+    if recipe.self_taught:
+        student = _find_student(run, recipe)
+        return refer_as_used(config, student.path, student.digest)
     path, digest = _find_model(run, recipe, config)
     evaluated = run.manifest(round_slot(0, "evals", "teacher"))
     return refer_as_used(config, path, evaluated["inputs"]["model"]["digest"] if evaluated else digest)
