@@ -81,7 +81,7 @@ def teachers_of(run: Path) -> list[str]:
     ids=["model, start", "model, round", "recipe, round", "scratch, start"],
 )
 def test_whose_weights_score_a_round(server, recipe, tmp_path, weights, student):
-    """The start's in every round, or those that sampled the round, also where a run goes on; a complete run makes nothing anew."""
+    """The start's in every round, or those that sampled it, also where a run goes on; a complete run makes nothing anew."""
     context = {"template": "{prompt} {reference}"}
     path = recipe(context | ({"weights": "round"} if weights == "round" else {}), student)
     distill(str(path), rounds=1)
