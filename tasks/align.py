@@ -25,7 +25,7 @@ from tasks.tokens.align import Units
 from tasks.tokens.markers import NO_MARKERS, ONE_TOKENIZER, Markers, translate
 from tasks.tokens.ragged import flat, ragged, rows_of
 
-CODE = 3
+CODE = 4
 
 
 @task(name="aligned", task_run_name="round {round.number} · align · shard {shard.number}", cache_policy=NO_CACHE)

@@ -24,7 +24,7 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.tokens.token_bytes import split_completion
 
-CODE = 3
+CODE = 4
 
 
 @task(

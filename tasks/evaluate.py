@@ -27,7 +27,7 @@ from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.token_bytes import spell_answer, split_completion
 
-CODE = 2
+CODE = 3
 
 
 @task(name="evaluate", task_run_name="round {number} · evaluate {role}", cache_policy=NO_CACHE, **RETRIES)

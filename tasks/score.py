@@ -34,7 +34,7 @@ from tasks.signals.base import Signal
 from tasks.signals.head import head_of, save_head
 from tasks.tokens.markers import Markers
 
-CODE = 1
+CODE = 2
 HEAD_CODE = 1
 ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 

@@ -13,7 +13,7 @@ from tasks.running.progress import logger
 from tasks.training.processes import launch
 from tasks.training.trainer import JOB, Job, count_steps, train
 
-CODE = 3
+CODE = 4
 
 
 @task(name="train", task_run_name="round {round.number} · train", cache_policy=NO_CACHE)

@@ -1,27 +1,30 @@
 """Sampling that depends on a seed and a position only, not on the batch."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tasks.engines.base import Sampling
 
-MASK32 = 0xFFFFFFFF
+BLOCK = 256  # ids whose mass is summed first: the draw finds a block, and then an id in it
+SCALE = 2.0**44  # whole numbers for the mass of the likeliest id; 2^18 such ids still fit into int64
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Murmur3's 32-bit finaliser on int64 tensors that hold 32-bit values."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK32
-    return x ^ (x >> 16)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), on uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
-def gumbel(seeds: torch.Tensor, position: int, size: int) -> torch.Tensor:
-    """Standard Gumbel noise, float32 `[rows, size]`: a function of (seed, position, id). `seeds`: int64 `[rows]`."""
-    row = _mix(_mix(seeds & MASK32) ^ ((seeds >> 32) & MASK32)) + 0x9E3779B9 * (position + 1)
-    ids = torch.arange(size, device=seeds.device) * 0x85EBCA77
-    bits = _mix(_mix((row & MASK32)[:, None] ^ (ids & MASK32)[None, :]) + (row & MASK32)[:, None] & MASK32)
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # never 0 or 1
-    return -torch.log(-torch.log(uniform))
+def uniforms(seeds: Sequence[int], positions: int) -> np.ndarray:
+    """Uniform numbers in (0, 1), float64 `[rows, positions]`, in steps of 2^-52: a function of (seed, position)."""
+    steps = np.arange(1, positions + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = _mix(_mix(np.array(seeds, np.uint64))[:, None] + steps)
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def warpers(sampling: Sampling) -> LogitsProcessorList:
@@ -36,22 +39,43 @@ def warpers(sampling: Sampling) -> LogitsProcessorList:
     return processors
 
 
-class SeededSampler(LogitsProcessor):
-    """Makes greedy search sample: it adds Gumbel noise to each row, and the maximum is then a sample (Gumbel-max).
+class Sampler:
+    """Draws the next token of each row. A row's draw is a function of its logits, its seed and the position alone."""
 
-    It keeps the log-prob of every token that it chose, float32 `[rows]` per step. `size` is the vocabulary without padded
-    rows of the head.
-    """
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device):
+        self.greedy, self.warpers = sampling.temperature == 0, warpers(sampling)
+        self.uniforms = torch.from_numpy(uniforms(seeds, sampling.max_new_tokens)).to(device)
+        self.masses = torch.zeros(0, dtype=torch.long, device=device)
 
-    def __init__(self, seeds: torch.Tensor, sampling: Sampling, size: int):
-        self.seeds, self.greedy, self.size = seeds, sampling.temperature == 0, size
-        self.warpers = warpers(sampling)
-        self.logprobs: list[torch.Tensor] = []
+    def draw(self, logits: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids, int64 `[rows]`, and log-probs, float32 `[rows]`, from logits, float32 `[rows, V]`, which it may overwrite."""
+        if self.greedy:
+            logprobs, ids = logits.log_softmax(-1).max(-1)
+            return ids, logprobs
+        return self._invert(self.warpers(None, logits), self.uniforms[:, position])  # type: ignore[arg-type]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        logprobs = self.warpers(input_ids, scores[:, : self.size].float()).log_softmax(-1)
-        noisy = logprobs if self.greedy else logprobs + gumbel(self.seeds, len(self.logprobs), self.size)
-        chosen = noisy.argmax(-1, keepdim=True)
-        self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
-        # Greedy search takes the maximum of this.
-        return scores.fill_(-torch.inf).scatter_(1, chosen, 0.0)  # type: ignore[return-value]
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows alone, int64."""
+        self.uniforms = self.uniforms[rows]
+
+    def _invert(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The id at which the cumulated mass passes the share `uniform` of the whole.
+
+        Masses are whole numbers, whose sums are exact in any order: float32 sums of 262k masses would lose the tail.
+        """
+        rows, size = logits.shape
+        mass = logits.sub_(logits.amax(-1, keepdim=True)).exp_().mul_(SCALE)
+        if len(self.masses) < rows:  # the padding behind the last id stays 0
+            self.masses = self.masses.new_zeros(rows, -(-size // BLOCK) * BLOCK)
+        masses = self.masses[:rows]
+        masses[:, :size] = mass
+        blocks = masses.view(rows, -1, BLOCK)
+        ends = blocks.sum(-1).cumsum(-1)
+        total = ends[:, -1:]
+        target = torch.minimum((uniform[:, None] * total).long(), total - 1)
+        block = torch.searchsorted(ends, target, right=True).clamp(max=blocks.shape[1] - 1)  # a row of NaN passes nowhere
+        inner = blocks[torch.arange(rows, device=block.device), block[:, 0]].cumsum(-1)
+        inner += ends.gather(1, block) - inner[:, -1:]
+        ids = block * BLOCK + torch.searchsorted(inner, target, right=True)
+        ids.clamp_(max=size - 1)
+        return ids[:, 0], (mass.gather(1, ids).double() / total).log().float()[:, 0]

@@ -4,15 +4,16 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from transformers import DynamicCache, GenerationConfig
 
 from tasks.engines.base import Advance, Completion, Sampling, TokenScores, ignore_progress
-from tasks.engines.sampling import SeededSampler
+from tasks.engines.decoding import Decoder
+from tasks.engines.sampling import Sampler
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
-from tasks.models.weights import check_head, hidden_states, load_weights, logits_of
-from tasks.signals.base import SCORE_CHUNK, Chunk, Signal, join_chunks, split_columns
+from tasks.models.weights import check_head, head_logits, hidden_states, load_weights, logits_of
+from tasks.signals.base import SCORE_CHUNK, Chunk, Signal, copy_to_host, join_chunks, split_columns
 from tasks.tokens.byte_laws import ByteLaws
+from tasks.tokens.ragged import expand
 
 
 class TransformersEngine:
@@ -22,8 +23,8 @@ class TransformersEngine:
         """`batch_size` sequences are generated at once; `batch_tokens`, padding included, are scored at once."""
         self.side, self.batch_size, self.batch_tokens = side(ref), batch_size, batch_tokens
         self.device = device_of(ref)
+        self.check_every = 1 if self.device.type == "cpu" else 8  # tokens; the host waits for the device to count ended rows
         self.model = load_weights(ref).eval().to(self.device)
-        self.model.generation_config = GenerationConfig()  # without the top_k and penalties of the model's own config
         self.size = len(self.side.beta.values)
         check_head(self.model, ref.path, self.size)
 
@@ -35,92 +36,90 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            pad = self.side.pad_id
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in rows], device=self.device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=self.device)
-            shared = self._prefill(ids, mask)
-            sampler = SeededSampler(torch.tensor([seeds[i] for i in rows], device=self.device), sampling, self.size)
-            config = GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.side.stop_ids, pad_token_id=pad
-            )
-            output = self.model.generate(
-                ids, attention_mask=mask, generation_config=config, logits_processor=[sampler], past_key_values=shared
-            )
-            sampled = output[:, width:].cpu().numpy()
-            logprobs = torch.stack(sampler.logprobs, 1).cpu().numpy()
-            stopped = np.isin(sampled, self.side.stop_ids)
-            lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, sampled.shape[1])
-            for row, i in enumerate(rows):
-                n = lengths[row]
-                results[i] = Completion(sampled[row, :n].tolist(), logprobs[row, :n].tolist())
+            made = self._sample([prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
+            for i, completion in zip(rows, made, strict=True):
+                results[i] = completion
             advance(len(rows))
         return [result for result in results if result is not None]
 
-    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
-        """Keys and values of left-padded prompts `[rows, time]` up to their last token, each distinct prompt computed once.
-
-        None where all prompts differ.
-        """
-        # The mask is compared, too: padding may be an id with which another prompt begins.
-        distinct, copies = torch.unique_consecutive(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
-        prompts, prompt_mask = distinct[:, : ids.shape[1] - 1], distinct[:, ids.shape[1] : -1]
-        if len(distinct) == len(ids) or ids.shape[1] == 1:
-            return None
-        cache = DynamicCache(config=self.model.config)
-        places = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
-        self.model.base_model(
-            input_ids=prompts, attention_mask=prompt_mask, position_ids=places, past_key_values=cache, use_cache=True
-        )
-        cache.reorder_cache(copies)  # every kind of layer has this, those with a recurrent state too
-        return cache
+    def _sample(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
+        decoder = Decoder(self.model, prompts, self.side.pad_id)
+        sampler = Sampler(seeds, sampling, self.device)
+        stops = torch.tensor(self.side.stop_ids, device=self.device)
+        ids = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.long, device=self.device)
+        logprobs = torch.zeros(ids.shape, device=self.device)
+        rows = torch.arange(len(prompts), device=self.device)  # those that still go on, and some that have ended
+        going = torch.ones_like(rows, dtype=torch.bool)
+        for position in range(sampling.max_new_tokens):
+            chosen, chosen_logprobs = sampler.draw(logits_of(self.model, decoder.hidden, self.size), position)
+            ids[rows, position], logprobs[rows, position] = chosen, chosen_logprobs
+            going &= ~torch.isin(chosen, stops)
+            if (position + 1) % self.check_every == 0:
+                left = int(going.sum())
+                if not left:
+                    break
+                if 2 * left <= len(rows):
+                    kept = going.nonzero()[:, 0]
+                    rows, going, chosen = rows[kept], going[kept], chosen[kept]
+                    sampler.keep(kept)
+                    decoder.keep(kept)
+            if position + 1 < sampling.max_new_tokens:
+                decoder.step(chosen)
+        stopped = torch.isin(ids, stops).cpu().numpy()
+        lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, ids.shape[1])
+        paths = zip(ids.tolist(), logprobs.tolist(), lengths, strict=True)
+        return [Completion(path[:n], of_path[:n]) for path, of_path, n in paths]
 
     @torch.inference_mode()
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
         results: list[TokenScores | None] = [None] * len(prompts)
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
         for rows in length_batches(lengths, self.batch_tokens):
-            width = max(lengths[i] for i in rows)
-            pad = self.side.pad_id
-            ids = torch.tensor([prompts[i] + completions[i] + [pad] * (width - lengths[i]) for i in rows], device=self.device)
-            hidden = hidden_states(self.model, ids)
-            row = torch.tensor([r for r, i in enumerate(rows) for _ in completions[i]], device=self.device)
-            time = torch.tensor([len(prompts[i]) + t for i in rows for t in range(len(completions[i]))], device=self.device)
-            first = torch.tensor([t == 0 for i in rows for t in range(len(completions[i]))], device=self.device)
-            logprobs, columns = self._scores(hidden[row, time - 1], ids[row, time], first, signal)
-            ends = np.cumsum([len(completions[i]) for i in rows])
-            parts = zip(rows, np.split(logprobs, ends[:-1]), split_columns(signal, columns, ends), strict=True)
+            ids = np.full((len(rows), max(lengths[i] for i in rows)), self.side.pad_id)
+            for row, i in enumerate(rows):
+                ids[row, : lengths[i]] = prompts[i] + completions[i]
+            starts, ends = np.array([len(prompts[i]) for i in rows]), np.array([lengths[i] for i in rows])
+            time, row_of = expand(starts, ends)
+            whole, at, before = (self._tensor(values) for values in (ids, row_of, time - 1))
+            hidden = hidden_states(self.model, whole)[at, before]
+            actual, first = self._tensor(ids[row_of, time]), self._tensor(time == starts[row_of])
+            columns = self._scores(hidden, actual, first, signal)
+            logprobs, bounds = columns.pop("logprobs"), np.cumsum(ends - starts)
+            parts = zip(rows, np.split(logprobs, bounds[:-1]), split_columns(signal, columns, bounds), strict=True)
             for i, path, part in parts:
                 results[i] = TokenScores(path, part)
         return [result for result in results if result is not None]
 
-    def _scores(
-        self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Log-probs and the signal's columns at flat positions, in chunks; `first` marks each completion's first token.
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
 
-        `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`, as are the float32 log-probs.
+    def _scores(self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal) -> dict[str, np.ndarray]:
+        """The signal's columns at flat positions, and `logprobs`, float32, in chunks; `first` marks a completion's first token.
+
+        `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`.
         """
         stops = torch.tensor(self.side.stop_ids, device=self.device)
-        chosen, chunks = [], []
-        for at in torch.split(torch.arange(len(actual), device=self.device), SCORE_CHUNK):
-            lead = int(at[0] > 0)
-            window = torch.cat([at[:lead] - 1, at])
-            logprobs = logits_of(self.model, hidden[window], self.size).log_softmax(-1)
-            here = logprobs[lead:]
-            path = here.gather(1, actual[at][:, None])[:, 0]
-            chosen.append(torch.where(torch.isin(actual[at], stops), here[:, stops].logsumexp(-1), path).cpu().numpy())
+        stopped = torch.isin(actual, stops)
+        chunks = []
+        for start in range(0, len(actual), SCORE_CHUNK):
+            lead = min(start, 1)
+            window, here = slice(start - lead, start + SCORE_CHUNK), slice(start, start + SCORE_CHUNK)
             chunk = Chunk(
-                hidden=hidden[at],
-                logprobs=logprobs,
+                hidden=hidden[here],
+                logits=head_logits(self.model, hidden[window], self.size),
                 actual=actual[window],
                 first=first[window],
                 lead=lead,
                 laws=lambda: self.laws,
                 model=self.side.ref.path,
             )
-            chunks.append(signal.store(chunk))
-        return np.concatenate(chosen), join_chunks(chunks)
+            logits = chunk.logits[lead:]
+            path = logits.gather(1, actual[here, None])[:, 0].float()
+            path = torch.where(stopped[here], logits[:, stops].float().logsumexp(-1), path) - chunk.norm[lead:]
+            chunks.append(copy_to_host({"logprobs": path, **signal.store(chunk)}))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # the copies end
+        return join_chunks(signal, chunks)
 
     @cached_property
     def laws(self) -> ByteLaws:

@@ -114,7 +114,12 @@ def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor, size: int) -> torch.Tensor:
     """float32 logits `[…, size]` of hidden states `[…, width]`: padded rows of the head are not ids and are cut off."""
-    return apply_logit_scale(model.get_output_embeddings()(hidden)[..., :size].float(), logit_scale_of(model))
+    return head_logits(model, hidden, size).float()
+
+
+def head_logits(model: PreTrainedModel, hidden: torch.Tensor, size: int) -> torch.Tensor:
+    """As `logits_of`, in the head's own dtype: half precision is half as much to read. float32 where the model scales them."""
+    return scaled_logits(model.get_output_embeddings()(hidden)[..., :size], logit_scale_of(model))
 
 
 LogitScale = tuple[float, float]  # the factor, and the soft cap (0: none)
@@ -132,6 +137,11 @@ def apply_logit_scale(logits: torch.Tensor, scale: LogitScale) -> torch.Tensor:
     factor, cap = scale
     logits = logits * factor if factor != 1 else logits
     return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def scaled_logits(logits: torch.Tensor, scale: LogitScale) -> torch.Tensor:
+    """As `apply_logit_scale`, in float32 where there is anything to do."""
+    return logits if scale == (1.0, 0.0) else apply_logit_scale(logits.float(), scale)
 
 
 def check_head(model: PreTrainedModel, name: str, size: int) -> None:

@@ -13,6 +13,7 @@ from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, l
 from tasks.objectives.classes import Classes
 from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind
+from tasks.tokens.masses import read_masses
 from tasks.tokens.ragged import add_up, expand
 from tasks.tokens.vocabulary import Vocabulary, match
 
@@ -68,6 +69,7 @@ class BpmObjective(ObjectiveModule):
             )
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
-        law = self.classes(logits.softmax(-1), terms.start, terms.ids)
+        places = self.classes.places(terms.start, terms.ids)
+        law = self.classes.add_up(read_masses(logits, lambda _: places)[0], terms.ids)
         student = log_of(law).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         return bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta)

@@ -102,9 +102,8 @@ class BytesObjective(ObjectiveModule):
     # -- the student's side, in the train stage ------------------------------------------------------------------------
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
-        mass = logits.softmax(-1)
-        law = self.laws(mass, terms.actual, terms.start, terms.end, terms.inside.clamp(min=0))
-        path = unit_sums(log_of(mass.gather(1, terms.actual[:, None])[:, 0]), terms)[:, None]
+        law, actual = self.laws(logits, terms.actual, terms.start, terms.end, terms.inside.clamp(min=0))
+        path = unit_sums(log_of(actual), terms)[:, None]
         student = torch.where((terms.inside == WHOLE)[:, None], path, law.gather(1, terms.ids).clamp(min=TINY).log())
         student = student.masked_fill(terms.logprobs.isneginf(), -torch.inf)
         return bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta)

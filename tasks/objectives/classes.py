@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tasks.tokens.masses import find_likeliest
 from tasks.tokens.vocabulary import Vocabulary
 
 
@@ -23,43 +24,55 @@ class Classes(nn.Module):
         members[owners, column] = vocabulary.duplicates[order]
         self.register_buffer("members", torch.tensor(members), persistent=False)
 
-    def forward(self, mass: torch.Tensor, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Masses of the classes of `ids`, `[terms, K]`, each term's from its `row` `[terms]` of `mass` `[positions, V]`."""
+    def places(self, row: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Where `read_masses` finds the masses of the classes of `ids` `[terms, K]`, each term's in its `row` `[terms]`."""
+        return (row[:, None, None] * len(self.members) + self.members[ids].clamp(min=0)).flatten()
+
+    def add_up(self, read: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Masses of the classes of `ids`, `[terms, K]`, from what was read at their places."""
         members = self.members[ids]
-        read = mass[row[:, None, None], members.clamp(min=0)]
-        return (read * (members >= 0)).sum(-1)
+        return (read.view(members.shape) * (members >= 0)).sum(-1)
 
 
 class Subset(nn.Module):
-    """Some of a vocabulary's classes, by their representatives in order."""
+    """Some of a vocabulary's classes, by their representatives, as one set of ids (`Sums`)."""
 
-    ids: torch.Tensor  # int64 [N]: the representatives
     duplicates: torch.Tensor  # int64: the other ids of these classes
-    place: torch.Tensor  # int64: the index in `ids` of each duplicate's representative
+    owners: torch.Tensor  # int64: the representative of each duplicate
+    shared: torch.Tensor  # int64: the ids of classes with several
     held: torch.Tensor  # float32 [V]: 1 for every id of these classes, else 0
 
     def __init__(self, vocabulary: Vocabulary, ids: np.ndarray):
         super().__init__()
         duplicates = vocabulary.duplicates[np.isin(vocabulary.representative[vocabulary.duplicates], ids)]
-        place = np.searchsorted(ids, vocabulary.representative[duplicates])
         held = np.zeros(vocabulary.size, np.float32)
         held[ids] = held[duplicates] = 1
-        self.register_buffer("ids", torch.tensor(ids, dtype=torch.long), persistent=False)
+        self.count = len(ids)
         self.register_buffer("duplicates", torch.tensor(duplicates), persistent=False)
-        self.register_buffer("place", torch.tensor(place), persistent=False)
+        self.register_buffer("owners", torch.tensor(vocabulary.representative[duplicates]), persistent=False)
+        self.register_buffer(
+            "shared", torch.tensor(np.union1d(duplicates, vocabulary.representative[duplicates])), persistent=False
+        )
         self.register_buffer("held", torch.tensor(held), persistent=False)
 
     def __len__(self) -> int:
         """The number of classes."""
-        return len(self.ids)
+        return self.count
 
-    def total(self, mass: torch.Tensor) -> torch.Tensor:
-        """The mass of all these classes together, `[positions]`, from `mass` `[positions, V]`."""
+    def add_up(self, mass: torch.Tensor) -> torch.Tensor:
+        """The mass of all these classes together, `[positions, 1]`, from `mass` `[positions, V]`."""
         with torch.autocast(mass.device.type, enabled=False):  # a sum, not a layer: bfloat16 would be too coarse
-            return mass @ self.held.to(mass.dtype)
+            return (mass @ self.held.to(mass.dtype))[:, None]
 
-    @torch.no_grad()
+    def spread(self, of_sets: torch.Tensor, of_others: torch.Tensor) -> torch.Tensor:
+        return ((of_sets - of_others) * self.held).add_(of_others)
+
     def top(self, mass: torch.Tensor, k: int) -> torch.Tensor:
         """The `k` likeliest classes (all, if there are fewer), the likeliest first: ids `[positions, k]`."""
-        whole = mass.index_select(1, self.ids).index_add_(1, self.place, mass[:, self.duplicates])
-        return self.ids[whole.topk(min(k, len(self.ids))).indices]
+        sign, before = 2 * self.held - 1, mass[:, self.shared]
+        mass.mul_(sign)  # in place, and back: ids outside have less than nothing
+        if len(self.shared):
+            mass.index_add_(1, self.owners, mass[:, self.duplicates]).index_fill_(1, self.duplicates, -1.0)
+        found = find_likeliest(mass, min(k, self.count))[1]
+        mass.index_copy_(1, self.shared, before).mul_(sign)
+        return found

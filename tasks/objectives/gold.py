@@ -12,6 +12,7 @@ from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind
 from tasks.tokens.byte_laws import expand_ranges
+from tasks.tokens.masses import read_masses
 from tasks.tokens.ragged import add_up, expand
 from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
@@ -116,27 +117,35 @@ class GoldObjective(ObjectiveModule):
         return ids, logits - normaliser[unit], unit
 
     def forward(self, logits: torch.Tensor, terms: Terms) -> torch.Tensor:
+        actual = terms.actual
         if self.config.merge == "sum":
             position, unit = expand_ranges(terms.start, terms.end)
             # Σ log p and Σ logits differ by a constant, which does not change the softmax.
-            mass = logits.new_zeros(len(terms.start), logits.shape[1]).index_add(0, unit, logits[position]).softmax(-1)
-            at, rest_of_path = torch.arange(len(mass), device=mass.device), mass.new_zeros(len(mass))
+            logits = logits.new_zeros(len(terms.start), logits.shape[1]).index_add(0, unit, logits[position])
+            at, actual = torch.arange(len(logits), device=logits.device), actual[:0]
         else:
-            mass = logits.softmax(-1)
             at = terms.end - 1 if self.config.merge == "chain" else terms.start
-            path = log_of(mass.gather(1, terms.actual[:, None])[:, 0])
-            rest_of_path = unit_sums(path, terms) - path[at]  # the unit's other tokens
         ids, events = terms.ids, terms.ids.shape[1]
         unmatched = self.config.unmatched_weight if len(self.unmatched) else 0
-        if unmatched:
-            ids = torch.cat([ids, self.unmatched.top(mass, terms.unmatched.shape[1])[at]], 1)
-        law = self.classes(mass, at, ids)
+
+        def find(mass: torch.Tensor) -> torch.Tensor:
+            nonlocal ids
+            if unmatched:
+                ids = torch.cat([terms.ids, self.unmatched.top(mass, terms.unmatched.shape[1])[at]], 1)
+            path = torch.arange(len(actual), device=mass.device) * mass.shape[1] + actual
+            return torch.cat([path, self.classes.places(at, ids)])
+
+        read, totals, _ = read_masses(logits, find, self.unmatched if unmatched else None)
+        law = self.classes.add_up(read[len(actual) :], ids)
+        path = log_of(read[: len(actual)])
+        # the log mass of the unit's other tokens
+        rest_of_path = unit_sums(path, terms) - path[at] if len(actual) else law.new_zeros(len(law))
         student = (log_of(law[:, :events]) + rest_of_path[:, None]).masked_fill(terms.logprobs.isneginf(), -torch.inf)
         loss = bucketed_jsd(terms.logprobs, terms.rest, student, self.config.beta, self.config.rest)
         loss = self.config.matched_weight * loss
         if unmatched:
             path_mass = rest_of_path.exp()
-            top, total = law[:, events:] * path_mass[:, None], self.unmatched.total(mass)[at] * path_mass
+            top, total = law[:, events:] * path_mass[:, None], totals[at, 0] * path_mass
             difference = self._sorted_l1(top, total, terms.unmatched.exp())
             loss = loss + unmatched * difference.masked_fill(terms.inside == WHOLE, 0)
         return loss

@@ -8,6 +8,7 @@ from tasks.objectives.base import ObjectiveModule, Pairing, Projection, Terms, l
 from tasks.objectives.classes import Classes, Subset
 from tasks.objectives.divergences import bucketed_jsd
 from tasks.tokens.align import Kind
+from tasks.tokens.masses import read_masses
 from tasks.tokens.ragged import add_up, expand, offsets_of
 from tasks.tokens.vocabulary import Vocabulary, match_to_student
 
@@ -56,12 +57,18 @@ class StrictObjective(ObjectiveModule):
         The paper takes the student's likeliest ids only. Where the teacher's signal has none of them the term would have no
         gradient, just where both sides disagree most.
         """
-        mass = logits.softmax(-1)
-        likeliest = self.matched.top(mass, self.config.top)[terms.start]
+        likeliest = terms.ids
+
+        def find(mass: torch.Tensor) -> torch.Tensor:
+            nonlocal likeliest
+            likeliest = self.matched.top(mass, self.config.top)[terms.start]
+            return self.classes.places(terms.start, terms.ids)
+
+        read, totals, _ = read_masses(logits, find, self.matched)
         least = terms.logprobs.topk(min(self.config.top, terms.logprobs.shape[1])).values[:, -1:]
         compared = (terms.logprobs >= least) | (terms.ids[:, :, None] == likeliest[:, None, :]).any(-1)
         compared &= ~terms.logprobs.isneginf()
         outside = torch.cat([terms.logprobs.masked_fill(compared, -torch.inf), terms.rest[:, None]], 1).logsumexp(-1)
-        student = log_of(self.classes(mass, terms.start, terms.ids)) - log_of(self.matched.total(mass))[terms.start][:, None]
+        student = log_of(self.classes.add_up(read, terms.ids)) - log_of(totals)[terms.start]
         teacher, student = (side.masked_fill(~compared, -torch.inf) for side in (terms.logprobs, student))
         return bucketed_jsd(teacher, outside, student, beta=1.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from storage.schemas import SCORES
 from tasks.signals.head import Head
 from tasks.tokens.byte_laws import ByteLaws
+from tasks.tokens.masses import find_likeliest
 from tasks.tokens.ragged import expand, flat, offsets_of
 from tasks.tokens.vocabulary import Vocabulary
 
@@ -21,17 +23,27 @@ SCORE_CHUNK = 1024  # positions whose full distributions exist at once
 class Chunk:
     """Some flat positions with their whole distributions, from an engine in this process.
 
-    `logprobs`, `actual` and `first` may have one more position in front (`lead` is 1 then): a token's byte law also reads the
-    distribution before the last token.
+    All but `hidden` may have one more position in front (`lead` is 1 then): a token's byte law also reads the distribution
+    before the last token.
     """
 
     hidden: torch.Tensor  # [positions, width], the last hidden states
-    logprobs: torch.Tensor  # float32 [lead + positions, V], in nats
+    logits: torch.Tensor  # [lead + positions, V], in the head's dtype
     actual: torch.Tensor  # int64 [lead + positions], the ids of the completion
     first: torch.Tensor  # bool [lead + positions]: the first token of its completion
     lead: int
     laws: Callable[[], ByteLaws]
     model: str  # the model's name, for messages
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """Probabilities, float32 `[lead + positions, V]`. Whoever reads them last may overwrite them."""
+        return self.logits.softmax(-1, dtype=torch.float32)
+
+    @cached_property
+    def norm(self) -> torch.Tensor:
+        """float32 `[lead + positions]`: logits minus this are log-probs. To be asked for before `mass` is overwritten."""
+        return self.logits.amax(-1).float() - self.mass.amax(-1).log()
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,10 @@ class Signal:
         self.k, self.top_p = k, top_p
 
     def store(self, chunk: Chunk) -> dict[str, torch.Tensor]:
-        """The signal's columns of a scores table for a chunk of positions: flat, or `[positions, width]`."""
+        """The signal's columns of a scores table for a chunk of positions, `[positions]` or `[positions, width]`.
+
+        Of those in `events` the first `counts` of each position are kept.
+        """
         return {}
 
     def store_top(self, top: Top, size: int, rows: int) -> dict[str, np.ndarray]:
@@ -91,15 +106,20 @@ class Signal:
         return None
 
 
-def join_chunks(chunks: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    """Join the columns of chunks, as arrays on the CPU in the types of a scores table."""
-    return {
-        name: torch.cat([chunk[name] for chunk in chunks])
-        .cpu()
-        .numpy()
-        .astype(SCORES.field(name).type.value_type.to_pandas_dtype())
-        for name in (chunks[0] if chunks else ())
-    }
+def copy_to_host(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Begin to copy columns to the CPU, in the types of a scores table. They are there once their device is synchronised."""
+    types = {name: getattr(torch, np.dtype(SCORES.field(name).type.value_type.to_pandas_dtype()).name) for name in columns}
+    return {name: column.to(types[name]).to("cpu", non_blocking=True) for name, column in columns.items()}
+
+
+def join_chunks(signal: Signal, chunks: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """Join the columns of chunks, on the CPU, as flat arrays; of events those that are kept."""
+    columns = {name: torch.cat([chunk[name] for chunk in chunks]).numpy() for name in (chunks[0] if chunks else ())}
+    if signal.counts in columns:
+        counts = columns[signal.counts]
+        for name in signal.events:
+            columns[name] = columns[name][np.arange(columns[name].shape[1]) < counts[:, None]]
+    return columns
 
 
 def split_columns(signal: Signal, columns: dict[str, np.ndarray], ends: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -121,7 +141,8 @@ def read_events(scores: pa.Table, tokens: np.ndarray, columns: tuple[str, str, s
     return Events(ids[entries].astype(np.int64), logprobs[entries].astype(np.float64), np.diff(bounds)[tokens], rest, laws)
 
 
-Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # flat ids and log-probs, counts, log masses of the rest
+# Ids and log-probs `[positions, k]`, the likeliest first; how many are kept, and the log mass of the rest, `[positions]`.
+Sparse = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def keep_likeliest(logprobs: torch.Tensor, k: int, top_p: float, events: int | None = None) -> Sparse:
@@ -129,10 +150,13 @@ def keep_likeliest(logprobs: torch.Tensor, k: int, top_p: float, events: int | N
 
     Only the first `events` of the N can be kept (default: all); the others are always in the rest.
     """
-    named = logprobs[:, :events]
-    top, ids = named.topk(min(k, named.shape[1]))
-    enough = (top.exp().cumsum(-1) < top_p).sum(-1) + 1
-    keep = (torch.arange(top.shape[1], device=top.device) < enough[:, None]) & ~top.isneginf()
-    # The rest is summed itself where it is small, so that it does not drown in 1 - (almost 1).
-    rest = logprobs.scatter(1, ids.where(keep, ids[:, :1]), -torch.inf).logsumexp(-1)
-    return ids[keep], top[keep], keep.sum(-1), rest
+    return keep_enough(*find_likeliest(logprobs[:, :events], k), logprobs.exp(), top_p)
+
+
+def keep_enough(top: torch.Tensor, ids: torch.Tensor, mass: torch.Tensor, top_p: float) -> Sparse:
+    """The first of `top`, log-probs `[positions, k]` of `ids`, that reach `top_p`. `mass` `[positions, N]` is overwritten."""
+    enough = (top.exp().cumsum(-1) < top_p).sum(-1, keepdim=True) + 1
+    keep = (torch.arange(top.shape[1], device=top.device) < enough) & ~top.isneginf()
+    # The rest is summed itself, so that it does not drown in 1 - (almost 1).
+    rest = mass.scatter_(1, ids.where(keep, ids[:, :1]), 0).sum(-1).log()
+    return ids, top, keep.sum(-1), rest

@@ -14,7 +14,7 @@ class BytesSignal(Signal):
     counts = COLUMNS[2]
 
     def store(self, chunk: Chunk) -> dict[str, torch.Tensor]:
-        laws = boundary_laws(chunk.laws(), chunk.logprobs, chunk.actual, chunk.first)[chunk.lead :]
+        laws = boundary_laws(chunk.laws(), chunk.mass, chunk.actual, chunk.first)[chunk.lead :]
         return dict(zip((*COLUMNS, "rest"), keep_likeliest(laws.log(), self.k, self.top_p, events=REST), strict=True))
 
     def read(self, scores: pa.Table, reading: Reading) -> Events:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from storage.artifacts import Artifact, local_folder
 from tasks.models.reference import ModelRef, device_of
-from tasks.models.weights import LogitScale, apply_logit_scale, logit_scale_of
+from tasks.models.weights import LogitScale, logit_scale_of, scaled_logits
 
 FILE = "head.safetensors"
 
@@ -25,10 +25,10 @@ class Head:
     bias: torch.Tensor | None  # [V]
     scale: LogitScale
 
-    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probs, float32 `[positions, V]`, of hidden states, float16 `[positions, width]`."""
-        logits = functional.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight, self.bias)
-        return apply_logit_scale(logits.float(), self.scale).log_softmax(-1)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[positions, V]` of hidden states, float16 `[positions, width]`, as `head_logits` gives them."""
+        states = hidden.to(self.weight.device, self.weight.dtype)
+        return scaled_logits(functional.linear(states, self.weight, self.bias), self.scale)
 
 
 def head_of(model: PreTrainedModel, size: int) -> Head:

@@ -1,12 +1,16 @@
 """`hidden`: the last hidden states in float16. With the teacher's head they give whole distributions."""
 
+from functools import cache
+
 import numpy as np
 import pyarrow as pa
 import torch
 
 from configs.errors import BadInput
-from tasks.signals.base import SCORE_CHUNK, Chunk, Events, Reading, Signal, Sparse, keep_likeliest
-from tasks.tokens.byte_laws import REST, ByteLaws, boundary_laws
+from tasks.signals.base import SCORE_CHUNK, Chunk, Events, Reading, Signal, join_chunks
+from tasks.signals.bytes import BytesSignal
+from tasks.signals.topk import TopkSignal
+from tasks.tokens.byte_laws import ByteLaws
 from tasks.tokens.ragged import flat, index_in_row
 
 
@@ -28,19 +32,25 @@ class HiddenSignal(Signal):
         hidden = torch.from_numpy(flat(scores["hidden"])[0].reshape(-1, head.weight.shape[1])[reading.tokens])
         ids = torch.from_numpy(flat(scores["token_ids"])[0][reading.tokens].astype(np.int64)).to(device)
         first = torch.from_numpy(index_in_row(reading.offsets) == 0).to(device)
-        module = ByteLaws(reading.vocabulary).to(device) if reading.laws else None
-        chunks: list[Sparse] = []
+        laws = cache(lambda: ByteLaws(reading.vocabulary).to(device))
+        signal: Signal = (BytesSignal if reading.laws else TopkSignal)(self.k, self.top_p)
+        chunks = []
         for start in range(0, len(ids), SCORE_CHUNK):
             lead = min(start, 1)
             window = slice(start - lead, start + SCORE_CHUNK)
-            logprobs = head.logprobs(hidden[window])
-            if module is not None:
-                laws = boundary_laws(module, logprobs, ids[window], first[window])[lead:]
-                chunks.append(keep_likeliest(laws.log(), self.k, self.top_p, events=REST))
-            else:
-                chunks.append(keep_likeliest(logprobs[lead:], self.k, self.top_p))
+            chunk = Chunk(
+                hidden=hidden[start : start + SCORE_CHUNK],
+                logits=head.logits(hidden[window]),
+                actual=ids[window],
+                first=first[window],
+                lead=lead,
+                laws=laws,
+                model="",
+            )
+            chunks.append({name: column.cpu() for name, column in signal.store(chunk).items()})
         if not chunks:
             none = np.zeros(0, np.int64)
             return Events(none, np.zeros(0), none, np.zeros(0), reading.laws)
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
-        return Events(columns[0], columns[1].astype(np.float64), columns[2], columns[3].astype(np.float64), reading.laws)
+        found = join_chunks(signal, chunks)
+        events, logprobs, counts = (found[name] for name in (*signal.events, signal.counts))
+        return Events(events, logprobs.astype(np.float64), counts, found["rest"].astype(np.float64), reading.laws)

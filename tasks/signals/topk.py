@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tasks.signals.base import Chunk, Events, Reading, Signal, Top, keep_likeliest, read_events
+from tasks.signals.base import Chunk, Events, Reading, Signal, Top, keep_enough, read_events
+from tasks.tokens.masses import find_likeliest
 
 COLUMNS = ("top_ids", "top_logprobs", "top_counts")
 SMALLEST_REST = 1e-7  # probability: mass that rounding can hide where float32 log-probs sum to 1
@@ -19,7 +20,9 @@ class TopkSignal(Signal):
         return self.k
 
     def store(self, chunk: Chunk) -> dict[str, torch.Tensor]:
-        sparse = keep_likeliest(chunk.logprobs[chunk.lead :], self.k, self.top_p)
+        logits, norm = chunk.logits[chunk.lead :], chunk.norm[chunk.lead :, None]
+        top, ids = find_likeliest(logits, self.k)
+        sparse = keep_enough(top - norm, ids, chunk.mass[chunk.lead :], self.top_p)
         return dict(zip((*COLUMNS, "rest"), sparse, strict=True))
 
     def store_top(self, top: Top, size: int, rows: int) -> dict[str, np.ndarray]:

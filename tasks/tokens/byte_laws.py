@@ -6,10 +6,13 @@ law comes from the tokens that start with the bytes read so far and are longer.
 Classes: 0…255 the next byte, 256 the stop; other ids (control, padding) are the rest.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
 
+from tasks.tokens.masses import read_masses
 from tasks.tokens.vocabulary import Vocabulary
 
 STOP, REST, CLASSES = 256, 257, 258
@@ -30,6 +33,10 @@ def expand_ranges(starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tenso
     owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), counts)
     before = counts.cumsum(0) - counts
     return torch.arange(len(owner), device=starts.device) - before[owner] + starts[owner], owner
+
+
+# Places of single masses (position · V + id), and the laws from these masses and those of all cells, `[positions, cells]`.
+Plan = tuple[torch.Tensor, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
 
 
 class ByteLaws(nn.Module):
@@ -77,44 +84,63 @@ class ByteLaws(nn.Module):
             self.register_buffer(name, torch.tensor(table), persistent=False)
 
     def forward(
-        self, mass: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
-    ) -> torch.Tensor:
+        self, logits: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The law at each term, probabilities `[terms, 258]`: (cover + path · first) / (Σ cover + path).
 
-        Distributions `mass` `[positions, V]` chose `actual` `[positions]`. A term `[terms]` reads the positions
-        `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have been read.
+        `logits` `[positions, V]` chose `actual` `[positions]`, whose masses `[positions]` come second. A term `[terms]` reads
+        the positions `start … end - 1`: two on a boundary behind a token, else one; `inside` bytes of its last token have
+        been read.
         """
-        size = mass.shape[1]
-        cells = mass.new_zeros(len(mass), len(self.first)).index_add(1, self.cell, mass)
-        first = mass.new_zeros(len(mass), CLASSES).index_add(1, self.first, cells)
+        places, finish = self._plan(actual, start, end, inside)
+        own = torch.arange(len(actual), device=actual.device) * len(self.cell) + actual
+        read, cells, _ = read_masses(logits, lambda _: torch.cat([own, places]), self)
+        return finish(read[len(own) :], cells), read[: len(own)]
 
+    def law(
+        self, mass: torch.Tensor, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward`, the laws alone, from probabilities `[positions, V]`."""
+        places, finish = self._plan(actual, start, end, inside)
+        return finish(mass.reshape(-1)[places], self.add_up(mass))
+
+    def add_up(self, mass: torch.Tensor) -> torch.Tensor:
+        """The mass of each cell, `[positions, cells]`, from `mass` `[positions, V]` (`Sums`)."""
+        return mass.new_zeros(len(mass), len(self.first)).index_add_(1, self.cell, mass)
+
+    def spread(self, of_sets: torch.Tensor, of_others: torch.Tensor) -> torch.Tensor:
+        """`[positions, V]`, to each id the value of its cell: every id has one."""
+        return of_sets.index_select(1, self.cell)
+
+    def _plan(self, actual: torch.Tensor, start: torch.Tensor, end: torch.Tensor, inside: torch.Tensor) -> Plan:
+        size = len(self.cell)
         behind, token = end - start == 2, actual[start]
         known = torch.where(behind, self.lengths[token], inside)  # bytes read that a longer token may share
         at = (self.starts[token] + known - 1).clamp(min=0)
         low, equal, high = (torch.where(known > 0, table[at], 0) for table in (self.low, self.equal, self.high))
         place, term = expand_ranges(torch.where(behind, low, equal), high)
         position, summand = start[term], self.summands[place]
-        read = torch.where(
-            summand < size,
-            mass[position, summand.clamp(max=size - 1)],
-            cells[position, (summand - size).clamp(min=0)],
-        )
         byte = self.flat[self.begins[place] + known[term]].long()
         column = torch.where(place < equal[term], CLASSES, byte)  # the path itself stands behind the classes
-        sums = mass.new_zeros(len(start) * (CLASSES + 1)).index_add(0, term * (CLASSES + 1) + column, read)
-        cover, path = sums.view(-1, CLASSES + 1).split([CLASSES, 1], 1)
-        law = cover + (path + (known == 0)[:, None]) * first[end - 1]
-        normalised: torch.Tensor = law / law.sum(-1, keepdim=True).clamp(min=TINY)
-        return normalised
+
+        def finish(single: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+            first = cells.new_zeros(len(cells), CLASSES).index_add(1, self.first, cells)
+            read = torch.where(summand < size, single, cells[position, (summand - size).clamp(min=0)])
+            sums = cells.new_zeros(len(start) * (CLASSES + 1)).index_add(0, term * (CLASSES + 1) + column, read)
+            cover, path = sums.view(-1, CLASSES + 1).split([CLASSES, 1], 1)
+            law = cover + (path + (known == 0)[:, None]) * first[end - 1]
+            normalised: torch.Tensor = law / law.sum(-1, keepdim=True).clamp(min=TINY)
+            return normalised
+
+        return position * size + summand.clamp(max=size - 1), finish
 
 
-def boundary_laws(laws: ByteLaws, logprobs: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+def boundary_laws(laws: ByteLaws, mass: torch.Tensor, actual: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """The law of the next byte before each token, covers applied: probabilities `[positions, 258]`.
 
-    `actual`, int64 `[positions]`, were drawn from `logprobs` `[positions, V]`. `first`, bool `[positions]`, marks the first
+    `actual`, int64 `[positions]`, were drawn from `mass` `[positions, V]`. `first`, bool `[positions]`, marks the first
     token of a completion. A chunk's first position gets no cover, even where it is not the first of its completion.
     """
     end = torch.arange(1, len(actual) + 1, device=actual.device)
     start = (end - 1 - (~first).long()).clamp(min=0)
-    law: torch.Tensor = laws(logprobs.softmax(-1), actual, start, end, torch.zeros_like(end))
-    return law
+    return laws.law(mass, actual, start, end, torch.zeros_like(end))

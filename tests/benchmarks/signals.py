@@ -77,7 +77,7 @@ def main(samples: int, tokens: int, temperature: float) -> None:
     student_head = engine.model.get_output_embeddings().weight.clone()
     engine = TransformersEngine(ModelRef(str(fetch.MODELS / "smollm2"), "smollm2"), batch_size=64)
     head = Head(engine.model.get_output_embeddings().weight.detach(), None, logit_scale_of(engine.model))
-    noisy = Head(student_head, None, head.finish)
+    noisy = Head(student_head, None, head.scale)
 
     table = Table(
         "signal",
@@ -133,11 +133,11 @@ def errors(
     for start in range(0, len(actual), 512):
         before = min(start, 1)
         window = slice(start - before, start + 512)
-        t, s = head.logprobs(t_hidden[window]), noisy.logprobs(s_hidden[window])
+        t, s = (side.logits(hidden[window]).log_softmax(-1) for side, hidden in ((head, t_hidden), (noisy, s_hidden)))
         if case.signal == "hidden":
-            stored = head.logprobs(t_hidden[window].half())[before:]
+            stored = head.logits(t_hidden[window].half()).log_softmax(-1)[before:]
         if case.signal == "bytes":
-            t, s = (boundary_laws(laws, side, actual[window], first[window]).clamp(min=1e-30).log() for side in (t, s))
+            t, s = (boundary_laws(laws, side.exp(), actual[window], first[window]).clamp(min=1e-30).log() for side in (t, s))
         t, s = t[before:], s[before:]
         if case.signal == "hidden":
             ids, top, rest = None, stored, torch.full((len(t),), -torch.inf)
@@ -154,11 +154,9 @@ def errors(
 def padded(sparse: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`[positions, k]` ids and half-precision log-probs that sum to 1 with the rest, as alignment reads them back."""
     ids, top, counts, rest = sparse
-    mask = torch.arange(int(counts.max())) < counts[:, None]
-    wide_ids = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, ids)
-    wide = torch.full(mask.shape, -torch.inf).masked_scatter(mask, top.half().float())
-    total = torch.logaddexp(wide.logsumexp(-1), rest)
-    return wide_ids, wide - total[:, None], rest - total
+    kept = top.half().float().masked_fill(torch.arange(top.shape[1]) >= counts[:, None], -torch.inf)
+    total = torch.logaddexp(kept.logsumexp(-1), rest)
+    return ids, kept - total[:, None], rest - total
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def teacher_laws(rows: Rows, k: int | None = None) -> np.ndarray:
 
 
 def student_laws(module: BytesObjective, logprobs: torch.Tensor, terms: Terms) -> torch.Tensor:
-    return module.laws(logprobs.softmax(-1), terms.actual, terms.start, terms.end, terms.inside)
+    return module.laws(logprobs, terms.actual, terms.start, terms.end, terms.inside)[0]
 
 
 def two_sides(seed: int) -> Rows:

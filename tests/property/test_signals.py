@@ -127,7 +127,7 @@ def test_hidden_states_and_the_head_are_the_whole_distribution(scale, scaling, c
             patch.setattr(config, name, value, raising=False)
         (ids,) = side(teacher_ref()).encoder.encode([TEXTS[0]])
         (scored,) = engine().score([[1, 2]], [ids], make_signal("hidden"))
-        got = teacher_head().logprobs(torch.from_numpy(scored.columns["hidden"])).numpy()
+        got = teacher_head().logits(torch.from_numpy(scored.columns["hidden"])).log_softmax(-1).numpy()
     with torch.no_grad():
         logits = engine().model(input_ids=torch.tensor([[1, 2, *ids]])).logits[0, 1:-1, : engine().size].double()
     logits = logits * (scale or 1) / (scaling or 1)
