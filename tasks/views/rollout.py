@@ -10,6 +10,7 @@ from storage.read import scan
 from tasks.tokens.align import Kind
 from tasks.views.inspect import collect_rows, open_run
 from tasks.views.readers import Readers
+from tasks.views.rounds import name_teacher
 
 Piece = tuple[str, float | None]  # a token as a literal, and its log-prob in nats
 
@@ -41,15 +42,17 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
         s_start, t_start = s_end, t_end
     lines += _format_unit("-", "not aligned", student[s_start:], teacher[t_start:])
     prompt = scan(run, "prompts").filter(pl.col("prompt_id") == row["prompt_id"]).collect().to_dicts()[0]
+    readers = Readers(open_run(run))
     about = {
         "rollout": rollout_id,
         "source": row["source"],
+        "scored by": name_teacher(readers.recipe, row["round"]),
         "text": row["text"],
         "reference": prompt["reference"],
         "finish": row["finish_reason"],
         "status": aligned["status"],
     }
-    read = Readers(open_run(run)).list_texts(row, prompt)
+    read = readers.list_texts(row, prompt)
     return {"Rollout": [about], "The prompt, as each side read it": read, "Tokens (log-probs in nats)": lines}
 
 

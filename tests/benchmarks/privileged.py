@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
+from configs.errors import Stopped
 from flows.distill import distill
 from tasks.rows.sources import load_gym_dataset
 from tasks.views.rounds import format_rounds, summarise_rounds
@@ -60,7 +61,10 @@ def main() -> None:
         for seed in given.seeds.split(","):
             name = f"{title.replace(', ', '-').replace(' ', '-')}-seed{seed}"
             settings = (f"name={name}", f"seed={seed}", f'root="{given.root}"', *changes)
-            distill(str(given.root / "privileged.toml"), overrides=settings)
+            try:
+                distill(str(given.root / "privileged.toml"), overrides=settings)
+            except Stopped as stop:
+                print(f"{name}: {stop}")
             rows = {row["model"]: row for row in format_rounds(summarise_rounds(str(given.root / name)))}
             teacher, before, after = (row for place, row in enumerate(rows.values()) if place in (0, 1, len(rows) - 1))
             cells = [teacher["sampled"], before["sampled"], after["sampled"], before["greedy"], after["greedy"]]

@@ -13,10 +13,13 @@ from helpers import files, made, refused
 from configs.load import load_recipe
 from configs.models import describe_teacher
 from flows.distill import distill
+from storage.store import Run
 from tasks.engines.choose import release
 from tasks.models.reference import make_reference
 from tasks.preflight import examine
+from tasks.views.report import render_report
 from tasks.views.rollout import show_rollout
+from tasks.views.rounds import summarise_rounds
 from tasks.views.trace import trace_lineage
 
 SCRATCH = {"vocab_size": 280, "layers": 1, "width": 16, "heads": 2, "feed_forward": 16, "context": 64}
@@ -100,6 +103,16 @@ def test_whose_weights_score_a_round(server, recipe, tmp_path, weights, student)
     assert scorer["made from"].strip() == "teacher"
     if weights == "round":
         assert scorer["artifact"].startswith("round=0001/student")
+    scored = 1 if weights == "round" else 0
+    assert summarise_rounds(str(run))["title"][0] == "teacher: student at round 0"
+    shown = show_rollout(str(run), "0002-000000-000")
+    assert shown["Rollout"][0]["scored by"] == f"teacher: student at round {scored}"
+    read = {row["side"]: row["text"] for row in shown["The prompt, as each side read it"]}
+    asked, answer = read["student"].split("?")[0], shown["Rollout"][0]["reference"]
+    assert read["teacher"] == f"{asked}? {answer}<end><assistant>"
+    page = render_report(Run(str(run.parent), run.name))
+    assert "teaches itself (as it " in page
+    assert ("at the start of each round)" if scored else "was before round 1)") in page
     before = files(run)
     distill(str(path))
     assert files(run) == before
