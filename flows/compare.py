@@ -11,13 +11,17 @@ from configs.load import load_recipe
 from configs.schema import Recipe
 from flows.distill import distill
 from flows.ending import stoppable
-from flows.publish import slug
+from flows.publish import named, slug
 from flows.refuse import check_recipe
 from storage.store import Run
 from tasks.views.compare import compare_runs
 
 
-@flow(name="compare", validate_parameters=True)
+@flow(
+    name="compare",
+    flow_run_name=named(lambda recipe, told: f"{recipe.name} · compare {', '.join(told['objectives'])}"),
+    validate_parameters=True,
+)
 def compare(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
     objectives: Annotated[tuple[str, ...], Field(description="two or more names, with options if any: gold:merge=sum")],

@@ -1,7 +1,6 @@
 """The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, runtime
@@ -13,7 +12,7 @@ from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, run_in_time, shard_runner
 from flows.ending import stoppable
-from flows.publish import Publication, name_rounds
+from flows.publish import Publication, name_rounds, named
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
 from flows.track import Trackers, follow
@@ -25,7 +24,7 @@ from tasks.check import check_lead, check_round
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
 from tasks.gates.rendering import refuse_rendering
-from tasks.models.reference import ModelRef, make_reference
+from tasks.models.reference import ModelRef, make_reference, refer_as_used
 from tasks.prompts import make_prompts
 from tasks.rollout import roll_out
 from tasks.rows.plan import count_shards, teacher_writes
@@ -37,17 +36,12 @@ from tasks.train import train_round
 from tasks.vocab import match_vocabularies
 
 
-def _name_flow_run() -> str:
-    told = runtime.flow_run.parameters
-    try:
-        recipe = load_recipe(told["config"], told["overrides"])
-        done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
-    except Exception:  # the flow says what is wrong
-        return Path(told["config"]).stem
+def _describe_flow_run(recipe: Recipe, told: dict[str, Any]) -> str:
+    done, target = plan_rounds(recipe, told["rounds"], told["at_most"])
     return name_rounds(recipe.name, done=done, target=target)
 
 
-@flow(name="distill", flow_run_name=_name_flow_run, validate_parameters=True)
+@flow(name="distill", flow_run_name=named(_describe_flow_run), validate_parameters=True)
 def distill(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
     rounds: Annotated[int | None, Field(ge=0, description="rounds the run shall have in all; default: the recipe's")] = None,
@@ -75,11 +69,12 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     existing, teacher = make_models(recipe)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
-    refuse_rendering(recipe, {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None})
+    sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None}
+    refuse_rendering(recipe, sides)
     run.freeze(recipe)
 
     done, target = plan_rounds(recipe, rounds, at_most)
-    prompts = make_prompts(recipe)
+    prompts = make_prompts(recipe, sides)
     student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
@@ -161,7 +156,9 @@ def make_models(recipe: Recipe) -> tuple[ModelRef | None, ModelRef | None]:
 
 def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
     """The student as its own teacher, in the teacher's context; None where the recipe has another teacher, or none."""
-    return make_reference(recipe.teacher, student.path, student.digest) if recipe.teacher and recipe.self_taught else None
+    if recipe.teacher is None or not recipe.self_taught:
+        return None
+    return refer_as_used(recipe.teacher, student.path, student.digest, committed=student.committed)
 
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:
@@ -180,7 +177,7 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
 
 def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
     """The reference to a committed checkpoint, used as `config` says."""
-    return make_reference(config, checkpoint.path, checkpoint.digest)
+    return refer_as_used(config, checkpoint.path, checkpoint.digest, committed=True)
 
 
 def renew_teacher(recipe: Recipe, teacher: ModelRef | None, *, student: ModelRef) -> ModelRef | None:

@@ -26,9 +26,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
 
 _told: int | None = None  # the signal that ends this command
+_over = False  # the command has ended, and the process is about to
 _status = 1
 _said = threading.Lock()  # taken by the thread that says the last line
 _committed: Callable[[], str] | None = None  # what a stop finds committed, as a part of a sentence; called in any thread
+_reason = ""  # why the command ends itself
 _line = ""
 
 
@@ -39,7 +41,7 @@ class Told(KeyboardInterrupt):
 @contextmanager
 def ending() -> Iterator[None]:
     """End the process after a command, with the status that it ended with; a stop with one line."""
-    global _status
+    global _over, _status
     _catch_stops()
     try:
         yield
@@ -49,8 +51,9 @@ def ending() -> Iterator[None]:
     except BaseException:  # what a stop breaks need not be Told: imports make other errors of it
         if _told is None:
             traceback.print_exc()
+    _over = True
     if _told is not None:
-        _status = 128 + _told
+        _status = _status_of(_told)
         _say(_describe_stop())
         for descriptor in (1, 2):  # what libraries still say while they end is of no use to anybody
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
@@ -62,6 +65,13 @@ def end(message: str, status: int) -> NoReturn:
     if _told is None:  # else it is what the stop broke
         print(f"potstill: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def give_up(reason: str) -> None:
+    """End the command from another thread, as a stop does; the reason begins its last line, and the exit status is 1."""
+    global _reason
+    _reason = f"{reason}: "
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def work_on(recipe: "Recipe", rounds: int | None) -> None:
@@ -101,7 +111,7 @@ def _catch_stops() -> None:
 
 def _stop(number: int, _: Any) -> None:
     global _told
-    if _told is None:
+    if _told is None and not _over:
         _told = number
         raise Told
 
@@ -128,7 +138,11 @@ def _wait_for_stop(seen: int) -> None:
 def _end_now(number: int) -> None:
     _say(_line or "stopped; the same command goes on from what is committed")
     kill_attached()
-    os._exit(128 + number)
+    os._exit(_status_of(number))
+
+
+def _status_of(number: int) -> int:
+    return 1 if _reason else 128 + number
 
 
 def _start_timer(seconds: float, function: Callable[..., None], *args: Any) -> None:
@@ -140,11 +154,11 @@ def _start_timer(seconds: float, function: Callable[..., None], *args: Any) -> N
 def _describe_stop() -> str:
     command = shlex.join(["potstill", *sys.argv[1:]])
     if _committed is None:
-        return f"stopped; `{command}` starts again"
+        return f"{_reason}stopped; `{command}` starts again"
     try:
-        return f"stopped {_committed()}; `{command}` goes on"
+        return f"{_reason}stopped {_committed()}; `{command}` goes on"
     except Exception:  # the disk may be what is wrong
-        return f"stopped; `{command}` goes on from what is committed"
+        return f"{_reason}stopped; `{command}` goes on from what is committed"
 
 
 def _describe_committed(recipe: "Recipe", rounds: int) -> str:

@@ -10,12 +10,12 @@ from configs.load import load_recipe
 from flows.compute import hold_accelerators
 from flows.distill import make_models
 from flows.ending import stoppable
-from flows.publish import slug
+from flows.publish import named, slug
 from flows.refuse import check_pair, check_recipe
 from tasks.preflight import try_recipe
 
 
-@flow(name="preflight", validate_parameters=True)
+@flow(name="preflight", flow_run_name=named(lambda recipe, _: f"{recipe.name} · preflight"), validate_parameters=True)
 def preflight(
     config: Annotated[str, Field(description="recipe: path of a TOML file")],
     prompts: Annotated[int, Field(ge=1, description="number of prompts to try")] = 64,

@@ -1,9 +1,11 @@
 """What a flow run shows in Prefect's UI: its progress, a table of rounds, a summary, the report's address."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefect import runtime
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
@@ -12,15 +14,14 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from configs.load import load_recipe
 from configs.schema import Recipe
 from flows.start import describe_result
 from storage.artifacts import Artifact
 from storage.store import Run
 from tasks.running.progress import logger
 from tasks.views.card import write_card
-from tasks.views.report import write_report
 from tasks.views.rounds import format_rounds, summarise_rounds
-from tasks.views.summary import summarise_run
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
 
@@ -49,6 +50,10 @@ class Publication:
     def finish(self, student: Artifact) -> dict[str, Any]:
         """Publish the summary and the report, if a round was added. Returns the flow's result: run, rounds, last student."""
         if self.target > self.done:
+            # Charts' libraries take half a second, which a start need not wait for.
+            from tasks.views.report import write_report
+            from tasks.views.summary import summarise_run
+
             address = write_report(self.run)
             link = Path(address).as_uri() if self.run.local else address
             about = f"{self.run.name}: rounds, charts, and answers before and after"
@@ -58,6 +63,19 @@ class Publication:
             about = "the report: one file with everything that it shows; a browser opens it from its own address bar"
             create_link_artifact(link, link_text=address, key=slug(self.run.name, "report"), description=about)
         return describe_result(self.run, student)
+
+
+def named(describe: Callable[[Recipe, dict[str, Any]], str]) -> Callable[[], str]:
+    """For a flow's `flow_run_name`: what `describe` says of its recipe and parameters; else the name of the recipe's file."""
+
+    def name() -> str:
+        told = runtime.flow_run.parameters
+        try:
+            return describe(load_recipe(told["config"], told["overrides"]), told)
+        except Exception:  # the flow says what is wrong
+            return Path(told["config"]).stem
+
+    return name
 
 
 def name_rounds(name: str, *, done: int, target: int) -> str:

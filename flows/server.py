@@ -9,11 +9,13 @@ import os
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from configs.errors import Unavailable
+from flows.ending import give_up
 from tasks.running.attached import end_attached, start_attached
 
 PATIENCE = 120.0  # seconds until it answers
@@ -52,7 +54,13 @@ def start_server() -> Callable[[], None]:
             stderr=log,
             env=LIGHT | os.environ,
         )
-    atexit.register(end_attached, server)
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
+        end_attached(server)
+
+    atexit.register(end)
     os.environ["PREFECT_API_URL"] = address
     refresh_global_settings_context()
 
@@ -65,5 +73,11 @@ def start_server() -> Callable[[], None]:
             raise Unavailable(
                 "Prefect's temporary server did not start; its last output:\n  " + ("\n  ".join(words) or "(none)")
             ) from None
+        threading.Thread(target=watch, daemon=True).start()
+
+    def watch() -> None:
+        status = server.wait()
+        if not ended.is_set():  # the flow would wait for it for minutes
+            give_up(f"Prefect's temporary server ended by itself (status {status})")
 
     return wait

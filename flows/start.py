@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from configs.load import inherit_overrides, load_recipe
 from configs.models import STUDENT, Model
-from configs.schema import FilePrompts, Recipe
+from configs.prompts import FilePrompts
+from configs.schema import Recipe
+from flows.track import Trackers
 from storage.artifacts import Artifact
 from storage.lineage import digest_code, digest_json, versions
 from storage.receipt import files_hold, inputs_hold, read_receipt, trust_inputs, write_receipt
@@ -51,7 +53,7 @@ def find_result(recipe: Recipe, rounds: int | None) -> dict[str, Any] | None:
     settled = count_settled(recipe)
     if settled is None or settled < target or (student := run.find(round_slot(target, "student"))) is None:
         return None
-    return describe_result(run, student)
+    return describe_result(run, student) if Trackers(run, recipe).have(target) else None
 
 
 def describe_result(run: Run, student: Artifact) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def count_settled(recipe: Recipe) -> int | None:
     trust_inputs(receipt)
     made_from = describe_source(recipe)
     whole = made_from == receipt.made_from and inputs_hold(receipt, find_inputs(recipe)) and files_hold(receipt, run)
-    return receipt.rounds if whole else None
+    return min(receipt.rounds, run.rounds_done()) if whole else None
 
 
 def settle(recipe: Recipe, rounds: int) -> None:

@@ -11,7 +11,7 @@ from configs.comments import write_commented
 from configs.errors import BadInput
 from configs.load import validate_recipe
 from tasks.gates.rendering import list_prompts, rendering_gates
-from tasks.models.reference import make_reference
+from tasks.models.reference import local_name, refer_as_used
 from tasks.models.text import tokenizer_of
 from tasks.rows.files import READERS, UNPACK
 from tasks.running.progress import logger
@@ -81,7 +81,7 @@ def fit_prompts(data: dict[str, Any], where: str) -> None:
     """Set how many prompts are held out and sampled from, and how long an answer may be."""
     recipe = validate_recipe(data, where)
     try:
-        rows = list_prompts(recipe)
+        rows = list_prompts(recipe, {})
     except BadInput as error:
         if data["prompts"]["source"] != "hub":
             raise
@@ -93,7 +93,8 @@ def fit_prompts(data: dict[str, Any], where: str) -> None:
     rooms = [MOST_TOKENS]
     for role in ("student", "teacher"):
         try:
-            gates = list(rendering_gates(role, make_reference(getattr(recipe, role), data[role]["model"], "-"), rows, 0))
+            ref = refer_as_used(getattr(recipe, role), local_name(data[role]["model"]), "-")  # its weights are not read
+            gates = list(rendering_gates(role, ref, rows, 0))
         except BadInput as error:
             logger.warning("%s", error)
             continue

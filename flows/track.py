@@ -45,9 +45,16 @@ class Trackers:
     def __init__(self, run: Run, recipe: Recipe):
         self.run, self.recipe = run, recipe
         self.started: dict[TrackerName, GeneralTracker] = {}
-        found = json.loads(run.read_text(FILE)) if run.fs.exists(f"{run.path}/{FILE}") else {}
+        try:
+            found = json.loads(run.read_text(FILE)) if run.fs.exists(f"{run.path}/{FILE}") else {}
+        except ValueError:
+            raise BadInput(f"{run.path}/{FILE}: not JSON; remove it, and every round is sent to the trackers again") from None
         self.id: str = found.get("id") or uuid.uuid4().hex
         self.sent: dict[str, int] = found.get("sent", {})  # the last round that each one has
+
+    def have(self, number: int) -> bool:
+        """Whether each of them has the rounds up to `number`."""
+        return all(self.sent.get(name, -1) >= number for name in self.recipe.track.names)
 
     def send(self, number: int) -> None:
         """Send the rounds up to `number`. A run does not end by what a tracker raises: it is logged, and sent again later."""
@@ -56,7 +63,7 @@ class Trackers:
                 with redirect_stdout(sys.stderr):  # what they print is no result
                     self._send(name, number)
             except Exception as error:
-                logger.info("track.with: %s: %s: %s; sent again when the run goes on", name, type(error).__name__, error)
+                logger.info("track.with: %s: %s: %s; the same command sends it again", name, type(error).__name__, error)
 
     def _send(self, name: TrackerName, last: int) -> None:
         for number in range(self.sent.get(name, -1) + 1, last + 1):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
+from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import get_client
@@ -15,6 +16,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
+from prefect.states import Crashed
 
 from configs.errors import BadInput, Unavailable
 from tasks.running.attached import end_attached, start_attached
@@ -74,12 +76,15 @@ def _running_server(say: Callable[[str], None]) -> Iterator[str]:
 
 def _end_worker(worker: "subprocess.Popen[bytes]") -> None:
     """Tell the flow runs to end, which they report to the server, then kill the worker, which would wait for more."""
-    with suppress(psutil.NoSuchProcess):
-        runs = psutil.Process(worker.pid).children()
+    with suppress(psutil.Error):
+        children = psutil.Process(worker.pid).children()
+        runs = {run: UUID(found) for run in children if (found := run.environ().get("PREFECT__FLOW_RUN_ID"))}
         for run in runs:
             run.terminate()
         for run in psutil.wait_procs(runs, GRACE)[1]:
             run.kill()
+            with get_client(sync_client=True) as client:  # or the server would count it as running, and no other would start
+                client.set_flow_run_state(runs[run], Crashed(message="potstill up was stopped"), force=True)
     end_attached(worker)
 
 

@@ -8,10 +8,12 @@ import os
 import posixpath
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from pydantic import TypeAdapter
 
 from storage.damage import SUSPECTS, is_suspect
-from storage.lineage import know_digest, read_once, stamp_of
+from storage.lineage import Stamp, know_digest, read_once, stamp_of
 from storage.store import Run
 
 FILE = "_receipt.json"
@@ -23,23 +25,23 @@ class Receipt:
     made_from: str  # digest of the recipe and of everything else that keys depend on, but for `inputs`
     rounds: int  # complete ones, from the first
     files: dict[str, list[int]]  # committed files and manifests of these rounds: bytes, and the time of change in ns
-    inputs: dict[str, list[int | str]]  # files that the recipe names: their stamp and digest
+    inputs: dict[str, tuple[Stamp, str]]  # files that the recipe names: their stamp and digest
+
+
+RECEIPT = TypeAdapter(Receipt)
 
 
 def read_receipt(run: Run) -> Receipt | None:
     """The run's receipt; None where there is none, or where it cannot be read."""
     try:
-        return Receipt(**json.loads(run.read_text(FILE)))
-    except (FileNotFoundError, ValueError, TypeError):
+        return RECEIPT.validate_json(run.read_text(FILE))
+    except (FileNotFoundError, ValueError):
         return None
 
 
 def write_receipt(run: Run, made_from: str, rounds: int, inputs: list[Path]) -> None:
     """Write that `rounds` rounds are complete. A file among `inputs` that was written just now is not trusted, so left out."""
-    stamped: dict[str, list[int | str]] = {}
-    for path in inputs:
-        if (found := read_once(path)) is not None:
-            stamped[str(path)] = [*found[0], found[1]]
+    stamped = {str(path): known for path in inputs if (known := read_once(path)) is not None}
     receipt = Receipt(made_from, rounds, _stamp_files(run, rounds), stamped)
     if receipt != read_receipt(run):
         run.write_text(FILE, json.dumps(asdict(receipt)))
@@ -47,16 +49,15 @@ def write_receipt(run: Run, made_from: str, rounds: int, inputs: list[Path]) -> 
 
 def trust_inputs(receipt: Receipt | None) -> None:
     """Let this process know the digests of inputs, as long as they do not change."""
-    for path, (*stamp, digest) in receipt.inputs.items() if receipt else ():
-        inode, size, written, changed = map(int, stamp)
-        know_digest(path, (inode, size, written, changed), str(digest))
+    for path, (stamp, digest) in receipt.inputs.items() if receipt else ():
+        know_digest(path, stamp, digest)
 
 
 def inputs_hold(receipt: Receipt, inputs: list[Path]) -> bool:
     """Whether the receipt is about exactly these files, and none of them has changed since."""
     if receipt.inputs.keys() != {str(path) for path in inputs}:
         return False
-    return all([*stamp_of(path)] == receipt.inputs[str(path)][:-1] for path in inputs)
+    return all(stamp_of(path) == receipt.inputs[str(path)][0] for path in inputs)
 
 
 def files_hold(receipt: Receipt, run: Run) -> bool:
@@ -68,10 +69,14 @@ def files_hold(receipt: Receipt, run: Run) -> bool:
 
 
 def _stamp_files(run: Run, rounds: int) -> dict[str, list[int]]:
-    """Bytes and time of every manifest up to a round, and of every file in the folders that they are about."""
-    manifests = {path: stamp for path, stamp in _stamp_folder(run, MANIFESTS).items() if _round_of(path) <= rounds}
-    tops = {path.split("/")[1].removesuffix(".json") for path in manifests}
-    return manifests | {path: stamp for top in sorted(tops) for path, stamp in _stamp_folder(run, top).items()}
+    """Bytes and time of every manifest up to a round, and of every file that they are about."""
+    found = {path: stamp for path, stamp in _stamp_folder(run, MANIFESTS).items() if _round_of(path) <= rounds}
+    slots = {path.removeprefix(f"{MANIFESTS}/").removesuffix(".json") for path in found}
+    for top in sorted({slot.partition("/")[0] for slot in slots}):
+        for path, stamp in _stamp_folder(run, top).items():
+            if posixpath.splitext(path)[0] in slots or not slots.isdisjoint(map(str, PurePosixPath(path).parents)):
+                found[path] = stamp
+    return found
 
 
 def _round_of(path: str) -> int:

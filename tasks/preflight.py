@@ -21,7 +21,7 @@ from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
 from tasks.gates.expected import expect, expected_gate
 from tasks.gates.gate import Gate
-from tasks.gates.rendering import rendering_gates
+from tasks.gates.rendering import judge_of, rendering_gates
 from tasks.gates.round import engine_gates, lead_gate
 from tasks.gates.sample import Sample
 from tasks.gates.signal import chance_gate, noise_gate, objective_gates, teacher_engine_gate
@@ -50,7 +50,8 @@ def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teacher:
 
 def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[Gate]:
     """The gates of a recipe on `count` of its prompts. A new student (None) is not made yet and has no gates."""
-    split = deal_prompts(recipe.prompts, recipe.seed)
+    sides = {role: ref for role, ref in (("student", student), ("teacher", teacher)) if ref is not None}
+    split = deal_prompts(recipe.prompts, recipe.seed, judge_of(recipe, sides))
     prompts = split.tables()
     gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
     if student is None:

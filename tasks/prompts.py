@@ -1,34 +1,41 @@
 """The prompts stage: training and held-out prompts of a run, as committed tables, and what became of every row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import pyarrow as pa
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.load import select_content
 from configs.schema import Recipe
 from storage.artifacts import Artifact, read_table
 from storage.store import Run
+from tasks.gates.rendering import judge_of, leaves_out
+from tasks.models.reference import ModelRef
 from tasks.rows.accounts import describe_account
 from tasks.rows.round import SplitPrompts
 from tasks.rows.sources import deal_prompts, digest_source, field_of, warn_of_few
 from tasks.rows.split import Split
 from tasks.running.progress import logger
 
-CODE = 2
+CODE = 3
 
 
 @task(name="prompts", cache_policy=NO_CACHE)
-def make_prompts(recipe: Recipe) -> SplitPrompts:
-    """`prompts/train` and `prompts/eval`, disjoint, and `accounts/prompts`."""
+def make_prompts(recipe: Recipe, sides: Mapping[str, ModelRef] = MappingProxyType({})) -> SplitPrompts:
+    """`prompts/train` and `prompts/eval`, disjoint, and `accounts/prompts`. `sides` are the models that are there already."""
     run, config = Run(recipe.root, recipe.name), recipe.prompts
-    inputs = {"stage": "prompts", "code": CODE, "recipe": config.model_dump(mode="json"), "seed": recipe.seed}
+    inputs = {"stage": "prompts", "code": CODE, "recipe": select_content(recipe, "prompts"), "seed": recipe.seed}
     inputs["files"] = digest_source(config)
+    if leaves_out(recipe):
+        inputs["sides"] = {role: ref.identity for role, ref in sides.items()}
+        inputs["max_new_tokens"] = recipe.rollout.max_new_tokens
     dealt: list[Split] = []
 
     def deal() -> Split:
         if not dealt:
-            dealt.append(deal_prompts(config, recipe.seed))
+            dealt.append(deal_prompts(config, recipe.seed, judge_of(recipe, sides)))
             warn_of_few(config, dealt[0])
         return dealt[0]
 

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
 from configs.schema import Rollout
-from storage.artifacts import Artifact, read_table
+from storage.artifacts import read_table
 from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import get_engine
@@ -19,12 +19,13 @@ from tasks.gates.rendering import expect_room
 from tasks.models.pair import make_markers, marker_inputs, student_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
-from tasks.rows.messages import prompts_of
+from tasks.rows.messages import prompts_of, reasoning_of
 from tasks.rows.plan import Row, plan_rows
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
+from tasks.tokens.markers import Markers
 from tasks.tokens.token_bytes import split_completion
 
 CODE = 3
@@ -51,16 +52,21 @@ def roll_out(round: Round, shard: Shard) -> Shard:
     def make() -> pa.Table:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
-        completions = _translate_completions(round, shard.completions) if shard.completions else []
+        completions = []
+        if shard.completions and round.teacher:
+            own, other = side(round.student), side(round.teacher)
+            markers = make_markers(recipe, student=own, teacher=other)
+            written = read_table(shard.completions).to_pylist()
+            completions = translate_completions(written, student=own, teacher=other, markers=markers)
         return make_rollouts(rows, prompts, config, round.number, round.student, completions)
 
     return replace(shard, rollouts=round.run.build_table(round.slot("rollouts", shard), inputs, make, logger.info))
 
 
-def _translate_completions(round: Round, completions: Artifact) -> list[dict[str, Any]]:
-    """The teacher's completions with the student's ids, None where it cannot spell them, and whether these are all of them."""
-    rows, student, teacher = read_table(completions).to_pylist(), side(round.student), side(round.teacher or round.student)
-    markers = make_markers(round.recipe, student=student, teacher=teacher)
+def translate_completions(
+    rows: list[dict[str, Any]], *, student: Side, teacher: Side, markers: Markers
+) -> list[dict[str, Any]]:
+    """The teacher's completions with `token_ids` of the student's, None where it cannot spell them, and `whole`: all of it."""
     translated = student_ids(rows, student=student, teacher=teacher, markers=markers)
     return [{**row, "token_ids": ids, "whole": whole} for row, (ids, whole) in zip(rows, translated, strict=True)]
 
@@ -70,7 +76,7 @@ def make_rollouts(
 ) -> pa.Table:
     """Make the completion of each of `rows` from its source: the student, the reference, or the teacher's `completions`.
 
-    Those have `token_ids` of the student's, and `whole`: whether nothing of the completion is missing.
+    Those are as `translate_completions` gives them.
     Returns a table with the columns of `storage.schemas.ROLLOUTS`, in order of `rows`.
     """
     chosen = prompts.take(np.array([row.prompt for row in rows]))
@@ -91,7 +97,7 @@ def make_rollouts(
             scores = generator.score([rendered[i] for i in on_policy], [c.ids for c in sampled], make_signal("sampled"))
             for i, scored in zip(on_policy, scores, strict=True):
                 filled[i]["model_logprobs"] = scored.logprobs
-    spelled = text_side.encoder.encode([text or "" for text in references])
+    spelled = _spell_references(rows, chosen, text_side)
     by_teacher = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
@@ -122,6 +128,24 @@ def make_rollouts(
         ROLLOUTS,
     )
     return table.drop_columns(["model_logprobs"]) if sampling.plain else table
+
+
+def _spell_references(rows: list[Row], prompts: pa.Table, text_side: Side) -> list[list[int] | None]:
+    """The ids of each reference, with its reasoning where the chat template writes it; None for one that cannot be spelled."""
+    references = prompts["reference"].to_pylist()
+    spelled = text_side.encoder.encode([text or "" for text in references])
+    if all(row.source != "reference" for row in rows):
+        return spelled
+    metadata = prompts["metadata"].to_pylist()
+    thought = [i for i, row in enumerate(rows) if row.source == "reference" and references[i] and reasoning_of(metadata[i])]
+    left_out = 0
+    for i, prompt in zip(thought, prompts_of(prompts.take(pa.array(thought, pa.int64()))), strict=True):
+        answer = {"role": "assistant", "content": references[i], "reasoning_content": reasoning_of(metadata[i])}
+        ids = text_side.render_answer(*prompt, answer)
+        spelled[i], left_out = (spelled[i], left_out + 1) if ids is None else (ids, left_out)
+    if left_out:
+        logger.warning("%d references have a reasoning_content that the student's chat template does not write", left_out)
+    return spelled
 
 
 def _fields_of_sample(completion: Completion, text_side: Side) -> dict[str, Any]:

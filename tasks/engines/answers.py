@@ -1,7 +1,7 @@
 """What a vLLM server answers: its form, and the numbers in it, which are held to what log-probs and ids can be."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, NotRequired
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -36,7 +36,7 @@ class Entry(TypedDict):
 
 class Logprobs(TypedDict):
     token_logprobs: list[float]
-    top_logprobs: NotRequired[list[dict[str, float]] | None]
+    top_logprobs: NotRequired[list[dict[str, float] | None] | None]
 
 
 class Choice(TypedDict):
@@ -95,10 +95,10 @@ def read_top(choice: Choice, prompt: Sequence[int], completion: Sequence[int], k
 
 def read_stops(choice: Choice, stops: Sequence[int]) -> list[float]:
     """The log-prob of each stop as the next token. Raises Wrong."""
-    first: dict[str, Any] = next(iter(_logprobs_of(choice).get("top_logprobs") or []), {})
+    first = next(iter(_logprobs_of(choice).get("top_logprobs") or []), None) or {}
     if missing := [i for i in stops if f"token_id:{i}" not in first]:
         raise Wrong(f"no log-probs for the ids {missing}, which were asked for")
-    found = [float(first[f"token_id:{i}"]) for i in stops]
+    found = [first[f"token_id:{i}"] for i in stops]
     _check_logprobs(np.array(found))
     return found
 

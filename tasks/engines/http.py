@@ -19,6 +19,7 @@ SECONDS = 600.0  # until a response begins, and until it ends; after twice that 
 ROOM = 2**24  # bytes of any answer, beside those of the numbers that were asked for
 BUSY = {408, 425, 429}  # statuses with which a gateway asks to try later
 SHOWN = 200  # characters of an answer
+OTHER = "this is not the interface of vLLM; name an address where vLLM serves the model"
 
 Answer = TypeVar("Answer")
 
@@ -88,9 +89,6 @@ def call(
     raise Unavailable(
         f"{url}: no answer in {attempts} attempt{'s' * (attempts > 1)} ({failure}); start this server again or name another"
     )
-
-
-OTHER = "this is not the interface of vLLM; name an address where vLLM serves the model"
 
 
 def show(text: str) -> str:

@@ -1,7 +1,7 @@
 """The gate on what both sides expect of an answer's beginning: whether one thinks there and the other does not."""
 
 import re
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 
@@ -16,25 +16,24 @@ OPENERS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]")  # wh
 TEXT = "text"
 K = 64  # first tokens that are looked at
 
-Events = Counter[str]  # mean probability of each: TEXT, a token or tag that it writes first, or one that its prompt has opened
+Events = dict[str, float]  # mean probabilities of TEXT, tokens that are written first, and tags that the prompt has opened
 
 
 def expect(sample: Sample, role: str, ref: ModelRef) -> Events:
     """What a side's answers begin with, over the prompts of a sample, in names that both sides share."""
-    text_side, events = side(ref), Events()
+    text_side, events = side(ref), defaultdict[str, float](float)
     prompts = [text_side.render(*prompt) for prompt in sample.asked]
     signal = make_signal("topk", min(K, text_side.vocabulary.size))
     scores = sample.engine(ref).score(prompts, [text_side.stop_ids[:1] for _ in prompts], signal)
     names = _shared_names(sample, role, text_side)
     for ids, (messages, *_), scored in zip(prompts, sample.asked, scores, strict=True):
-        if tag := find_open_tag(text_side.tokenizer.decode(ids, skip_special_tokens=False), str(messages[-1]["content"])):
+        if tag := find_open_tag(str(text_side.tokenizer.decode(ids, skip_special_tokens=False)), str(messages[-1]["content"])):
             events[f"{tag}, which its prompt has opened"] += 1 / len(prompts)
             continue
         first = scored.columns["top_ids"].tolist(), np.exp(scored.columns["top_logprobs"].astype(float)).tolist()
         for i, mass in zip(*first, strict=True):
             events[names.get(i) or _name(text_side, i)] += mass / len(prompts)
-    events[TEXT] += max(1 - sum(events.values()), 0)
-    return events
+    return {**events, TEXT: events[TEXT] + max(1 - sum(events.values()), 0)}
 
 
 def find_open_tag(text: str, content: str) -> str | None:
@@ -45,13 +44,14 @@ def find_open_tag(text: str, content: str) -> str | None:
 
 def expected_gate(sample: Sample, *, student: Events, teacher: Events) -> Gate:
     """How much of what comes first differs: the distance of both sides' probabilities of each token and of text."""
-    distance = sum(abs(student[name] - teacher[name]) for name in student | teacher) / 2
+    distance = sum(abs(student.get(name, 0) - teacher.get(name, 0)) for name in student | teacher) / 2
     told = "; ".join(f"{role} {_tell(events)}" for role, events in (("student", student), ("teacher", teacher)))
     return Gate("expected", distance, sample.recipe.gates.expected, detail=f"an answer begins with: {told}")
 
 
 def _tell(events: Events) -> str:
-    return ", ".join(f"{name} {mass:.0%}" for name, mass in events.most_common(2) if mass >= 0.01)
+    likeliest = sorted(events.items(), key=lambda event: -event[1])
+    return ", ".join(f"{name} {mass:.0%}" for name, mass in likeliest[:2] if mass >= 0.01)
 
 
 def _shared_names(sample: Sample, role: str, text_side: Side) -> dict[int, str]:
@@ -69,7 +69,6 @@ def _name(text_side: Side, i: int) -> str:
     """A token that begins something other than text, by its content; TEXT for others."""
     value = text_side.beta.values[i]
     if value is None:
-        content = text_side.tokenizer.convert_ids_to_tokens(i)
-        return content if text_side.beta.roles[i] == "control" and content else TEXT
+        return str(text_side.tokenizer.convert_ids_to_tokens(i)) if text_side.beta.roles[i] == "control" else TEXT
     text = value.decode(errors="replace")
     return next((tag for tag in OPENERS if tag.startswith(text) or text.startswith(tag)), TEXT)

@@ -1,20 +1,22 @@
 """Gates on how prompts are rendered, which need no weights: of every prompt of a run, and for each side."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig
 
 from configs.errors import BadInput
-from configs.schema import GymPrompts, Recipe
+from configs.prompts import GymPrompts, TablePrompts
+from configs.schema import Recipe
 from storage.lineage import digest_json
 from tasks.gates.gate import Gate
 from tasks.models.chat import Message
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
-from tasks.rows.messages import load_prompts
+from tasks.rows.messages import Prompt, load_prompts
 from tasks.rows.sources import digest_source, split_prompts
+from tasks.rows.split import BARRED, CLOSED, LOST, TOO_LONG, Judge, Refusal, SourceRow, accept_all, record_of
 
 SECONDS = 10.0  # for a side; of more prompts than that the others are left to the stages
 LONG = 16  # characters that a text does not hold by chance
@@ -25,26 +27,64 @@ _passed: set[str] = set()  # what this process has looked at already: a command 
 
 
 def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
-    """Raise BadInput where a side cannot read the prompts of a recipe as they are meant. Of a task two items are made."""
+    """Raise BadInput where a side cannot read the prompts of a recipe as they are meant. Of a task two items are made.
+
+    Where the recipe leaves out what cannot be used, it does so where nothing is left.
+    """
     config, most, rows = recipe.prompts, recipe.rollout.max_new_tokens, None
     files = digest_source(config)
     for role, ref in sides.items():
         key = digest_json([role, ref.path, ref.identity, config.model_dump(mode="json"), files, recipe.seed, most])
         if key in _passed:
             continue
-        rows = list_prompts(recipe) if rows is None else rows
+        rows = list_prompts(recipe, sides) if rows is None else rows
         for gate in rendering_gates(role, ref, rows, most):
             if gate.ok is False:
                 raise BadInput(gate.complaint())
         _passed.add(key)
 
 
-def list_prompts(recipe: Recipe) -> list[Row]:
+def list_prompts(recipe: Recipe, sides: dict[str, ModelRef]) -> list[Row]:
     """The prompts of a recipe as rows of both tables; of a procedural task one for each."""
     config = recipe.prompts
     if isinstance(config, GymPrompts):  # whose items are all alike, and take long to make
         config = config.model_copy(update={"train": 1, "eval": 1})
-    return [row for table in split_prompts(config, recipe.seed).values() for row in table.to_pylist()]
+    tables = split_prompts(config, recipe.seed, judge_of(recipe, sides))
+    return [row for table in tables.values() for row in table.to_pylist()]
+
+
+def judge_of(recipe: Recipe, sides: Mapping[str, ModelRef]) -> Judge:
+    """What the sides of a recipe cannot use of its rows, where `prompts.unusable` leaves that out."""
+    if not leaves_out(recipe):
+        return accept_all
+    contexts, most = {role: context_of(ref) for role, ref in sides.items()}, recipe.rollout.max_new_tokens
+
+    def find_refusal(text_side: Side, prompt: Prompt, context: int | None) -> tuple[str, str] | None:
+        try:
+            ids = text_side.render(*prompt)
+        except BadInput as error:
+            return BARRED, str(error)
+        if lost := find_lost_of(text_side, prompt):
+            return LOST, lost
+        if is_closed(text_side, ids):
+            return CLOSED, "the prompt ends in a token that ends answers"
+        if context and len(ids) + most > context:
+            return TOO_LONG, f"{len(ids)} tokens and rollout.max_new_tokens = {most} are more than the {context} of its context"
+        return None
+
+    def judge(row: SourceRow) -> Refusal | None:
+        (prompt,) = load_prompts([record_of(row, "")])
+        for role, ref in sides.items():
+            if found := find_refusal(side(ref), prompt, contexts[role]):
+                return Refusal(found[0], f"{row.place}: {role}: {found[1]}")
+        return None
+
+    return judge
+
+
+def leaves_out(recipe: Recipe) -> bool:
+    """Whether rows that cannot be used are left out; a task makes none."""
+    return isinstance(recipe.prompts, TablePrompts) and recipe.prompts.unusable == "leave_out"
 
 
 def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_tokens: int) -> Iterator[Gate]:
@@ -63,7 +103,7 @@ def rendering_gates(role: str, ref: ModelRef, rows: Sequence[Row], max_new_token
             raise BadInput(f"{role}, {name_row(rows, number)}: {error}") from None
         lengths.append(len(ids))
         closed += is_closed(text_side, ids)
-        if what := find_lost(text_side, text_side.frame(prompt.messages, prompt.fields), prompt.tools):
+        if what := find_lost_of(text_side, prompt):
             lost, first = lost + 1, first or f"; {name_row(rows, number)}: {what}"
     if not lengths:
         return
@@ -105,6 +145,11 @@ def is_closed(text_side: Side, ids: list[int]) -> bool:
         return False
     added = text_side.tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return ids[-1] in added and added[ids[-1]].special
+
+
+def find_lost_of(text_side: Side, prompt: Prompt) -> str | None:
+    """What of a row's prompt, as a side frames it, does not reach the model."""
+    return find_lost(text_side, text_side.frame(prompt.messages, prompt.fields), prompt.tools)
 
 
 def find_lost(text_side: Side, framed: list[Message], tools: list[Any] | None) -> str | None:

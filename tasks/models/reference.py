@@ -53,7 +53,7 @@ class ModelRef:
 
         Raises Damaged where a run committed it and it is not what it was.
         """
-        return local_folder(Artifact(self.path, self.digest)) if self.committed else self.path
+        return local_folder(Artifact(self.path, self.digest)) if self.committed or "://" in self.path else self.path
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -66,13 +66,8 @@ class ModelRef:
         return always | {name: value for name in CONTEXT if (value := getattr(self, name)) != unset[name]}
 
 
-def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
-    """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says.
-
-    With a `digest` it is a run's checkpoint, which has a URI for `path` on object storage.
-    """
-    if digest:
-        return refer_as_used(config, path, digest, committed=True)
+def make_reference(config: Model, path: str) -> ModelRef:
+    """The ModelRef for the weights at `path` (a folder, hub id or GGUF file), used as `config` says."""
     path = local_name(path)
     if Path(path).is_dir():
         return refer_as_used(config, path, digest_folder(path))
@@ -80,7 +75,10 @@ def make_reference(config: Model, path: str, digest: str = "") -> ModelRef:
 
 
 def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
-    """The ModelRef for the weights at `path`, whose digest is known, used as `config` says."""
+    """The ModelRef for the weights at `path`, whose digest is known, used as `config` says.
+
+    A checkpoint that a run `committed` has a URI for `path` on object storage.
+    """
     use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights", "markers", "unpaired"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)

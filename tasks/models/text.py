@@ -144,6 +144,27 @@ class Side:
             ids = next((whole[: at + length] for at in starts if whole[at : at + length] == ids), whole)
         return ids + self.prefix_ids if self.ref.prefix else ids
 
+    def render_answer(
+        self, messages: list[Message], tools: list[Any] | None, fields: Mapping[str, Any], answer: Message
+    ) -> list[int] | None:
+        """The ids of an assistant's answer that has more than its content, as its chat template writes it, without the stop.
+
+        None where the template leaves its `reasoning_content` out, or writes the turn in another way than the prompt opens it.
+        """
+        if self.ref.rendering == "plain":
+            return None
+        framed = self.frame(messages, fields)
+        opened = self.write(framed, tools) + self.ref.prefix
+        try:
+            text = write_chat(self.tokenizer, [*framed, answer], tools, told=self.told, open_turn=False)
+        except BadInput:
+            return None
+        before, found, _ = text.rpartition(str(answer["content"]))
+        if not found or not before.startswith(opened) or answer["reasoning_content"].strip() not in before[len(opened) :]:
+            return None
+        ids: list[int] = self.tokenizer(before[len(opened) :] + found, add_special_tokens=False)["input_ids"]
+        return ids
+
     def show(self, messages: list[Message], tools: list[Any] | None = None, fields: Mapping[str, Any] = NOTHING) -> str:
         """The very text of a rendered prompt."""
         return self.spell(self.render(messages, tools, fields))

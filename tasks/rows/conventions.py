@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Columns
+from configs.prompts import Columns
 from tasks.rows.messages import (
     Message,
     Refused,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from configs.errors import BadInput
-from configs.schema import HubPrompts
+from configs.prompts import HubPrompts
 from storage.lineage import digest_table
 
 

@@ -61,6 +61,20 @@ def split_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
     return messages[:-1], None if "tool_calls" in answer else answer["content"]
 
 
+def read_reasoning(row: dict[str, Any], columns: Iterable[str]) -> str | None:
+    """The `reasoning_content` of the assistant's message that a conversation in one of these columns ends with."""
+    for column in sorted(columns):
+        last = value[-1] if isinstance(value := row.get(column), list) and value else None
+        if isinstance(last, dict) and last.get("role") == "assistant" and last.get("reasoning_content"):
+            return expect_text(last["reasoning_content"], f"{column}.reasoning_content")
+    return None
+
+
+def reasoning_of(metadata: str | None) -> str | None:
+    """The reasoning that belongs to a prompt's reference, from its metadata."""
+    return json.loads(metadata).get("reasoning_content") if metadata and '"reasoning_content"' in metadata else None
+
+
 def check_prompt(messages: list[Message], column: str) -> None:
     """Refuse a conversation that asks for nothing."""
     if all(message["role"] in UNASKED for message in messages):

@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 
 from configs.errors import BadInput
-from configs.schema import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
+from configs.prompts import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
 from storage.lineage import digest_file, digest_json
 from tasks.models.template import Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
-from tasks.rows.messages import Message, Refused, check_prompt, read_reference
-from tasks.rows.split import SourceRow, Split, split_stream, split_table
+from tasks.rows.messages import Message, Refused, check_prompt, read_reasoning, read_reference
+from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 
@@ -58,26 +58,31 @@ def _check_templates(templates: Mapping[str, str], rows: list[SourceRow]) -> Non
                 raise _unfilled(field, template, row.place, error) from None
 
 
-def split_prompts(config: Prompts, seed: int) -> dict[str, pa.Table]:
+def split_prompts(config: Prompts, seed: int, judge: Judge = accept_all) -> dict[str, pa.Table]:
     """The tables `train` and `eval`: distinct prompts, none of them in both."""
-    return deal_prompts(config, seed).tables()
+    return deal_prompts(config, seed, judge).tables()
 
 
-def deal_prompts(config: Prompts, seed: int) -> Split:
-    """Distinct prompts, dealt to train and eval by a hash of their content, and what became of every row."""
+def deal_prompts(config: Prompts, seed: int, judge: Judge = accept_all) -> Split:
+    """Distinct prompts, dealt to train and eval by a hash of their content, and what became of every row.
+
+    Of rows of files and data sets `judge` says which are left out.
+    """
     try:
         if isinstance(config, GymPrompts):
             return split_stream(_gym_rows(config, seed), config.train, config.eval)
         rows = list(_file_rows(config) if isinstance(config, FilePrompts) else _hub_rows(config))
         if not rows:
             raise Refused("no prompts in it; give rows with `messages` or `prompt`, or in another convention")
-        return split_table(rows, config.train, config.eval)
+        return split_table(rows, config.train, config.eval, judge)
     except Refused as error:
         raise BadInput(f"{_where(config)}: {error}") from None
 
 
 def warn_of_few(config: Prompts, split: Split) -> None:
-    """Say where there are fewer prompts than the recipe asks for."""
+    """Say where there are fewer prompts than the recipe asks for, and why rows were left out."""
+    for outcome, why in split.refusals.items():
+        logger.warning("%s: %s, as the first of them: %s", field_of(config), outcome, why)
     for side, rows, wanted in (("train", split.train, config.train), ("eval", split.eval, config.eval)):
         if wanted is not None and len(rows) < wanted:
             logger.warning("prompts: %s has %d distinct prompts, prompts.%s asks for %d", side, len(rows), side, wanted)
@@ -149,7 +154,7 @@ def _gym_rows(config: GymPrompts, seed: int) -> Iterator[SourceRow]:
 # -- files and data sets -----------------------------------------------------------------------------------------------
 
 
-def _file_rows(config: FilePrompts) -> Iterator[SourceRow]:
+def _file_rows(config: FilePrompts) -> Iterator[SourceRow | RefusedRow]:
     field = field_of(config)
     for entry in config.entries:
         files = find_files(entry.path, field)
@@ -157,14 +162,14 @@ def _file_rows(config: FilePrompts) -> Iterator[SourceRow]:
         yield from _table_rows(config, field, rows, entry.path, entry.weight)
 
 
-def _hub_rows(config: HubPrompts) -> Iterator[SourceRow]:
+def _hub_rows(config: HubPrompts) -> Iterator[SourceRow | RefusedRow]:
     rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(load_hub_dataset(config), 1)]
     yield from _table_rows(config, "prompts.dataset", rows, config.dataset)
 
 
 def _table_rows(
     config: TablePrompts, field: str, rows: list[Placed], source: str, weight: float | None = None
-) -> Iterator[SourceRow]:
+) -> Iterator[SourceRow | RefusedRow]:
     """The rows of one path or data set, all in one convention."""
     for place, row in rows:
         if not isinstance(row, dict):
@@ -180,13 +185,19 @@ def _table_rows(
             if convention.needs:
                 check_prompt(reading.messages, convention.needs[0])
             messages = _fill_template(config.template, row, reading.messages, place)
+            reasoning = read_reasoning(row, consumed)
         except Refused as error:
             refused.append(f"{place}: {error}")
+            if config.unusable == "leave_out":
+                yield RefusedRow(source, convention.title, Refusal(UNREAD, refused[-1]))
             continue
-        metadata = json.dumps({key: value for key, value in row.items() if key not in consumed}, default=str)
+        kept = {key: value for key, value in row.items() if key not in consumed}
+        if reading.reference is not None and reasoning:
+            kept["reasoning_content"] = reasoning
+        metadata = json.dumps(kept, default=str)
         tools = None if reading.tools is None else json.dumps(reading.tools)
         yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight, place)
-    if refused:
+    if refused and config.unusable == "refuse":
         more = f"; and {len(refused) - 1:,} more of {len(rows):,} rows cannot be read" if len(refused) > 1 else ""
         raise BadInput(f"{field}: {refused[0]}{more}")
 

@@ -1,7 +1,7 @@
 """How rows are split into training and held-out prompts, and the account of what became of each of them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import floor, inf
@@ -14,7 +14,11 @@ from storage.schemas import ACCOUNTS, prompts_schema
 from tasks.rows.messages import MORE, Fields, Message, Refused, store_messages
 
 TRAIN, EVAL, LEFT, TWICE, OTHER = "to train on", "held out", "left over", "duplicates", "duplicates with another reference"
-OUTCOMES = (TRAIN, EVAL, LEFT, TWICE, OTHER)
+UNREAD, BARRED, LOST, CLOSED, TOO_LONG = (
+    f"refused: {reason}"
+    for reason in ("cannot be read", "by a chat template", "not rendered whole", "ends in a stop", "too long for a context")
+)
+OUTCOMES = (TRAIN, EVAL, LEFT, TWICE, OTHER, UNREAD, BARRED, LOST, CLOSED, TOO_LONG)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,30 @@ class SourceRow:
         return digest_json(asked)[:16]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a row is left out."""
+
+    outcome: str
+    why: str  # with its place
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A row that could not be read."""
+
+    source: str
+    read_as: str
+    refusal: Refusal
+
+
+Judge = Callable[[SourceRow], Refusal | None]  # whether the models of a recipe can use a row
+
+
+def accept_all(_: SourceRow) -> None:
+    return None
+
+
 @dataclass
 class Split:
     """Training and held-out prompts, each in the order in which they were read, and the outcome of every row."""
@@ -50,6 +78,11 @@ class Split:
     eval: list[SourceRow] = field(default_factory=list)
     rows: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     without: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    refusals: dict[str, str] = field(default_factory=dict)  # by outcome, why the first row was refused
+
+    def refuse(self, source: str, read_as: str, refusal: Refusal) -> None:
+        self.rows[source, read_as, refusal.outcome] += 1
+        self.refusals.setdefault(refusal.outcome, refusal.why)
 
     def count(self, row: SourceRow, outcome: str) -> None:
         key = (row.source, row.read_as, outcome)
@@ -61,7 +94,7 @@ class Split:
         fields = {key for rows in both.values() for row in rows for message in row.messages for key in message}
         tools = any(row.tools is not None for rows in both.values() for row in rows)
         schema = prompts_schema(tuple(name for name in MORE if name in fields), tools)
-        return {split: pa.Table.from_pylist([_record(row, split) for row in rows], schema) for split, rows in both.items()}
+        return {split: pa.Table.from_pylist([record_of(row, split) for row in rows], schema) for split, rows in both.items()}
 
     def account(self) -> pa.Table:
         columns = [
@@ -93,8 +126,8 @@ def split_stream(rows: Iterable[SourceRow], train: int, held_out: int) -> Split:
     return _whole(split, len(seen))
 
 
-def split_table(rows: Iterable[SourceRow], train: int | None, held_out: int) -> Split:
-    """Of a table: the hash of a prompt gives its place in an order, the numbers cut it.
+def split_table(rows: Iterable[SourceRow | RefusedRow], train: int | None, held_out: int, judge: Judge = accept_all) -> Split:
+    """Of a table: the hash of a prompt gives its place in an order, the numbers cut it; what `judge` refuses has no place.
 
     The first are held out and the last trained on, so that a prompt which later rows push out of the held-out ones is
     left over before it is trained on. Where there are fewer than both numbers, they are shared in that proportion; with
@@ -103,9 +136,16 @@ def split_table(rows: Iterable[SourceRow], train: int | None, held_out: int) -> 
     split = Split()
     found: dict[str, SourceRow] = {}
     for row in rows:
+        if isinstance(row, RefusedRow):
+            split.refuse(row.source, row.read_as, row.refusal)
+            continue
         first = found.setdefault(row.prompt_id, row)
         if first is not row:
             split.count(row, TWICE if row.reference == first.reference else OTHER)
+    for identity, row in list(found.items()):
+        if refusal := judge(row):
+            split.refuse(row.source, row.read_as, refusal)
+            del found[identity]
     order = sorted(found)
     cut = min(held_out, max(1, len(order) * held_out // (held_out + (train or held_out))))
     rest = [found[identity] for identity in reversed(order[cut:])]
@@ -145,10 +185,14 @@ def share_counts(weights: Sequence[float], there: Sequence[int], most: int | Non
 def _whole(split: Split, distinct: int) -> Split:
     for name, rows in (("train", split.train), ("eval", split.eval)):
         if not rows:
-            raise Refused(f"only {distinct} distinct prompts, none of them for {name}; give more")
+            first = "".join(f"; {why}" for why in list(split.refusals.values())[:1])
+            raise Refused(
+                f"only {distinct} distinct prompts{' can be used' * bool(first)}, none of them for {name}; give more{first}"
+            )
     return split
 
 
-def _record(row: SourceRow, split: str) -> dict[str, Any]:
+def record_of(row: SourceRow, split: str) -> dict[str, Any]:
+    """A row of the table `prompts`."""
     given = {"reference": row.reference, "metadata": row.metadata, "tools": row.tools}
     return {"prompt_id": row.prompt_id, "messages": store_messages(row.messages), "split": split, **given}

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from configs.load import dump_content
 from configs.models import Model
-from configs.schema import FilePrompts, GymPrompts, HubPrompts, Recipe
+from configs.prompts import FilePrompts, GymPrompts, HubPrompts
+from configs.schema import Recipe
 from storage.store import Run, round_slot
 from tasks.views.markdown import MEANING, fence, format_table, quote
 from tasks.views.rounds import find_best, format_rounds, summarise_rounds

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from configs.errors import BadInput
+from configs.errors import BadInput, Damaged
 from configs.load import inherit_overrides, load_recipe
 from configs.models import Model
 from configs.schema import Recipe
@@ -39,7 +39,7 @@ class Readers:
     def _load(self, role: str, find: Callable[[], ModelRef]) -> Side | None:
         try:
             return side(find())
-        except BadInput as error:
+        except (BadInput, Damaged) as error:
             self.missing[role] = str(error)
             return None
 
@@ -70,11 +70,14 @@ def _find_student(run: Run, recipe: Recipe) -> ModelRef:
     """The newest checkpoint, which has the tokenizer with it; before there is one, the student that the recipe names."""
     for number in range(run.rounds_done(), -1, -1):
         if checkpoint := run.find(round_slot(number, "student")):
-            return ModelRef(checkpoint.path, checkpoint.digest, rendering="plain")
+            return ModelRef(checkpoint.path, checkpoint.digest, rendering="plain", committed="://" in checkpoint.path)
     return ModelRef(*_find_model(run, recipe, recipe.student), rendering="plain")
 
 
 def _find_teacher(run: Run, recipe: Recipe, config: Model) -> ModelRef:
+    if recipe.self_taught:
+        own = _find_student(run, recipe)
+        return refer_as_used(config, own.path, own.digest, committed=own.committed)
     path, digest = _find_model(run, recipe, config)
     evaluated = run.manifest(round_slot(0, "evals", "teacher"))
     return refer_as_used(config, path, evaluated["inputs"]["model"]["digest"] if evaluated else digest)

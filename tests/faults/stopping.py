@@ -21,16 +21,18 @@ def one_message(text: str) -> str:
 
 
 class Stop:
-    """A command that is told to end: the processes that it has, the last line and what is left of it."""
+    """A command that is told to end, and told again: how long it takes, its last line, and that no process is left."""
 
     def __init__(self, potstill: Potstill, number: int, group: bool):
         pid = potstill.pid
         process = psutil.Process(pid)
         tree = [process, *process.children(recursive=True)]
         started = time.monotonic()
-        (os.killpg if group else os.kill)(pid, number)
+        for _ in range(3):  # as of somebody impatient, or of `timeout`, which tells the process and then its group
+            (os.killpg if group else os.kill)(pid, number)  # once it has ended it is there until it is waited for
+            time.sleep(0.1)
         status = potstill.wait()
-        self.seconds, self.processes = time.monotonic() - started, len(tree)
+        self.seconds = time.monotonic() - started
         _, left = psutil.wait_procs(tree, timeout=2)
         assert not left, left
         assert status == 128 + number, potstill.err

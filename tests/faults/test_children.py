@@ -14,7 +14,7 @@ import psutil
 import pytest
 from forks import CHECKOUT
 from killing import Potstill, arguments
-from stopping import Stop
+from stopping import Stop, one_message
 
 sys.path.append(str(CHECKOUT / "tests" / "engines"))
 
@@ -79,6 +79,28 @@ def test_prefects_temporary_server_ends_with_the_command(potstill, alone):
     (server,) = children(potstill, "prefect.server")
     server.suspend()
     Stop(potstill, signal.SIGINT, group=False).goes_on()
+
+
+@pytest.mark.slow
+def test_a_temporary_server_that_dies(potstill, alone):
+    """As where memory is short: not waited for, as Prefect's client would."""
+    alone("test-teacher-seed0/_manifests/round=0000/student.json")
+    (server,) = children(potstill, "prefect.server")
+    server.kill()
+    assert potstill.wait() == 1
+    begins = "potstill: Prefect's temporary server ended by itself (status -9): stopped in round 1 of 1 of test-"
+    assert one_message(potstill.err).startswith(begins)
+
+
+@pytest.mark.slow
+def test_a_temporary_server_that_cannot_start(potstill, tmp_path):
+    command = arguments(tmp_path / "runs")
+    setting = "sqlite+aiosqlite:////nowhere/prefect.db"
+    code = f"import os; os.environ['PREFECT_SERVER_DATABASE_CONNECTION_URL'] = {setting!r}\n{ALONE}"
+    assert potstill.run("-c", code, tmp_path, *command) == 1
+    assert potstill.err.startswith("potstill: Prefect's temporary server did not start; its last output:\n")
+    assert "unable to open database file" in potstill.err
+    assert "Traceback" not in potstill.err
 
 
 @pytest.fixture

@@ -98,10 +98,13 @@ def test_contexts_are_in_keys_only_where_they_are_set(recipe, tmp_path):
     assert side_of(path).ref.identity != before  # its text, not its name
 
 
-# opd reads log-probs, which are stored in float32; gkd the likeliest ids in half precision.
+# opd and alm read log-probs, which are stored in float32; the others the likeliest ids in half precision (MATHS.md §6).
 @pytest.mark.parametrize(
     ("objective", "shared", "least", "most"),
-    [("opd", True, 0, 0), ("opd", False, 1e-3, 1), ("gkd", True, -1e-4, 1e-4), ("gkd", False, 1e-3, 1)],
+    [
+        *[("opd", True, 0, 0), ("opd", False, 1e-3, 1), ("alm", True, 0, 0), ("bytes", True, -1e-4, 1e-4)],
+        *[("gkd", True, -1e-4, 1e-4), ("gkd", False, 1e-3, 1)],
+    ],
 )
 def test_equal_contexts_are_no_difference(recipe, objective, shared, least, most):
     """The student as its own teacher: the same prompts, the same scores bit for bit, and a loss of zero."""

@@ -21,7 +21,7 @@ from flows.refuse import check_recipe
 from storage.lineage import digest_folder
 from storage.read import scan
 from storage.store import Run
-from tasks.models.reference import make_reference
+from tasks.models.reference import refer_as_used
 from tasks.models.weights import load_weights
 from tasks.views import inspect as show
 
@@ -85,7 +85,7 @@ def test_a_run_in_a_bucket(bucket, recipe, tmp_path, monkeypatch):
     made = Run(root, "tiny").find("round=0002/student")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another-machine"))
     (tmp_path / "another-machine").mkdir()
-    ref = make_reference(Model(model="x"), made.path, made.digest)
+    ref = refer_as_used(Model(model="x"), made.path, made.digest, committed=True)
     assert load_weights(ref).num_parameters() > 0
     assert digest_folder(ref.local) == made.digest
     assert (tmp_path / "another-machine") in Path(ref.local).parents

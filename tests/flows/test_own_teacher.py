@@ -16,6 +16,7 @@ from flows.distill import distill
 from tasks.engines.choose import release
 from tasks.models.reference import make_reference
 from tasks.preflight import examine
+from tasks.views.rollout import show_rollout
 from tasks.views.trace import trace_lineage
 
 SCRATCH = {"vocab_size": 280, "layers": 1, "width": 16, "heads": 2, "feed_forward": 16, "context": 64}
@@ -77,7 +78,7 @@ def teachers_of(run: Path) -> list[str]:
     ids=["model, start", "model, round", "recipe, round", "scratch, start"],
 )
 def test_whose_weights_score_a_round(server, recipe, tmp_path, weights, student):
-    """The start's in every round, or those that sampled the round, also where a run goes on; a complete run asked for again makes nothing anew."""
+    """The start's in every round, or those that sampled the round, also where a run goes on; a second call makes nothing."""
     context = {"template": "{prompt} {reference}"}
     path = recipe(context | ({"weights": "round"} if weights == "round" else {}), student)
     distill(str(path), rounds=1)
@@ -91,6 +92,9 @@ def test_whose_weights_score_a_round(server, recipe, tmp_path, weights, student)
         assert manifest["inputs"]["teacher"]["digest"] == students[0 if weights == "start" else number]
         assert manifest["inputs"]["teacher"]["template"] == context["template"]
         assert "template" not in manifest["inputs"]["model"]
+    read = {row["side"]: row["text"] for row in show_rollout(str(run), "0001-000000-000")["The prompt, as each side read it"]}
+    assert "world" in read["teacher"]
+    assert "world" not in read["student"]
     rows = next(iter(trace_lineage(str(run)).values()))
     scorer = rows[next(i for i, row in enumerate(rows) if "/scores/" in row["artifact"]) + 1]
     assert scorer["made from"].strip() == "teacher"

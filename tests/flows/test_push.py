@@ -213,12 +213,16 @@ def test_licences_of_both_models_are_those_that_their_folders_name(tiny, recipe,
     assert "A teacher's licence may reach" in body
     assert "````toml" in body
     assert str(tmp_path) not in body
-    path = recipe(student={"model": "org/base", "system": 'Be "brief".'}, teacher={"model": "org/large"})
+    path = recipe(
+        student={"model": "org/base", "system": 'Be "brief".', "chat_template_kwargs": {"enable_thinking": False}},
+        teacher={"model": "org/large"},
+    )
     run.write_text("run.toml", path.read_text())
     metadata, body = parts(render_card(run, 1, where="me/x"))
     assert metadata["base_model"] == "org/base"
     assert "license" not in metadata
     assert "[org/large](https://huggingface.co/org/large); no licence of it is known here" in body
+    assert 'return_tensors="pt", enable_thinking=False' in body
     assert '{"role": "system", "content": "Be \\"brief\\"."}' in body
 
 

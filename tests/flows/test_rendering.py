@@ -12,17 +12,22 @@ from helpers import made, refused
 from transformers import AutoTokenizer
 
 from configs.errors import BadInput
+from configs.load import load_recipe, select_content
 from configs.schema import Rollout
 from flows.preflight import preflight
+from storage.artifacts import read_table
+from storage.store import Run
 from tasks.engines.choose import get_engine, release
-from tasks.gates.rendering import find_lost, rendering_gates
-from tasks.models.reference import ModelRef
+from tasks.gates.rendering import find_lost, refuse_rendering, rendering_gates
+from tasks.models.reference import ModelRef, make_reference
 from tasks.models.text import Side
+from tasks.prompts import make_prompts
 from tasks.rollout import make_rollouts
 from tasks.rows.messages import load_prompts, store_messages
 from tasks.rows.plan import Row
 from tasks.score import score_rows
 from tasks.signals import make_signal
+from tasks.tokens.markers import ONE_TOKENIZER
 
 TURN = "{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}"
 OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -241,8 +246,83 @@ def test_prompts_that_nobody_had_time_to_look_at(model, monkeypatch):
     assert list(rendering_gates("student", ref, [row], 4)) == []
     with pytest.raises(BadInput, match=r"student: room: .* tokens .*too long: 1 of 1 prompts.* at most 64 tokens is allowed"):
         make_rollouts([Row(0, 0, "student", 1, "r")], pa.Table.from_pylist([row]), Rollout(max_new_tokens=4), 1, ref, [])
-    given = [{"rollout_id": "r", "prompt_id": "p", "text": "hello", "finish_reason": "stop", "token_ids": None}]
-    engine = get_engine(ref)
+    side, prompts = Side(ref), {"p": load_prompts([row])[0]}
+    ids = side.encoder.encode(["hello"])[0]
+    given = [{"rollout_id": "r", "prompt_id": "p", "text": "hello", "finish_reason": "stop", "token_ids": ids}]
     with pytest.raises(BadInput, match=r"teacher: room: a prompt with its answer has \d+ tokens, and .* has room for 64"):
-        score_rows(given, {"p": load_prompts([row])[0]}, engine, Side(ref), make_signal("sampled"), False)
+        score_rows(given, prompts, get_engine(ref), make_signal("sampled"), ONE_TOKENIZER, student=side, teacher=side)
     release()
+
+
+# -- what is left out --------------------------------------------------------------------------------------------------
+
+UNUSABLE: list[dict[str, Any]] = [
+    {"messages": [USER, USER]},
+    {"messages": [USER], "tools": TOOL},
+    {"messages": [USER], "reference": ["a", "list"]},
+    {"messages": "no list"},
+    {"messages": [{"role": "user", "content": "hello " * 90}]},
+]
+WHY = {
+    "refused: by a chat template": (1, "teacher: {model}: its chat template says 'Conversation roles must alternate"),
+    "refused: not rendered whole": (1, "student: its tools are not in the text"),
+    "refused: cannot be read": (2, "row 6: `reference` is a list"),
+    "refused: too long for a context": (1, "student: "),
+}
+
+
+def test_rows_that_cannot_be_used_are_left_out_by_reason(potstill, recipe, model, tmp_path, caplog):
+    """By default they end the command; with `leave_out` they are said, counted and stored, and the run goes on without them."""
+    good = asked(count=20)
+    path = recipe([*good[:3], *UNUSABLE[:3], *good[3:], *UNUSABLE[3:]], ALTERNATES)
+    refused(potstill("run", path), "row 6: `reference` is a list", "; and 1 more of 25 rows cannot be read")
+    assert not (tmp_path / "runs").exists()
+
+    loaded = load_recipe(path, ("prompts.unusable=leave_out", "prompts.train=40"))
+    sides = {
+        role: make_reference(config, config.model) for role in ("student", "teacher") for config in [getattr(loaded, role)]
+    }
+    refuse_rendering(loaded, sides)
+    with caplog.at_level("INFO", "potstill"):
+        made = make_prompts.fn(loaded, sides)
+    account = {
+        row["outcome"]: row["rows"] for row in read_table(Run(loaded.root, loaded.name).find("accounts/prompts")).to_pylist()
+    }
+    assert {outcome: rows for outcome, rows in account.items() if outcome.startswith("refused")} == {
+        outcome: rows for outcome, (rows, _) in WHY.items()
+    }
+    assert sum(account.values()) == 25
+    used = read_table(made.train).num_rows + read_table(made.eval).num_rows
+    assert used == account["to train on"] + account["held out"] == 20
+    for outcome, (_, why) in WHY.items():
+        (line,) = [
+            r.message for r in caplog.records if r.message.startswith(f"prompts.path: {outcome}, as the first of them: ")
+        ]
+        assert why.format(model=model(ALTERNATES)) in line
+    assert any(
+        "25 rows: 17 to train on, 3 held out, 2 refused: cannot be read, 1 refused: by a" in r.message for r in caplog.records
+    )
+
+
+def test_nothing_is_left(potstill, recipe, tmp_path):
+    path = recipe(UNUSABLE)
+    ended = potstill("run", path, "--set", "prompts.unusable=leave_out")
+    refused(
+        ended,
+        f"prompts.path: {tmp_path / 'prompts.jsonl'}: only 1 distinct prompts can be used, none of them for train",
+        "row 3",
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_left_out_is_in_the_key_only_where_it_is_asked_for(recipe):
+    """Prompts made before there was the option are used again; with it, other models or lengths make them anew."""
+    loaded = load_recipe(recipe(asked(count=20)))
+    assert "unusable" not in select_content(loaded, "prompts")
+    keys = []
+    for changes in ((), ("prompts.unusable=leave_out",), ("prompts.unusable=leave_out", "rollout.max_new_tokens=5")):
+        other = load_recipe(recipe(asked(count=20)), changes)
+        sides = {"student": make_reference(other.student, str(other.student.model))}
+        make_prompts.fn(other, sides)
+        keys.append(Run(other.root, other.name).manifest("prompts/train")["key"])
+    assert len(set(keys)) == 3

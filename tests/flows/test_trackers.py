@@ -181,12 +181,20 @@ def test_a_tracker_that_fails_does_not_end_the_run(followed, monkeypatch, caplog
         trackers.send(2)
     assert "track.with: wandb: ConnectionError: no route to host" in caplog.text
     assert Trackers(run, recipe).sent == {"wandb": 0}
+    assert not Trackers(run, recipe).have(2)  # so that a complete run asked for again is looked at
     Failing.works, Failing.had = True, []
     with follow(run, recipe) as trackers:
         trackers.send(2)
     steps = scan(run.address, "steps").sort("step").collect()
     wanted = [step for _, some in steps.group_by("round", maintain_order=True) for step in [*some["step"], some["step"].max()]]
     assert Failing.had == wanted
+
+
+def test_what_was_sent_is_not_known(followed):
+    run, recipe = followed
+    run.write_text("track.json", "{")
+    with pytest.raises(Exception, match=r"track.json: not JSON; remove it"):
+        Trackers(run, recipe)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_by_name(potstill, recipe, monkeypatch):

@@ -298,8 +298,8 @@ def test_rows_that_the_student_did_not_sample(seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS)
 def test_opd_grades_the_control_token_that_ends_a_text(seed: int, same: bool) -> None:
-    """A control token spells nothing, so no unit holds it, and yet a student must not leave its text there for free
-    (property 18): it is a term, impossible to a teacher that does not know it, as likely as it says to one that does."""
+    """Across tokenizers an unpaired control token is in no unit, and yet a student must not leave its text there for free
+    (property 18): it is a term, impossible to a teacher that does not know it. With one tokenizer it is a unit."""
     rng = np.random.default_rng(seed)
     student = random_vocabulary(rng, stops=1, controls=2)
     teacher = student if same else random_vocabulary(rng, stops=2)
@@ -327,9 +327,8 @@ def test_opd_grades_the_control_token_that_ends_a_text(seed: int, same: bool) ->
             )
         )
         last = None
-        if escapes and not given_row:
-            grade = max(float(results[-1].logprobs[escape]), -20.0) if same else -20.0
-            last = (escape, escape + 1, float(behaviours[-1][escape]), grade)
+        if escapes and not given_row and not same:
+            last = (escape, escape + 1, float(behaviours[-1][escape]), -20.0)
         wanted.append(last)
     own, other = ToySide(student), ToySide(teacher)
     module = objectives.build(Opd(name="opd"), student=student, teacher=teacher)

@@ -23,7 +23,8 @@ from training import (
 
 from configs.models import Model
 from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict
-from configs.schema import GymPrompts, Recipe, Rollout, Train
+from configs.prompts import GymPrompts
+from configs.schema import Recipe, Rollout, Train
 from tasks.models.text import side
 from tasks.models.weights import load_weights
 from tasks.objectives.sft import corrupt_tokens

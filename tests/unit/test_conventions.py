@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from configs.errors import BadInput
-from configs.schema import FilePrompts
+from configs.prompts import FilePrompts
 from tasks.rows.accounts import describe_account
 from tasks.rows.conventions import CONVENTIONS
 from tasks.rows.messages import load_messages

@@ -41,7 +41,8 @@ BODIES = {
             except BaseException: pass
     """,
     "in a library in C": "stop_soon(); hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
-    "at exit": "atexit.register(time.sleep, 20); stop_soon(); time.sleep(20)",
+    "at exit": "atexit.register(lambda: (stop(), time.sleep(20))); print = str",
+    "at exit, told before": "atexit.register(time.sleep, 20); stop_soon(); time.sleep(20)",
 }
 COMMAND = """
 import atexit, gc, hashlib, os, sys, threading, time, weakref
@@ -90,7 +91,7 @@ def test_a_stop_says_what_is_committed() -> None:
         stop(); time.sleep(20)
     """
     for code, where in ((body, "3 of tiny"), (body.replace("pass", "stop(); time.sleep(20)"), "1 of teacher")):
-        ended = run(COMMAND.replace("{body}", code.strip()), 15)
+        ended = run(COMMAND.replace("{body}", code.strip()).replace("PATIENCE = 0.5", "PATIENCE = 30"), 15)
         assert ended.stderr == f"potstill: stopped in round 1 of {where}; committed of it: nothing; `potstill 15` goes on\n"
 
 

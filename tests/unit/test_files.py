@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from configs.errors import BadInput
-from configs.schema import FilePrompts
+from configs.prompts import FilePrompts
 from storage.lineage import digest_file
 from tasks.rows.files import find_files, read_file
 from tasks.rows.sources import check_prompts, deal_prompts, digest_source, split_prompts

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from configs.errors import BadInput
-from configs.schema import HubPrompts, Recipe
+from configs.prompts import HubPrompts
+from configs.schema import Recipe
 from storage.artifacts import read_table
 from tasks.prompts import make_prompts
 from tasks.rows.sources import check_prompts, deal_prompts, digest_source

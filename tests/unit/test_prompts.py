@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from configs.errors import BadInput
-from configs.schema import FilePrompts, GymPrompts
+from configs.prompts import FilePrompts, GymPrompts
 from storage.schemas import PROMPTS
 from tasks.rows.sources import check_prompts, deal_prompts, split_prompts, warn_of_few
 

@@ -15,6 +15,7 @@ from storage.receipt import FILE, files_hold, inputs_hold, read_receipt, trust_i
 from storage.schemas import STEPS
 from storage.store import Run
 
+LIES = '{"made_from": "recipe", "rounds": "many", "files": [], "inputs": {"a": [1, 2]}}'
 SLOTS = ("prompts/train", "round=0001/steps/part-00000", "round=0002/steps/part-00000")
 
 
@@ -114,6 +115,17 @@ def test_rounds_that_are_still_made_are_no_part_of_it(run):
     assert holds(run)
 
 
+def test_what_is_no_artifact_may_change(run):
+    """A page beside a checkpoint, a report, a tracker's log."""
+    for place in ("round=0001/README.md", "report.html", "logs/events"):
+        file = Path(run.path) / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("a")
+        write_receipt(run, "recipe", 1, [])
+        file.write_text("b" * 9)
+        assert holds(run)
+
+
 def test_a_copy_with_its_times_holds_and_one_without_them_is_read_once(run, tmp_path):
     shutil.copytree(run.path, tmp_path / "with" / "a")
     assert holds(Run(str(tmp_path / "with"), "a"))
@@ -125,7 +137,7 @@ def test_a_copy_with_its_times_holds_and_one_without_them_is_read_once(run, tmp_
     assert holds(there)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rounds": 3}', "\x00" * 64])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rounds": 3}', LIES, "\x00" * 64])
 def test_a_receipt_that_is_none(run, text):
     (Path(run.path) / FILE).write_text(text)
     assert read_receipt(run) is None

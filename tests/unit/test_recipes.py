@@ -8,7 +8,7 @@ import pytest
 from configs.errors import BadInput
 from configs.load import LATER, MACHINERY, dump_recipe, list_differences, load_recipe, select_content, validate_recipe
 from configs.objectives import Bytes, Gold
-from configs.schema import FilePrompts
+from configs.prompts import FilePrompts
 
 CHECKOUT = Path(__file__).parents[2]
 RECIPES = sorted(path for place in ("configs", "tests") for path in (CHECKOUT / place).rglob("*.toml"))

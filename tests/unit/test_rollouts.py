@@ -16,9 +16,10 @@ from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import get_engine
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
-from tasks.rollout import make_rollouts
+from tasks.rollout import make_rollouts, translate_completions
 from tasks.rows.plan import Row, count_shards, plan_rows
 from tasks.scratch import init_model, train_tokenizer
+from tasks.tokens.markers import NO_MARKERS
 from tasks.tokens.token_bytes import split_completion
 
 PROMPT_IDS = [f"p{i}" for i in range(37)]
@@ -218,6 +219,7 @@ def from_teacher(student, teacher, prompts) -> list[tuple[dict, Completion]]:
     """Many short rollouts by the teacher, each with what the teacher sampled for its prompt and seed."""
     rows = [Row(0, 0, "teacher", seed, f"0001-{seed:06d}-000") for seed in range(200)]
     written = make_completions(rows, prompts, Rollout(max_new_tokens=3, batch_size=64), teacher).to_pylist()
+    written = translate_completions(written, student=side(student), teacher=side(teacher), markers=NO_MARKERS)
     table = make_rollouts(rows, prompts, Rollout(max_new_tokens=3), 1, student, written)
     prompt = side(teacher).render(prompts["messages"].to_pylist()[0])
     sampled = get_engine(teacher).generate([prompt] * 200, list(range(200)), Sampling(3))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import FilePrompts, GymPrompts
+from configs.prompts import FilePrompts, GymPrompts
 from storage.schemas import ACCOUNTS
 from tasks.rows.accounts import describe_account, summarise_account
 from tasks.rows.messages import Refused
