@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config
 
 from configs.models import Scratch
 from configs.schema import Gates
+from tasks.engines import decoding
 from tasks.engines.base import Completion, Sampling, TokenScores
 from tasks.engines.sampling import Sampler, uniforms
 from tasks.engines.transformers import TransformersEngine, length_batches
@@ -347,6 +348,25 @@ def test_samples_of_one_prompt_share_its_computation(make) -> None:
     for one, other in zip(alone, together, strict=True):
         assert one.ids == other.ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_buffers_grow_and_ended_rows_leave_the_batch(monkeypatch) -> None:
+    """What is drawn does not change by it, with padded prompts and without."""
+    loaded, sampling = engine(student_ref()), Sampling(12)
+    monkeypatch.setattr(loaded.side, "stop_ids", list(range(6, 60)))  # most rows end soon
+    for prompts in (random_ids(np.random.default_rng(3), 12, 2, 9), [[7, 8, 9]] * 12):
+        alone = [loaded.generate([prompt], [seed], sampling)[0] for seed, prompt in enumerate(prompts)]
+        rows = []
+        hook = loaded.model.get_input_embeddings().register_forward_hook(
+            lambda _, given, __, rows=rows: rows.append(len(given[0]))
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "ROOM", 2)
+            together = loaded.generate(prompts, list(range(12)), sampling)
+        hook.remove()
+        assert [completion.ids for completion in together] == [completion.ids for completion in alone]
+        assert len({len(completion.ids) for completion in together}) > 2
+        assert rows[-1] <= 6
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------------
