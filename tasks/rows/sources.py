@@ -43,7 +43,8 @@ def check_prompts(
     if key in CHECKED:
         return
     split = deal_prompts(config, seed)
-    _check_templates(templates, [*split.train, *split.eval])
+    if config.unusable == "refuse":  # else such rows are left out, once both sides are there to say which
+        _check_templates(templates, [*split.train, *split.eval])
     if references and not any(row.reference for row in split.train):
         raise BadInput(f"{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
     CHECKED.add(key)
