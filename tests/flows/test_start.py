@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import BadInput
 from configs.load import load_recipe
-from flows import start
+from flows import publish, start
 from flows.distill import distill
 from flows.start import count_settled, find_result
 from storage import lineage
@@ -104,6 +104,30 @@ def copied(tiny, tmp_path) -> Path:
     shutil.copytree(tiny.parent, tmp_path / "copied")
     yield tmp_path / "copied"
     SUSPECTS.clear()
+
+
+def test_a_round_that_was_stopped_before_its_card_gets_it(copied, monkeypatch):
+    overrides, run, card = (f"root={copied}",), copied / "tiny", copied / "tiny" / "round=0002" / "README.md"
+    wanted = card.read_text()
+    card.unlink()
+    (run / "_manifests" / "round=0002" / "evals" / "student.json").unlink()  # so that the round is evaluated, and ends, again
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(publish, "write_card", interrupt)
+        distill(str(TINY), overrides=overrides)
+    recipe = load_recipe(TINY, overrides)
+    assert Run(recipe.root, recipe.name).rounds_done() == 2
+    assert find_result(recipe, None) is None
+    distill(str(TINY), overrides=overrides)
+    assert card.read_text() == wanted
+    assert find_result(recipe, None) is not None
+
+
+class Interrupted(Exception):
+    """What stops a run here."""
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupted
 
 
 def test_a_moved_run_is_still_complete(copied):
