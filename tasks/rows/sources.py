@@ -11,11 +11,11 @@ import pyarrow as pa
 from configs.errors import BadInput
 from configs.prompts import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
 from storage.lineage import digest_file, digest_json
-from tasks.models.template import Unfilled, fill_template, last_of_user, write_last
+from tasks.models.template import Message, Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
-from tasks.rows.messages import Message, Refused, check_prompt, read_reasoning, read_reference
+from tasks.rows.messages import Refused, check_prompt, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
