@@ -106,11 +106,13 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
         student, trainer = refer_to(recipe.student, trained.student), trained.trainer
         teacher = renew_teacher(recipe, teacher, student=student)
         run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
-        if number >= min(done, target):
-            settle(recipe, number)
         if number > done:
             published.add_round(number)
             trackers.send(number)
+        elif number == done:
+            published.complete_round(number)
+        if number >= min(done, target):  # the last thing: a round that is settled is not looked at again
+            settle(recipe, number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
 
 

@@ -18,9 +18,9 @@ from configs.load import load_recipe
 from configs.schema import Recipe
 from flows.start import describe_result
 from storage.artifacts import Artifact
-from storage.store import Run
+from storage.store import Run, round_slot
 from tasks.running.progress import logger
-from tasks.views.card import write_card
+from tasks.views.card import FILE, write_card
 from tasks.views.rounds import format_rounds, summarise_rounds
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
@@ -46,6 +46,11 @@ class Publication:
         figures = [f"{key} {rows[-1][key]}{unit}" for key, unit in HEADLINE.items() if rows[-1].get(key) is not None]
         logger.info("round %d: %s", number, ", ".join(figures))
         write_card(self.run, number)
+
+    def complete_round(self, number: int) -> None:
+        """Write the card of a round that was committed, and stopped before it had one."""
+        if not self.run.fs.exists(f"{self.run.path}/{round_slot(number, FILE)}"):
+            write_card(self.run, number)
 
     def finish(self, student: Artifact) -> dict[str, Any]:
         """Publish the summary and the report, if a round was added. Returns the flow's result: run, rounds, last student."""

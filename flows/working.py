@@ -41,10 +41,10 @@ def run(
     Run(recipe.root, recipe.name).check_free()
     announce(config, recipe, rounds)
     if (result := find_result(recipe, rounds)) is None:
+        check_data(recipe)
         from flows.server import start_server
 
-        wait_for_server = start_server()  # beside the imports and the checks
-        check_data(recipe)
+        wait_for_server = start_server()  # beside the other imports and checks
         from flows.refuse import check_recipe
 
         check_recipe(recipe)

@@ -1,6 +1,6 @@
 """The gap between an engine's log-probs and the trainer's on the same tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from tasks.models.text import side
 from tasks.models.weights import hidden_states, logits_of
 
 POSITIONS = 256  # positions whose logits exist at once
-EDGE = 0.5  # nats: rounding may put a token inside of what top_p or top_k keeps in one dtype, and outside in another
+EDGE = 0.5  # nats: what rounding may change in the odds of two ids, or of two sets of ids, between two dtypes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, 
     engine's.
     """
     model, size = model.to(device_of(ref)), len(side(ref).beta.values)  # type: ignore[arg-type]
-    warp, logprobs = warpers(sampling), []
+    warp, likeliest, logprobs = warpers(sampling), warpers(replace(sampling, top_p=1.0)), []
     for row in rollouts.select(["prompt_token_ids", "token_ids"]).to_pylist():
         ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]], device=model.device)
         hidden = hidden_states(model, ids)[0, len(row["prompt_token_ids"]) - 1 : -1]
@@ -46,12 +46,21 @@ def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, 
         for at in torch.arange(len(actual), device=model.device).split(POSITIONS):
             logits, chosen = logits_of(model, hidden[at], size), actual[at][:, None]
             sampled = logits.gather(1, chosen) / (sampling.temperature or 1.0)
+            kept = may_keep(likeliest(ids, logits), sampled, sampling.top_p)  # type: ignore[arg-type]
             warped = warp(ids, logits)  # type: ignore[arg-type]
-            sampled = torch.where(sampled > least_kept_of(warped) - EDGE, sampled, warped.gather(1, chosen))
+            sampled = torch.where(kept, sampled, warped.gather(1, chosen))
             logprobs.append(warped.scatter(1, chosen, sampled).log_softmax(-1).gather(1, chosen)[:, 0].cpu())
     return torch.cat(logprobs).numpy() if logprobs else np.zeros(0, np.float32)
 
 
-def least_kept_of(warped: torch.Tensor) -> torch.Tensor:
-    """The logit `[…, 1]` of the least likely id that sampling keeps, from warped logits `[…, V]`."""
-    return warped.masked_fill(warped == -torch.inf, torch.inf).amin(-1, keepdim=True)
+def may_keep(likeliest: torch.Tensor, sampled: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Whether sampling in another dtype may have kept an id, bool `[positions, 1]`.
+
+    `likeliest` are logits `[positions, V]` behind temperature and top_k, and `sampled`, `[positions, 1]`, the id's own.
+    Rounding changes the order of ids that are less than EDGE apart, and by as much the odds of those that are surely likelier.
+    """
+    least = likeliest.masked_fill(likeliest == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    likelier = likeliest > sampled + EDGE
+    above, others = (likeliest.masked_fill(out, -torch.inf).logsumexp(-1, keepdim=True) for out in (~likelier, likelier))
+    limit = torch.tensor(top_p, dtype=torch.float64).logit().item() + EDGE
+    return (sampled > least - EDGE) & (above - others < limit)

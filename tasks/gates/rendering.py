@@ -11,8 +11,8 @@ from configs.prompts import GymPrompts, TablePrompts
 from configs.schema import Recipe
 from storage.lineage import digest_json
 from tasks.gates.gate import Gate
-from tasks.models.chat import Message
 from tasks.models.reference import ModelRef
+from tasks.models.template import Message
 from tasks.models.text import Side, side
 from tasks.rows.messages import Prompt, load_prompts
 from tasks.rows.sources import digest_source, split_prompts

@@ -9,8 +9,7 @@ from jinja2 import meta, nodes
 from transformers import PreTrainedTokenizerFast
 
 from configs.errors import BadInput
-
-Message = dict[str, Any]  # role, content, and what else a template reads, such as tool_calls
+from tasks.models.template import Message
 
 FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 ANSWER = "Potstill answers"  # a text that no template writes by itself

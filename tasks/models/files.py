@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import cached_assets_path
 
-from configs.models import Model
+from configs.models import STUDENT, Model
 from storage.lineage import digest_file, files_below
 
 
@@ -15,11 +15,12 @@ def converted_folder(file: Path) -> Path:
 
 def find_model_files(config: Model) -> list[Path]:
     """The local files of a model that is no other recipe's: weights, tokenizer, chat template. None of a hub's model."""
-    place = Path(config.model or "")
+    name = None if config.model == STUDENT else config.model  # whose files are its own, whatever folder has this name
+    place = Path(name or "")
     files = [Path(config.chat_template)] if config.chat_template else []
     if place.suffix == ".gguf" and place.is_file():
         return [*files, place, *files_below(converted_folder(place))]
-    return [*files, *(files_below(place) if config.model else [])]
+    return [*files, *(files_below(place) if name else [])]
 
 
 def find_hub_commit(name: str) -> str | None:

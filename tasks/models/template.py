@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
-from tasks.models.chat import Message
+Message = dict[str, Any]  # role, content, and what else a chat template reads, such as tool_calls
 
 FAILURES = (LookupError, ValueError, AttributeError, TypeError)
 

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import BadInput
-from tasks.models.chat import Message, check_arguments, find_turn_end, write_chat
+from tasks.models.chat import check_arguments, find_turn_end, write_chat
 from tasks.models.reference import ModelRef, explain_load_errors, local_name
 from tasks.models.stops import chosen_stops, configured_stops
-from tasks.models.template import Unfilled, write_last
+from tasks.models.template import Message, Unfilled, write_last
 from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.prompts import Columns
+from tasks.models.template import Message
 from tasks.rows.messages import (
-    Message,
     Refused,
     Tools,
     expect_text,

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from tasks.models.template import last_of_user
+from tasks.models.template import Message, last_of_user
 
-Message = dict[str, Any]
 Tools = list[dict[str, Any]]
 
 MORE = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # what a message may have beside role and content

@@ -11,11 +11,11 @@ import pyarrow as pa
 from configs.errors import BadInput
 from configs.prompts import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
 from storage.lineage import digest_file, digest_json
-from tasks.models.template import Unfilled, fill_template, last_of_user, write_last
+from tasks.models.template import Message, Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
-from tasks.rows.messages import Message, Refused, check_prompt, read_reasoning, read_reference
+from tasks.rows.messages import Refused, check_prompt, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
@@ -43,7 +43,8 @@ def check_prompts(
     if key in CHECKED:
         return
     split = deal_prompts(config, seed)
-    _check_templates(templates, [*split.train, *split.eval])
+    if config.unusable == "refuse":  # else such rows are left out, once both sides are there to say which
+        _check_templates(templates, [*split.train, *split.eval])
     if references and not any(row.reference for row in split.train):
         raise BadInput(f"{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
     CHECKED.add(key)

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from storage.lineage import digest_json
 from storage.schemas import ACCOUNTS, prompts_schema
-from tasks.rows.messages import MORE, Fields, Message, Refused, store_messages
+from tasks.models.template import Message
+from tasks.rows.messages import MORE, Fields, Refused, store_messages
 
 TRAIN, EVAL, LEFT, TWICE, OTHER = "to train on", "held out", "left over", "duplicates", "duplicates with another reference"
 UNREAD, BARRED, LOST, CLOSED, TOO_LONG = (

@@ -12,7 +12,7 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from configs.load import dump_content
-from configs.models import Model
+from configs.models import STUDENT, Model, describe_teacher
 from configs.prompts import FilePrompts, GymPrompts, HubPrompts
 from configs.schema import Recipe
 from storage.store import Run, round_slot
@@ -56,7 +56,7 @@ def render_card(run: Run, number: int, *, where: str) -> str:
         best=find_best(table, recipe.evaluate.best),
         where=where,
         told=told,
-        lineage=format_table(_list_lineage(run, number, manifest)),
+        lineage=format_table(_list_lineage(run, recipe, number, manifest)),
         versions=", ".join(f"{name} {found}" for name, found in manifest["versions"].items()),
         notes=list(_list_notes(recipe)),
         toml=dump_content(recipe),
@@ -69,10 +69,12 @@ class _Source:
 
     def __init__(self, config: Model):
         self.model = config.model
-        self.hub_id = (
-            None if config.model is None or Path(config.model).exists() or config.model.endswith(".gguf") else config.model
-        )
-        if self.hub_id:
+        self.hub_id = None
+        if config.model not in (None, STUDENT) and not (Path(config.model).exists() or config.model.endswith(".gguf")):
+            self.hub_id = config.model
+        if config.model == STUDENT:
+            self.about = "itself"
+        elif self.hub_id:
             self.about = f"[{self.hub_id}](https://huggingface.co/{self.hub_id})"
         elif config.model:
             self.about = quote(Path(config.model).name)
@@ -114,13 +116,15 @@ def _describe(recipe: Recipe) -> ModelCardData:
     )
 
 
-def _list_lineage(run: Run, number: int, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _list_lineage(run: Run, recipe: Recipe, number: int, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Digests of the checkpoint whose manifest this is, and of what it was made from."""
     rows = [
         ("this checkpoint", manifest["digest"], None),
         (_name_before(number), manifest["inputs"]["student"]["digest"], None),
     ]
-    if teacher := run.manifest(round_slot(0, "evals", "teacher")):
+    if recipe.teacher is not None and recipe.teacher.weights == "round":
+        rows.append(("teacher", manifest["inputs"]["student"]["digest"], None))
+    elif teacher := run.manifest(round_slot(0, "evals", "teacher")):
         rows.append(("teacher", teacher["inputs"]["model"]["digest"], None))
     for name, slot in (("prompts", "prompts/train"), ("held-out prompts", "prompts/eval")):
         if prompts := run.manifest(slot):
@@ -146,8 +150,10 @@ def _list_notes(recipe: Recipe) -> Iterator[str]:
     share = recipe.rollout.on_policy
     given = "the teacher's own completions" if recipe.rollout.off_policy == "teacher" else "the references of the prompts"
     yield f"Trained on: {share:.0%} the student's own samples" + (f", {1 - share:.0%} {given}." if share < 1 else ".")
+    if about := describe_teacher(recipe.student, recipe.teacher):
+        yield f"{about[0].upper()}{about[1:]}."
     for role, config in (("Student", recipe.student), ("Teacher", recipe.teacher)):
-        if config is None:
+        if config is None or config.model == STUDENT:
             continue
         source_of = _Source(config)
         card = source_of.card
@@ -158,5 +164,5 @@ def _list_notes(recipe: Recipe) -> Iterator[str]:
             yield f"{role}: {source_of.about}, licence {quote(str(licence))} by its model card."
         else:
             yield f"{role}: {source_of.about}; no licence of it is known here: look at where it came from."
-    if recipe.teacher is not None and recipe.teacher.model is not None:
+    if recipe.teacher is not None and recipe.teacher.model not in (None, STUDENT):
         yield "A teacher's licence may reach a model that was trained on its judgement: read it before you hand this one on."

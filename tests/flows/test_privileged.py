@@ -13,6 +13,8 @@ from configs.load import load_recipe
 from configs.models import describe_teacher
 from configs.schema import Recipe
 from flows.distill import distill
+from flows.start import check_data
+from storage.artifacts import read_table
 from tasks.completions import make_completions
 from tasks.engines.choose import get_engine, release
 from tasks.evaluate import evaluate_prompts
@@ -20,6 +22,7 @@ from tasks.gates.sample import Sample
 from tasks.models.reference import ModelRef, make_reference
 from tasks.models.text import Side
 from tasks.preflight import examine, roll_out_sample, score_sample
+from tasks.prompts import make_prompts
 from tasks.rows.messages import prompts_of
 from tasks.rows.plan import Row
 from tasks.rows.sources import split_prompts
@@ -191,6 +194,14 @@ def test_templates_that_cannot_be_filled(potstill, recipe, tmp_path, teacher, pa
     given = rows if "{gold}" in str(teacher) else ROWS
     refused(potstill("run", recipe(teacher, rows=given)), *parts)
     assert not (tmp_path / "runs").exists()
+
+
+def test_rows_that_a_template_cannot_be_filled_with_may_be_left_out(recipe, tmp_path):
+    rows = [row | {"gold": None if row["level"] in (6, 9) else "x"} for row in ROWS]
+    loaded = load_recipe(recipe({"template": "{prompt} {gold}"}, rows=rows), ("prompts.unusable=leave_out",))
+    check_data(loaded)
+    made = make_prompts.fn(loaded, refs_of(loaded))
+    assert sum(read_table(split).num_rows for split in (made.train, made.eval)) == len(ROWS) - 2
 
 
 def test_a_conversation_without_a_message_of_the_users(potstill, recipe, tmp_path):

@@ -18,7 +18,7 @@ from fake_hub import FakeHub
 from helpers import Ended, made, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.load import load_recipe, validate_recipe
+from configs.load import dump_recipe, load_recipe, validate_recipe
 from storage.lineage import digest_folder
 from storage.read import scan
 from storage.store import Run
@@ -224,6 +224,24 @@ def test_licences_of_both_models_are_those_that_their_folders_name(tiny, recipe,
     assert "[org/large](https://huggingface.co/org/large); no licence of it is known here" in body
     assert 'return_tensors="pt", enable_thinking=False' in body
     assert '{"role": "system", "content": "Be \\"brief\\"."}' in body
+
+
+def test_a_student_that_is_its_own_teacher_is_no_model_of_the_hub(tiny, recipe, tmp_path):
+    """Nor is the teacher of its second round the model that it was before the first."""
+    run = Run(str(tmp_path), "tiny")
+    shutil.copytree(tiny, run.path)
+    of_rounds = {}
+    for weights in ("start", "round"):
+        teacher = {"model": "student", "weights": weights, "template": "{prompt} {reference}"}
+        run.write_text("run.toml", dump_recipe(load_recipe(recipe(teacher=teacher))))
+        _, body = parts(render_card(run, 2, where="me/x"))
+        assert "taught by itself" in body
+        assert "huggingface.co/student" not in body
+        assert "The teacher is the student itself; the teacher alone reads the row's reference." in body
+        assert "licence may reach" not in body
+        of_rounds[weights] = re.findall(r"\| (teacher|the student of round 1) \| (`\w+`)", body)
+    assert [digest for _, digest in of_rounds["round"]] == 2 * [of_rounds["start"][0][1]]
+    assert of_rounds["start"][0] != of_rounds["start"][1]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import BadInput
 from configs.load import load_recipe
-from flows import start
+from flows import publish, start
 from flows.distill import distill
 from flows.start import count_settled, find_result
 from storage import lineage
@@ -70,11 +70,12 @@ def test_inspect_imports_no_model_library_and_draws_nothing(tiny, arguments):
     assert not imported & {*LIBRARIES, "altair"}
 
 
-def test_report_imports_no_model_library(tiny, tmp_path):
+def test_report_does_not_import_prefect(tiny, tmp_path):
+    """It reads both tokenizers, to show what each side read of a prompt, so transformers is imported."""
     shutil.copytree(tiny, tmp_path / "tiny")
     status, _, imported = command("report", tmp_path / "tiny")
     assert status == 0
-    assert not imported & LIBRARIES
+    assert "prefect" not in imported
 
 
 # -- a complete run --------------------------------------------------------------------------------------------------------
@@ -104,6 +105,31 @@ def copied(tiny, tmp_path) -> Path:
     shutil.copytree(tiny.parent, tmp_path / "copied")
     yield tmp_path / "copied"
     SUSPECTS.clear()
+
+
+def test_a_round_that_was_stopped_before_its_card_gets_it(copied, monkeypatch):
+    overrides, run, card = (f"root={copied}",), copied / "tiny", copied / "tiny" / "round=0002" / "README.md"
+    wanted = card.read_text()
+    card.unlink()
+    (run / "_manifests" / "round=0002" / "evals" / "student.json").unlink()  # so that the round is evaluated, and ends, again
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "write_card", interrupt)
+        with pytest.raises(Interrupted):
+            distill(str(TINY), overrides=overrides)
+    recipe = load_recipe(TINY, overrides)
+    assert Run(recipe.root, recipe.name).rounds_done() == 2
+    assert find_result(recipe, None) is None
+    distill(str(TINY), overrides=overrides)
+    assert card.read_text() == wanted
+    assert find_result(recipe, None) is not None
+
+
+class Interrupted(Exception):
+    """What stops a run here."""
+
+
+def interrupt(*_: object) -> None:
+    raise Interrupted
 
 
 def test_a_moved_run_is_still_complete(copied):

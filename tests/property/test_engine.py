@@ -16,8 +16,9 @@ from configs.models import Scratch
 from configs.schema import Gates
 from tasks.engines import decoding
 from tasks.engines.base import Completion, Sampling, TokenScores
-from tasks.engines.sampling import Sampler, uniforms
+from tasks.engines.sampling import Sampler, uniforms, warpers
 from tasks.engines.transformers import TransformersEngine, length_batches
+from tasks.gates.agreement import EDGE, may_keep
 from tasks.gates.round import engine_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
@@ -250,6 +251,25 @@ def test_an_engine_in_half_precision_is_not_taken_for_another(sampling: Sampling
 
     assert gates(sampling) == {"engine, mean": True, "engine, largest": True}
     assert gates(Sampling(32))["engine, mean"] is False
+
+
+def test_whatever_half_precision_may_keep_is_kept() -> None:
+    """Ids that cuts of rounded logits keep, and none that a cut without rounding leaves far behind."""
+    rng = torch.Generator().manual_seed(0)
+    flipped = 0
+    for top_p, top_k in ((0.9, 0), (0.5, 0), (0.97, 20), (1.0, 5)):
+        sampling = Sampling(1, 1, top_p, top_k)
+        logits = torch.randn(2000, 40, generator=rng) * 3
+        rounded = logits + (torch.rand(logits.shape, generator=rng) - 0.5) * EDGE  # of odds that is EDGE at most
+        kept, elsewhere = (warpers(sampling)(None, each.clone()) > -torch.inf for each in (logits, rounded))  # type: ignore[arg-type]
+        likeliest = warpers(replace(sampling, top_p=1.0))(None, logits.clone())  # type: ignore[arg-type]
+        found = torch.cat([may_keep(likeliest, logits[:, i : i + 1], top_p) for i in range(logits.shape[1])], 1)
+        assert found[kept | elsewhere].all()
+        flipped += int((elsewhere & ~kept).sum())
+        law = likeliest.double().softmax(-1)
+        above = torch.stack([(law * (logits > logits[:, i : i + 1])).sum(-1) for i in range(logits.shape[1])], 1)
+        assert not found[(likeliest > -torch.inf) & (above > 1 - (1 - top_p) / 20 + 1e-9)].any()  # deep in what is cut
+    assert flipped > 100
 
 
 def test_progress_is_told_of_every_completion_and_batches_are_of_like_lengths() -> None:
