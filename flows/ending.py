@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks.running.attached import kill_attached
+from tasks.views.escapes import escape_controls
 
 if TYPE_CHECKING:  # which takes a while to import, and a stop may come at once
     from configs.schema import Recipe
@@ -61,7 +62,7 @@ def ending() -> Iterator[None]:
 def end(message: str, status: int) -> NoReturn:
     """End the command with one message."""
     if _told is None:  # else it is what the stop broke
-        print(f"potstill: {message}", file=sys.stderr)
+        print(f"potstill: {escape_controls(message)}", file=sys.stderr)
     sys.exit(status)
 
 

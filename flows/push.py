@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 
 from configs.errors import BadInput, Unavailable
 from storage.artifacts import local_folder
+from storage.lineage import files_below
 from storage.store import Run, round_slot
 from tasks.views.card import FILE, render_card
 from tasks.views.inspect import check_run, open_run
@@ -33,9 +34,10 @@ def push_student(address: str, repo: str, *, number: int | None = None, best: bo
     checkpoint = run.find(slot)
     assert checkpoint is not None
     root = Path(local_folder(checkpoint))
-    weights = [
-        CommitOperationAdd(file.relative_to(root).as_posix(), file) for file in sorted(root.rglob("*")) if file.is_file()
-    ]
+    files = files_below(root)
+    if run.local:
+        check_inside(Path(run.path), files)
+    weights = [CommitOperationAdd(file.relative_to(root).as_posix(), file) for file in files]
     api = HfApi(token=token, library_name="potstill")
     try:
         name = api.create_repo(repo, private=not public, exist_ok=True).repo_id
@@ -48,6 +50,14 @@ def push_student(address: str, repo: str, *, number: int | None = None, best: bo
     except Exception as error:
         raise _explain_failure(name, api.endpoint, error) from None
     return commit.commit_url
+
+
+def check_inside(folder: Path, files: list[Path]) -> None:
+    """Raise BadInput where a file is a link out of `folder`: what a stranger's run links to is not handed on."""
+    whole = folder.resolve()
+    for file in files:
+        if not (target := file.resolve()).is_relative_to(whole):
+            raise BadInput(f"{file}: leads to {target}, out of {folder}, so it is not sent; put a copy in its place")
 
 
 def choose_round(run: Run, number: int | None, *, best: bool) -> int:

@@ -10,8 +10,11 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeInt, TypeAdapter
 
 from configs.errors import BadInput
 from configs.load import flatten
@@ -27,6 +30,17 @@ if TYPE_CHECKING:
 FILE = "track.json"
 IN_THE_EXTRA = ("tensorboard", "trackio", "wandb")
 IN_THE_RUN = ("dvclive", "tensorboard")  # write a folder of theirs in the run's
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What `track.json` says."""
+
+    id: str = ""  # by which wandb knows the run again
+    sent: dict[str, NonNegativeInt] = field(default_factory=dict)  # the last round that each tracker has
+
+
+SENT = TypeAdapter(Sent)
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -46,11 +60,13 @@ class Trackers:
         self.run, self.recipe = run, recipe
         self.started: dict[TrackerName, GeneralTracker] = {}
         try:
-            found = json.loads(run.read_text(FILE)) if run.fs.exists(f"{run.path}/{FILE}") else {}
+            found = SENT.validate_json(run.read_text(FILE)) if run.fs.exists(f"{run.path}/{FILE}") else Sent()
         except ValueError:
-            raise BadInput(f"{run.path}/{FILE}: not JSON; remove it, and every round is sent to the trackers again") from None
-        self.id: str = found.get("id") or uuid.uuid4().hex
-        self.sent: dict[str, int] = found.get("sent", {})  # the last round that each one has
+            raise BadInput(
+                f"{run.path}/{FILE}: not what was written there; remove it, and every round is sent to the trackers again"
+            ) from None
+        self.id = found.id or uuid.uuid4().hex
+        self.sent = found.sent
 
     def have(self, number: int) -> bool:
         """Whether each of them has the rounds up to `number`."""
@@ -72,7 +88,7 @@ class Trackers:
             for step, figures in list_metrics(self.run.address, number):
                 self.started[name].log(figures, step=step)
             self.sent[name] = number
-            self.run.write_text(FILE, json.dumps({"id": self.id, "sent": self.sent}, indent=1))
+            self.run.write_text(FILE, json.dumps(asdict(Sent(self.id, self.sent)), indent=1))
 
     def _start(self, name: TrackerName) -> "GeneralTracker":
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS

@@ -11,9 +11,12 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def link(source: str, target: str | Path) -> object:
-    """Make a hard link, since committed files are never changed; a copy where the disk cannot link."""
+    """Make a hard link, since committed files are never changed; a copy where the disk cannot link.
+
+    Of a symbolic link, to the file that it leads to: what another run has must not change with it.
+    """
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
     return target

@@ -4,6 +4,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ class Folder:
             raise BadInput(f"root: {root} cannot be used: {error}; give a folder, or a URI such as s3://bucket/runs") from None
         self.uri, self.root = root, base.rstrip("/")
         self.path = posixpath.join(self.root, name)
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in self.path):
+            raise BadInput(f"root: {self.path!a}: a control character, or what is not UTF-8, in its name; choose another one")
         self.local = isinstance(self.fs, LocalFileSystem)
         self.address = self.address_of(self.path)
 
@@ -109,11 +112,10 @@ class Folder:
                 return digest_stream(file)
         return digest_json({posixpath.relpath(file, path): self.digest(file) for file in self.fs.find(path)})
 
-    def count_rows(self, path: str) -> int:
-        """Rows of a Parquet file, from its footer."""
+    def read_footer(self, path: str) -> pq.FileMetaData:
+        """Rows and columns of a Parquet file. Raises ArrowInvalid where it is none."""
         with self.fs.open(path, "rb") as file:
-            rows: int = pq.read_metadata(file).num_rows
-        return rows
+            return pq.read_metadata(file)
 
     def copy(self, source: str, target: Path) -> None:
         """Link or copy a file or folder of this filesystem to a local path on the same disk as `workspace`."""

@@ -1,11 +1,12 @@
 """A run's tables as polars frames, for notebooks and for the views."""
 
-from glob import has_magic
+from glob import escape, has_magic
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from storage.filesystems import filesystem
 from storage.schemas import SCHEMAS
 
 FOLDERS = {"vocab", "prompts", "accounts"}
@@ -15,22 +16,30 @@ def scan(run: str, table: str) -> pl.LazyFrame:
     """Scan a table of a run, or of several (`runs/*`), as a LazyFrame.
 
     `run` is a run's folder or URI. Tables of rounds get a `round` column, and `vocab` gets a `side` column. With a pattern
-    for `run`, a `run` column names each row's run. Raises ValueError for an unknown table.
+    for `run`, a `run` column names each row's run; a folder of that very name is no pattern. Raises ValueError for an unknown
+    table.
     """
     if table not in SCHEMAS:
         raise ValueError(f"unknown table '{table}'; give one of {', '.join(SCHEMAS)}")
     run = run.rstrip("/")
     per_round = table not in FOLDERS
+    if several := has_magic(run):
+        fs, path = filesystem(run)
+        several = not fs.exists(path)
+        run = run if several else escape(run)
+    hive = per_round and "=" not in run  # polars makes a column of every `name=value` in a path, above the run, too
     frame = pl.scan_parquet(
         f"{run}/round=*/{table}/*.parquet" if per_round else f"{run}/{table}/*.parquet",
-        hive_partitioning=per_round,
-        hive_schema={"round": pl.Int32} if per_round else None,
+        hive_partitioning=hive,
+        hive_schema={"round": pl.Int32} if hive else None,
         include_file_paths="file",
         missing_columns="insert",
         extra_columns="ignore",
         cast_options=pl.ScanCastOptions(missing_struct_fields="insert", extra_struct_fields="ignore"),
     )
-    if has_magic(run):
+    if per_round and not hive:
+        frame = frame.with_columns(round=pl.col("file").str.extract(r"/round=(\d+)/[^/]+/[^/]+$").cast(pl.Int32))
+    if several:
         levels = 4 if per_round else 3
         frame = frame.with_columns(run=pl.col("file").str.split("/").list.get(-levels))
     if table == "vocab":

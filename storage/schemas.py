@@ -180,3 +180,22 @@ SCHEMAS = {
     "evals": EVALS,
     "gates": GATES,
 }
+
+
+def explain_columns(table: str, found: pa.Schema) -> str | None:
+    """Why a file with these columns is no part of `table`; None where it is one. Older runs lack columns that came later."""
+    wanted = [column for column in SCHEMAS.get(table, found) if column.name in found.names]
+    if not wanted:
+        return f"it has no column of {table}"
+    for column in wanted:
+        kind = found.field(column.name).type
+        if _outline(kind) != _outline(column.type):
+            return f"its column {column.name} is {kind}, not {column.type}"
+    return None
+
+
+def _outline(kind: pa.DataType) -> str:
+    """A type without the names of what is in lists, and the fields of structs, which follow a source of prompts."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return f"{'large ' * pa.types.is_large_list(kind)}list of {_outline(kind.value_type)}"
+    return "struct" if pa.types.is_struct(kind) else str(kind)

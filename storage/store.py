@@ -31,6 +31,8 @@ from storage.damage import clear_suspicion, is_suspect
 from storage.filesystems import explain_unreachable
 from storage.folder import Folder
 from storage.lineage import digest_json, digest_local, versions
+from storage.manifests import parse_manifest
+from storage.schemas import explain_columns
 
 
 def round_slot(number: int, *parts: str) -> str:
@@ -69,7 +71,7 @@ class Run(Folder):
     def manifest(self, slot: str) -> dict[str, Any] | None:
         """The manifest of `slot`; None where there is none, or where it cannot be read."""
         try:
-            return _parse_manifest(self.fs.cat_file(self._manifest_path(slot)))
+            return parse_manifest(self.fs.cat_file(self._manifest_path(slot)), slot)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -104,11 +106,19 @@ class Run(Folder):
                 return f"it has {size} bytes, and had {manifest['bytes']}"
             if read and self.digest(path) != manifest["digest"]:
                 return "its content was altered"
-            if read and path.endswith(".parquet") and (rows := self.count_rows(path)) != manifest["rows"]:
+            if read and path.endswith(".parquet") and (rows := self.read_footer(path).num_rows) != manifest["rows"]:
                 return f"it has {rows} rows, its manifest says {manifest['rows']}"
+        except pa.ArrowInvalid:
+            return "it is no Parquet file"
         except OSError as error:
             return f"it cannot be read: {error.strerror or error}"
         return None
+
+    def find_misfit(self, slot: str) -> str | None:
+        """Why the intact file at `slot` is no part of its table; None where it is one, or where a folder lies there."""
+        path = posixpath.join(self.path, slot + ".parquet")
+        table = slot.split("/")[1 if slot.startswith("round=") else 0]
+        return explain_columns(table, self.read_footer(path).schema.to_arrow_schema()) if self.fs.exists(path) else None
 
     def rounds_done(self) -> int:
         """How many rounds are complete. A round is complete when the student that it trained has been evaluated."""
@@ -234,7 +244,7 @@ class Run(Folder):
             return None
         try:
             return validate_recipe(tomllib.loads(self.read_text("run.toml")), path)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadInput(f"{path}: not valid TOML: {error}; restore this file, or choose another name or root") from None
 
     def check_recipe(self, recipe: Recipe) -> None:
@@ -271,13 +281,3 @@ def _list_once(run: Run) -> frozenset[str]:
     if run.address not in _listed:
         _listed[run.address] = frozenset(run.slots())
     return _listed[run.address]
-
-
-def _parse_manifest(data: bytes) -> dict[str, Any] | None:
-    """Parse a manifest; None where it is truncated or altered."""
-    try:
-        manifest = json.loads(data)
-        whole = all(isinstance(manifest[name], str) for name in ("key", "path", "digest")) and isinstance(manifest["rows"], int)
-    except (ValueError, TypeError, KeyError):
-        return None
-    return manifest if whole else None

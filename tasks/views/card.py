@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from configs.load import dump_content
 from configs.models import STUDENT, Model, describe_teacher
@@ -43,9 +45,12 @@ def render_card(run: Run, number: int, *, where: str) -> str:
     assert recipe is not None
     assert manifest is not None
     table = summarise_rounds(run.address)
-    told = "".join(f", {name}={value!r}" for name, value in recipe.student.chat_template_kwargs.items())
+    told = "".join(
+        f", {key}={value!r}" if key.isidentifier() else f", **{ {key: value}!r}"
+        for key, value in recipe.student.chat_template_kwargs.items()
+    )
     body = TEMPLATES.get_template("card.md").render(
-        name=run.name,
+        name=recipe.name,
         number=number,
         recipe=recipe,
         student=_Source(recipe.student),
@@ -69,9 +74,7 @@ class _Source:
 
     def __init__(self, config: Model):
         self.model = config.model
-        self.hub_id = None
-        if config.model not in (None, STUDENT) and not (Path(config.model).exists() or config.model.endswith(".gguf")):
-            self.hub_id = config.model
+        self.hub_id = config.model if config.model and config.model != STUDENT and _is_hub_id(config.model) else None
         if config.model == STUDENT:
             self.about = "itself"
         elif self.hub_id:
@@ -98,6 +101,17 @@ class _Source:
         except (OSError, ValueError):
             return None
         return described if isinstance(described, ModelCardData) else None
+
+
+def _is_hub_id(model: str) -> bool:
+    """Whether a recipe's model names a repository. A folder that is gone is told from one by its name alone."""
+    if Path(model).exists() or model.endswith(".gguf"):
+        return False
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _describe(recipe: Recipe) -> ModelCardData:

@@ -21,7 +21,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _fit_cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    text = re.sub(r"\\(?=\|)", r"\\ ", re.sub(r"\s+", " ", text))  # a backslash before it would free the bar again
+    return text.replace("|", "\\|")
 
 
 def quote(text: str) -> str:

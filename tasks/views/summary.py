@@ -20,7 +20,7 @@ def summarise_run(run: Run, recipe: Recipe) -> str:
     """The page. It holds all that it shows: nothing is fetched when it is looked at."""
     rounds, done = summarise_rounds(run.address), run.rounds_done()
     parts = [
-        f"# {run.name}",
+        f"# {recipe.name}",
         f"objective {quote(recipe.objective.name)} · {done} of {recipe.rounds} rounds · in {quote(run.address)}",
     ]
     if len(rounds):

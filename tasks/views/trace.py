@@ -75,12 +75,13 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
 
 
 def find_damage(run: str, read: bool = True) -> list[dict[str, Any]]:
-    """Every artifact that is not what its manifest says, and every manifest that cannot be read.
+    """Every artifact that is not what its manifest says or its table has, and every manifest that cannot be read.
 
     Digests are computed again; without `read` sizes alone are compared.
     """
     here = open_run(run)
-    return [{"artifact": slot, "problem": problem} for slot in here.slots() if (problem := here.find_damage(slot, read))]
+    found = {slot: here.find_damage(slot, read) or (here.find_misfit(slot) if read else None) for slot in here.slots()}
+    return [{"artifact": slot, "problem": problem} for slot, problem in found.items() if problem]
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def refuse_damage(run: str, sizes_first: bool = False) -> Iterator[None]:
         raise _describe_damage(run, damages)
     try:
         yield
-    except (pl.exceptions.PolarsError, pa.ArrowException, KeyError, OSError) as error:
+    except (pl.exceptions.PolarsError, pa.ArrowException, KeyError, TypeError, OSError) as error:
         if damages := find_damage(run):
             raise _describe_damage(run, damages) from error
         raise

@@ -1,5 +1,6 @@
 """The `potstill` command as people meet it: help, tables, plain lines in a log, bars on a terminal."""
 
+import logging
 import math
 import os
 import pty
@@ -13,9 +14,10 @@ import pytest
 from helpers import CHECKOUT, POTSTILL, TINY, files
 
 from flows import cli
-from flows.terminal import print_table
+from flows.ending import end
+from flows.terminal import Plain, print_line, print_table
 from storage.read import scan
-from tasks.views.escapes import CONTROLS
+from tasks.views.escapes import CONTROLS, escape_controls
 from tasks.views.inspect import show_round
 
 ANSI = "\x1b"
@@ -226,6 +228,22 @@ def test_texts_are_shown_as_they_are(capsys):
     assert "[/INST] [red]x[/red] [b]" in shown
     assert r"\x1b[2J\x1b]0;title\x07\x9b31m bell\x0d" in shown
     assert not set(shown) & set(map(chr, CONTROLS))
+
+
+@pytest.mark.parametrize("text", ["[/red]", "[bold]x", "\x1b[2J", "\x9b31m"])
+def test_names_are_shown_as_they_are(capsys, text):
+    """In titles, columns, lines, the log and a command's last line: a folder, a field and a model may be called anything."""
+    record = logging.LogRecord("potstill", logging.INFO, "", 0, "%s", (text,), None)
+    print_table(text, [{text: 1}])
+    print_table(text, [])
+    print_line(text)
+    print(Plain().format(record))
+    with pytest.raises(SystemExit):
+        end(text, 2)
+    shown = capsys.readouterr()
+    assert shown.out.count(escape_controls(text)) == 5
+    assert shown.err == f"potstill: {escape_controls(text)}\n"
+    assert not set(shown.out + shown.err) & set(map(chr, CONTROLS))
 
 
 def test_the_commands_entry_point():

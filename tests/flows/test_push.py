@@ -1,5 +1,6 @@
 """`potstill push`: what arrives at the Hub, and what stops it. The card that goes with a student."""
 
+import json
 import os
 import re
 import shutil
@@ -12,10 +13,12 @@ from typing import Any
 
 import polars as pl
 import pytest
+import tomli_w
 import torch
 import yaml
 from fake_hub import FakeHub
 from helpers import Ended, made, refused
+from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import dump_recipe, load_recipe, validate_recipe
@@ -278,3 +281,46 @@ def test_the_command_by_itself(hub, tiny, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout) == (0, f"{hub.url}/me/tiny/commit/{'0' * 40}\n"), done.stderr
     assert "model.safetensors" in hub.repos["me/tiny"]["files"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_run_links_to_is_not_handed_on(push, hub, tiny, tmp_path, kind):
+    """A stranger's run, whose manifest fits what its links lead to."""
+    run, secret = tmp_path / "tiny", tmp_path / "secret"
+    shutil.copytree(tiny, run)
+    student = run / "round=0002" / "student"
+    if kind == "folder":
+        student.rename(secret)
+        student.symlink_to(secret)
+    else:
+        secret.write_text("{}")
+        (student / "chat.json").symlink_to(secret)
+    manifest = run / "_manifests" / "round=0002" / "student.json"
+    size = sum(path.stat().st_size for path in student.iterdir())
+    lie = {"digest": digest_folder(student), "bytes": size}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | lie))
+    ended = push("me/x", run=run)
+    refused(ended, f"out of {run}, so it is not sent; put a copy in its place")
+    assert not hub.repos
+
+
+def test_what_others_wrote_is_text_in_a_card(tiny, tmp_path):
+    """Names, models and versions of a stranger's run: no markup, no line of their own."""
+    bad = "x](javascript:alert(1)) <script> \n```\n# head"
+    run = tmp_path / "[x](javascript:alert(1)) <script>"
+    shutil.copytree(tiny, run)
+    text = tomllib.loads((run / "run.toml").read_text())
+    text["student"] = {"model": bad, "rendering": "chat", "chat_template_kwargs": {bad: bad}}
+    text["teacher"] = {"model": "/home/somebody/models/qwen"}
+    (run / "run.toml").write_text(tomli_w.dumps(text))
+    manifest = run / "_manifests" / "round=0002" / "student.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"versions": {bad: bad}}))
+    _, body = parts(render_card(Run(str(tmp_path), run.name), 2, where="me/x"))
+    page = MarkdownIt("commonmark").enable("table").render(body)
+    shown = re.sub(r"<code.*?</code>", "", page, flags=re.DOTALL)
+    assert "javascript" not in shown
+    assert "script" not in shown
+    assert "# head" not in shown
+    assert re.findall("<h1>(.*)</h1>", page) == ["tiny"]
+    assert "/home/somebody" not in body
+    assert "huggingface.co//home" not in body

@@ -12,9 +12,10 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from helpers import files, refused
 
+from configs.errors import BadInput
 from configs.load import list_differences, load_recipe
 from configs.schema import Recipe
-from flows.track import Trackers, check_trackers, follow
+from flows.track import FILE, Trackers, check_trackers, follow
 from storage.read import scan
 from storage.store import Run
 
@@ -195,6 +196,14 @@ def test_what_was_sent_is_not_known(followed):
     run.write_text("track.json", "{")
     with pytest.raises(Exception, match=r"track.json: not JSON; remove it"):
         Trackers(run, recipe)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "\x00", '{"sent": []}', '{"sent": {"tensorboard": "x"}}', '{"id": 5}'])
+def test_a_note_that_lies(recipe, tmp_path, text):
+    run = Run(str(tmp_path), "a")
+    run.write_text(FILE, text)
+    with pytest.raises(BadInput, match=r"track\.json: not what was written there; remove it"):
+        Trackers(run, load_recipe(recipe()))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_by_name(potstill, recipe, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -10,12 +11,14 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from configs.errors import CannotWrite, Damaged
+from configs.errors import BadInput, CannotWrite, Damaged
 from storage import disk
 from storage.artifacts import local_folder, read_table
 from storage.damage import mend
+from storage.lineage import digest_local
 from storage.schemas import STEPS
 from storage.store import Run
+from tasks.views.trace import find_damage
 
 SLOT = "round=0001/scores/part-00000"
 FOLDERS = {"student": "round=0001/student", "trainer": "round=0001/trainer"}
@@ -205,6 +208,95 @@ def test_a_clock_that_goes_backwards(root, monkeypatch):
     os.utime(first.path, ns=(0, 0))  # older than everything it was made from
     assert run.build_table(SLOT, {"x": 1}, lambda: pytest.fail("made again"), lambda _: None) == first
     assert run.manifest(SLOT)["seconds"] >= 0
+
+
+# -- what lies ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"path": "../../secret"},
+        {"path": "/etc/hostname"},
+        {"path": f"{SLOT}/../part-00000.parquet"},
+        {"path": ""},
+        {"path": "round=0001/scores/part-00001.parquet"},
+        {"seconds": "long"},
+        {"seconds": float("nan")},
+        {"rows": -1},
+        {"bytes": "x"},
+        {"inputs": [1]},
+        {"versions": None},
+        {"taken_from": 5},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_lies(root, lie):
+    """About what lies elsewhere, or in other types than are read: it is no manifest, and the work is done again."""
+    run = Run(root, "a")
+    first = run.build_table(SLOT, {"x": 1}, table, lambda _: None)
+    path = Path(run.path) / "_manifests" / f"{SLOT}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | lie))
+    assert run.find(SLOT) is None
+    assert run.find_damage(SLOT) == "its manifest cannot be read"
+    other = Run(root, "b").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    assert "taken_from" not in Run(root, "b").manifest(SLOT)
+    assert (other.digest, run.build_table(SLOT, {"x": 1}, table, lambda _: None)) == (first.digest, first)
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"x": [1, 2, 3]}, "it has no column of steps"),
+        ({"step": ["1", "2", "3"], "loss": [1.0] * 3}, "its column step is string, not int32"),
+        ({"step": [[1], [2], [3]]}, "its column step is list<element: int64>, not int32"),
+    ],
+)
+def test_a_table_of_another_schema(root, columns, problem):
+    """With a manifest that fits it: `inspect --verify` and the views say so."""
+    run = Run(root, "a")
+    slot = "round=0001/steps/part-00000"
+    run.build_table(slot, {"x": 1}, lambda: pa.table(columns), lambda _: None)
+    assert run.find_damage(slot) is None
+    assert run.find_misfit(slot) == problem
+    assert find_damage(run.path) == [{"artifact": slot, "problem": problem}]
+    run.build_table(slot, {"x": 2}, table, lambda _: None)
+    assert find_damage(run.path) == []
+    run.build_table(slot, {"x": 3}, lambda: pa.table({"step": pa.array([1], pa.int32())}), lambda _: None)
+    assert find_damage(run.path) == []  # of an older version, which had fewer columns
+
+
+def test_what_is_no_parquet(root):
+    run = Run(root, "a")
+    path = Path(run.build_table(SLOT, {"x": 1}, table, lambda _: None).path)
+    path.unlink()
+    path.write_text("text")
+    manifest = Path(run.path) / "_manifests" / f"{SLOT}.json"
+    lie = {"bytes": 4, "digest": digest_local(path)}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | lie))
+    assert run.find_damage(SLOT) == "it is no Parquet file"
+
+
+def test_a_link_is_taken_over_as_the_file_that_it_leads_to(root, tmp_path):
+    first = Run(root, "a").build_table(SLOT, {"x": 1}, table, lambda _: None)
+    Path(first.path).rename(tmp_path / "moved.parquet")
+    Path(first.path).symlink_to(os.path.relpath(tmp_path / "moved.parquet", Path(first.path).parent))
+    second = Run(root, "b").build_table(SLOT, {"x": 1}, lambda: pytest.fail("made again"), lambda _: None)
+    assert not Path(second.path).is_symlink()
+    assert read_table(second).equals(table())
+
+
+@pytest.mark.parametrize("name", ["new\nline", "\x1b[2J", "\udcff"])
+def test_a_root_whose_name_nobody_can_read(tmp_path, name):
+    with pytest.raises(BadInput, match=f"root: '.*{re.escape(ascii(name)[1:-1])}/a': a control character, or"):
+        Run(str(tmp_path / name), "a")
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"\x00", b"name = "])
+def test_a_recipe_that_is_none(tmp_path, data):
+    (tmp_path / "run.toml").write_bytes(data)
+    with pytest.raises(BadInput, match=r"run\.toml: not valid TOML"):
+        Run(str(tmp_path.parent), tmp_path.name).frozen_recipe()
 
 
 # -- disks ----------------------------------------------------------------------------------------------------------------

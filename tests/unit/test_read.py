@@ -181,3 +181,17 @@ def test_unpack_laws(tmp_path):
     put(tmp_path / "a", "round=0001/scores/part-00000", laws, SCORES)
     frame = unpack_laws(scan(f"{tmp_path}/a", "scores")).rename({"classes": "ids"})
     assert frame.collect().to_dicts() == naive(rows, round=1)
+
+
+@pytest.mark.parametrize("name", ["br[ack]et", "st*r", "q?", "{a,b}", "round=0007", "lr=0.1", "model=x", "a b", "日本", "5%25"])
+def test_a_root_of_any_name(root, tmp_path, name):
+    """Brackets and stars in the name of a folder are no pattern, and `name=value` above a run is no column of its tables."""
+    wanted = {table: scan(str(root / "a"), table).collect() for table in ("evals", "vocab")}
+    (tmp_path / "br").mkdir()
+    (tmp_path / "bra").symlink_to(root / "b")  # what the name would match as a pattern
+    place = tmp_path / name
+    place.mkdir()
+    (root / "a").rename(place / "a")
+    for table, rows in wanted.items():
+        assert scan(str(place / "a"), table).collect().select(rows.columns).equals(rows)
+    assert scan(str(place / "a"), "evals").filter(pl.col("round") == 1).collect()["prompt_id"].to_list() == ["a10", "a11"]
