@@ -10,7 +10,7 @@ SHARED = -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints schema format clean
+.PHONY: install demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints schema format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -18,6 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
+
+install: $(VENV)/.installed  ## the command, in .venv
 
 demo: $(VENV)/.installed  ## make a teacher and a student, distil, print the table (SEED=0)
 	$(BIN)/potstill run configs/quickstart.toml --set name=quickstart-seed$(SEED) --set seed=$(SEED)

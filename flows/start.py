@@ -42,7 +42,7 @@ def announce(config: Path, recipe: Recipe, rounds: int | None) -> None:
     """Log what is about to be run, where, and how much of it is committed."""
     run, target = Run(recipe.root, recipe.name), recipe.rounds if rounds is None else rounds
     if run.frozen_recipe() is None:
-        logger.info("%s: a new run of %d rounds in %s", config, target, run.address)
+        logger.info("%s: a new run of %d round%s in %s", config, target, "s" * (target != 1), run.address)
     else:
         logger.info("%s: %d of %d rounds are committed in %s", config, min(run.rounds_done(), target), target, run.address)
 

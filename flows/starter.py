@@ -17,6 +17,7 @@ from tasks.rows.files import READERS, UNPACK
 from tasks.running.progress import logger
 
 MOST_TOKENS = 256
+MANY = 512  # prompts a round, of which the default batch makes eight steps or more
 
 
 def write_recipe(out: Path, *, student: str, teacher: str, prompts: str) -> None:
@@ -89,7 +90,9 @@ def fit_prompts(data: dict[str, Any], where: str) -> None:
         return
     if data["prompts"]["source"] != "reasoning-gym":
         data["prompts"]["eval"] = min(128, max(1, len(rows) // 10))
-        data["rollout"]["prompts"] = min(1024, len(rows) - data["prompts"]["eval"])
+        data["rollout"]["prompts"] = few = min(1024, len(rows) - data["prompts"]["eval"])
+        if few < MANY:
+            data["train"]["batch_size"] = max(8, few // 8)  # several steps a round
     rooms = [MOST_TOKENS]
     for role in ("student", "teacher"):
         try:

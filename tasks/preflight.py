@@ -22,7 +22,7 @@ from tasks.gates.cost import cost_gates
 from tasks.gates.expected import expect, expected_gate
 from tasks.gates.gate import Gate
 from tasks.gates.rendering import judge_of, rendering_gates
-from tasks.gates.round import engine_gates, lead_gate
+from tasks.gates.round import engine_gates, lead_gate, truncation_gate
 from tasks.gates.sample import Sample
 from tasks.gates.signal import chance_gate, noise_gate, objective_gates, teacher_engine_gate
 from tasks.gates.texts import text_gates
@@ -69,6 +69,8 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
     rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample))
+    ends = rollouts["finish_reason"].to_pylist()
+    gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
     tables, scores = [rollouts], None
     if teacher is not None:
         scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))

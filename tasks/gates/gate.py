@@ -7,6 +7,7 @@ from configs.errors import Stopped
 from configs.schema import Gates
 
 SHARE = "%"
+CHANGE = "limits are in the recipe's [gates]; they may change, and the same command then goes on"
 
 
 @dataclass(frozen=True)
@@ -156,4 +157,4 @@ def limit_figure(name: str, value: float | None, limits: Gates, detail: str = ""
 def require(gates: list[Gate], where: str) -> None:
     """Raise Stopped with every breached gate of `gates`; `where` names the run and round."""
     if breached := [gate.complaint() for gate in gates if gate.ok is False]:
-        raise Stopped(f"{where}: " + "\n  ".join(["stopped by a gate", *breached, "limits are in the recipe's [gates]"]))
+        raise Stopped(f"{where}: " + "\n  ".join(["stopped by a gate", *breached, CHANGE]))

@@ -16,6 +16,7 @@ from tasks.models.weights import load_float32
 from tasks.tokens.ragged import flat, index_in_row, rows_of
 
 COMPARED = 32  # samples of a round that are run through the trainer's model
+UNGRADED = "no answer of either is right; for free text, which is seldom equal to its reference, go by the divergence"
 RUN = 4  # tokens of a run that counts as repeated
 
 
@@ -33,7 +34,7 @@ def lead_gate(limits: Gates, *, teacher: pa.Table, student: pa.Table, about: str
     detail = f"teacher {t_shares.mean():.3f}, student {s_shares.mean():.3f}; the lead is at most the figure, with 97.5%"
     detail += f"; {about}" * bool(about)
     if not t_shares.any() and not s_shares.any():
-        return Gate("lead", None, limits.lead, detail="no answer of either is right")
+        return Gate("lead", None, limits.lead, detail=UNGRADED)
     return Gate("lead", float(leads.mean()) + spread, limits.lead, detail=detail)
 
 
@@ -76,11 +77,16 @@ def round_gates(
     return [
         limit_figure("supervised", supervised / total if total else None, limits),
         limit_figure("dropped", dropped / rows if rows else None, limits, f"{dropped} of {rows} rollouts"),
-        limit_figure("truncated", cut / samples if samples else None, limits, f"{cut} of {samples} samples"),
+        truncation_gate(cut, samples, limits),
         limit_figure("repetition", repeated / samples if samples else None, limits),
         limit_figure("tokens", mean, limits, "mean length of the student's samples"),
         limit_figure("length", drift, limits, f"{mean or 0:.1f} tokens now, {tokens_before or 0:.1f} in round 1"),
     ]
+
+
+def truncation_gate(cut: int, samples: int, limits: Gates) -> Gate:
+    """The share of the student's samples that were cut at `rollout.max_new_tokens`."""
+    return limit_figure("truncated", cut / samples if samples else None, limits, f"{cut} of {samples} samples")
 
 
 def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:

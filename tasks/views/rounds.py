@@ -108,7 +108,7 @@ def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:
             "sampled": format_interval(row, "sampled"),
             "greedy": format_interval(row, "greedy"),
             "recovered": _format_value(row["recovered"], "{:.0%}"),
-            "divergence": _format_value(row["divergence"], "{:.4f}"),
+            "divergence": _format_value(row["divergence"], "{:z.4f}"),
             "tokens": _format_value(row["tokens"], "{:.1f}"),
             "truncated": _format_value(row["truncated"], "{:.1%}"),
             "supervised": _format_value(row["supervised"], "{:.1%}"),

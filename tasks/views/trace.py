@@ -14,7 +14,7 @@ from configs.errors import BadInput
 from storage.store import Run, round_slot
 from tasks.views.inspect import open_run
 
-ELSEWHERE = "no artifact of a run under this root: an external model, a tokenizer, or the texts of rows"
+ELSEWHERE = "from outside the runs: a model, a tokenizer, a file, or the texts of rows"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

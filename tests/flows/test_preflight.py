@@ -271,6 +271,13 @@ def test_a_new_student_has_nothing_to_try(server, taught):
     assert [row["gate"] for row in rows] == ["prompts"]
 
 
+def test_answers_that_are_cut_are_found_before_the_run_that_they_would_stop(pair):
+    gates = found(pair(rollout__max_new_tokens=2))
+    assert (gates["truncated"].value, gates["truncated"].detail) == (1.0, "16 of 16 samples")
+    assert "truncated" in breached(gates)
+    assert found(pair(gates__truncated=1.0, rollout__max_new_tokens=2))["truncated"].ok
+
+
 # -- gates of a round --------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +287,7 @@ def test_a_breached_gate_stops_the_run_and_a_wider_one_lets_it_go_on(potstill, p
     message = ended.err[ended.err.index("potstill: ") :]
     assert "round 1: stopped by a gate" in message
     assert "truncated: 100.0% (32 of 32 samples), at most 0.0% is allowed; raise rollout.max_new_tokens" in message
+    assert "[gates]; they may change, and the same command then goes on" in message
     assert "Traceback" not in ended.err
     run = tmp_path / "runs" / "pair"
     before = files(run)
@@ -410,6 +418,7 @@ def test_the_lead_is_held_against_by_its_upper_end():
     assert lead_gate(limits, teacher=ungraded, student=ungraded).value is None
     nothing = lead_gate(limits, teacher=evals(np.zeros(5)), student=evals(np.zeros(5)))
     assert (nothing.ok, nothing.record()["limit"]) == (None, "at least 0")
+    assert nothing.detail.endswith("for free text, which is seldom equal to its reference, go by the divergence")
     assert all(
         a <= b for a, b in pairwise([0.0, lead_gate(limits, teacher=evals(np.ones(5)), student=evals(np.zeros(5))).value])
     )

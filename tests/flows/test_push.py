@@ -26,7 +26,7 @@ from storage.lineage import digest_folder
 from storage.read import scan
 from storage.store import Run
 from tasks.views.card import render_card
-from tasks.views.rounds import find_best
+from tasks.views.rounds import find_best, format_rounds
 
 TOKEN = "hf_t0kenOfTheTests"
 # Where the Hub is, as the library read it from the environment when this process began.
@@ -261,6 +261,13 @@ def test_the_best_round_is_the_first_with_the_best_figure(figure, values, wanted
     rows = [{"model": "student", "round": number, figure: value} for number, value in enumerate(values)]
     rows.append({"model": "teacher", "round": 0, figure: 1.0 if figure != "divergence" else 0.0})
     assert find_best(pl.DataFrame(rows, schema_overrides={figure: pl.Float64}), figure) == wanted
+
+
+def test_a_teacher_is_not_at_a_negative_distance_from_itself():
+    """Rounding leaves a figure such as −3e-9."""
+    figures = dict.fromkeys(("sampled", "greedy", "recovered", "tokens", "truncated", "supervised"))
+    (row,) = format_rounds(pl.DataFrame([{"title": "teacher", **figures, "divergence": -3e-9}]))
+    assert row["divergence"] == "0.0000"
 
 
 def test_which_figure_is_best_belongs_to_the_recipe(recipe):

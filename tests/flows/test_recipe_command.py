@@ -49,7 +49,7 @@ def test_it_passes_preflight(potstill, place):
     checked = potstill("preflight", "recipes/bot.toml", folder=place)
     assert checked.status in (0, 1), checked.err
     breached = [line.split("│")[1].strip() for line in checked.out.splitlines() if "BREACHED" in line]
-    assert set(breached) <= {"student: chance", "teacher: chance", "supervised", "lead"}
+    assert set(breached) <= {"student: chance", "teacher: chance", "supervised", "truncated", "lead"}
     assert "student: room" in checked.out
 
 
@@ -61,6 +61,7 @@ def test_what_it_chooses(place):
     assert loaded.name == "my-bot"
     assert loaded.prompts.path == "prompts.jsonl"  # of the working directory, beside the recipe's folder
     assert (loaded.prompts.eval, loaded.rollout.prompts) == (4, 36)
+    assert loaded.train.batch_size == 8  # the default makes one step of so few
     assert (loaded.objective.name, loaded.score.signal) == ("bytes", "bytes")
     assert loaded.rollout.max_new_tokens < 64  # what the context leaves
     assert loaded.student.rendering == loaded.teacher.rendering == "chat"

@@ -92,6 +92,13 @@ def test_a_complete_run_needs_neither_models_nor_prefect(tiny):
     assert files(tiny.parent) == before
 
 
+@pytest.mark.parametrize(("rounds", "said"), [(1, "a new run of 1 round in "), (None, "a new run of 2 rounds in ")])
+def test_a_new_run_is_told(tmp_path, caplog, rounds, said):
+    with caplog.at_level("INFO", "potstill"):
+        start.announce(TINY, load_recipe(TINY, (f"root={tmp_path}",)), rounds)
+    assert said in caplog.text
+
+
 def test_it_says_what_the_flow_says(tiny):
     recipe = load_recipe(TINY, (f"root={tiny.parent}",))
     for rounds in (None, 1, 2):
