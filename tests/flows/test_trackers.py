@@ -194,7 +194,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(followed, monkeypatch, caplog
 def test_what_was_sent_is_not_known(followed):
     run, recipe = followed
     run.write_text("track.json", "{")
-    with pytest.raises(Exception, match=r"track.json: not JSON; remove it"):
+    with pytest.raises(Exception, match=r"track.json: not what was written there; remove it"):
         Trackers(run, recipe)
 
 
