@@ -69,10 +69,11 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
     if student is None or teacher is None:
         return
     same = make_markers(recipe, student=side(student), teacher=side(teacher)).same
-    if same and recipe.teacher is not None and recipe.teacher.markers:
+    config = recipe.teacher
+    if same and config is not None and (config.markers or config.unpaired != "end"):
         raise BadInput(
-            f"teacher.markers pairs what two tokenizers write; {student.path} and {teacher.path} have one, so their control "
-            "tokens are tokens like any other; leave it out"
+            f"teacher.{'markers' if config.markers else 'unpaired'} is about what two tokenizers write; {student.path} and "
+            f"{teacher.path} have one, so their control tokens are tokens like any other; leave it out"
         )
     if recipe.objective.one_tokenizer and not same:
         raise BadInput(

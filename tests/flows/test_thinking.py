@@ -229,7 +229,8 @@ def test_markers_that_cannot_be_meant(recipe, potstill, tables: dict[str, Any], 
     refused(potstill("run", recipe(**tables)), *parts)
 
 
-def test_markers_with_one_tokenizer_are_refused(recipe, potstill) -> None:
+@pytest.mark.parametrize("line", ['markers = [["<user>", "<user>"]]', 'unpaired = "skip"'])
+def test_what_one_tokenizer_has_no_use_for_is_refused(recipe, potstill, line: str) -> None:
     path = recipe(other="student", objective="gkd")
-    path.write_text(path.read_text().replace("[prompts]", 'markers = [["<user>", "<user>"]]\n\n[prompts]', 1))
-    refused(potstill("run", path), "teacher.markers", "have one")
+    path.write_text(path.read_text().replace("[prompts]", f"{line}\n\n[prompts]", 1))
+    refused(potstill("run", path), f"teacher.{line.split()[0]}", "have one")
