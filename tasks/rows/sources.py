@@ -185,7 +185,7 @@ def _table_rows(
             reading = _read(config, convention, row)
             if convention.needs:
                 check_prompt(reading.messages, convention.needs[0])
-            messages = _fill_template(config.template, row, reading.messages, place)
+            messages = _fill_template(config.template, row, reading.messages)
             reasoning = read_reasoning(row, consumed)
         except Refused as error:
             refused.append(f"{place}: {error}")
@@ -230,7 +230,7 @@ def _read(config: TablePrompts, convention: Convention, row: Row) -> Reading:
 # -- templates ---------------------------------------------------------------------------------------------------------
 
 
-def _fill_template(template: str, row: Row, messages: list[Message], place: str) -> list[Message]:
+def _fill_template(template: str, row: Row, messages: list[Message]) -> list[Message]:
     """The messages with the user's last one written by the template, in which it is `{prompt}` and `{question}`."""
     if template == PLAIN and messages:
         return messages
@@ -241,7 +241,7 @@ def _fill_template(template: str, row: Row, messages: list[Message], place: str)
             return [{"role": "user", "content": fill_template(template, row)}]
         return write_last(messages, template, row | asked)
     except Unfilled as error:
-        raise _unfilled(FIELD, template, place, error) from None
+        raise Refused(f"{FIELD}: {template!r} cannot be filled: {error}") from None
 
 
 def _unfilled(field: str, template: str, place: str, error: Unfilled) -> BadInput:

@@ -328,10 +328,14 @@ def test_a_template_writes_the_last_message_of_the_user(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, ["a"], {"b": 1}])
 def test_a_template_takes_texts_and_numbers(tmp_path: Path, value: Any) -> None:
-    path = lines(tmp_path / "rows.jsonl", [{"prompt": "a", "unit": "cm"}, {"prompt": "b", "unit": value}])
+    """A row without one is left out or ends the command, as any row that cannot be read."""
+    rows = [{"prompt": "a", "unit": "cm"}, {"prompt": "b", "unit": value}, {"prompt": "c", "unit": "m"}]
+    path = lines(tmp_path / "rows.jsonl", rows)
     told = refuse(path, template="{question} in {unit}")
-    assert f"prompts.template: '{{question}} in {{unit}}' cannot be filled for {path}: row 2" in told
+    assert f"{path}: row 2: prompts.template: '{{question}} in {{unit}}' cannot be filled: " in told
     assert "fields here: prompt, question, unit" in told
+    kept = read(path, template="{question} in {unit}", unusable="leave_out")
+    assert {row["messages"][0]["content"] for row in kept} == {"a in cm", "c in m"}
 
 
 def test_two_conventions_fit(tmp_path: Path) -> None:
