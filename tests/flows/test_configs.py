@@ -42,7 +42,7 @@ def stand_in(tokenizer: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(("name", "student"), [("countdown", "llama3"), ("gsm8k", "smollm2"), ("self-distillation", "qwen3")])
 def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
-    """Untrained weights know nothing; everything that depends on tokenizers, templates, room and engines holds."""
+    """Untrained weights know nothing and stop nowhere; all that depends on tokenizers, templates, room and engines holds."""
     fetch.main(["tokenizers"])
     changes = ["rollout.max_new_tokens=24", "prompts.train=64", "prompts.eval=16", "rollout.prompts=8", f"root={tmp_path}"]
     recipe = load_recipe(CHECKOUT / "configs" / f"{name}.toml", changes)
@@ -56,7 +56,7 @@ def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
     own = recipe.self_taught
     refs["teacher"] = make_reference(recipe.teacher, refs["student"].path) if own else ref(recipe.teacher, "qwen3")
     gates = {gate.name: gate for gate in examine(recipe, 8, **refs)}
-    assert {name for name, gate in gates.items() if gate.ok is False} <= {"student: chance", "teacher: chance"}
+    assert {name for name, gate in gates.items() if gate.ok is False} <= {"student: chance", "teacher: chance", "truncated"}
     assert gates["student: template"].ok
     assert gates["teacher: template"].ok
     assert gates["student: spelled"].value == gates["teacher: spelled"].value == 1
