@@ -10,14 +10,18 @@ os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: each computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; commands would ignore it, too, and some are sent it here
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 from forks import Forks
 
 import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
 
 FIRST = ("server", "faults", "flows")  # a file of theirs takes up to a minute: none of them should be what all wait for last
+
+
+def pytest_configure() -> None:
+    """Where a shell ignores them (nohup, a background job), commands would ignore them, too, and some are sent them here."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
