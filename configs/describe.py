@@ -108,7 +108,8 @@ def suggest_field(location: Sequence[str]) -> str | None:
         return nearest(".".join(location), list_places())
     names = {place: place.rpartition(".")[2] for place in list_places()}
     near = nearest(name, names.values())
-    return " or ".join(place for place, other in names.items() if other == near) or None
+    mine = field_of(location)  # which another variant of its table may have
+    return " or ".join(place for place, other in names.items() if other == near and place != mine) or None
 
 
 def meaning_of(table: Node, name: str) -> str:

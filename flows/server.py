@@ -62,6 +62,7 @@ def start_server() -> Callable[[], None]:
 
     atexit.register(end)
     os.environ["PREFECT_API_URL"] = address
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")  # the log is here; what cannot be sent would be told of
     refresh_global_settings_context()
 
     def wait() -> None:

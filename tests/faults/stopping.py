@@ -14,7 +14,7 @@ def one_message(text: str) -> str:
     """The last line, which is the only one of its kind; the others are plain lines of the log."""
     *log, last = text.strip().splitlines()
     assert "Traceback" not in text
-    assert last.startswith("potstill: ")
+    assert last.startswith("potstill: "), text
     assert not any(line.startswith("potstill: ") for line in log), text
     assert all(line[2] == line[5] == ":" for line in log), text
     return last
@@ -42,8 +42,8 @@ class Stop:
         self.command = f"potstill {shlex.join(potstill.arguments)}"
 
     def goes_on(self, *parts: str) -> None:
-        """The line says what is committed, and the command that goes on."""
-        assert self.line.startswith("potstill: stopped in round ")
+        """The line says what is committed, if it is not all of it, and the command that goes on."""
+        assert self.line.startswith(("potstill: stopped in round ", "potstill: stopped with all "))
         assert self.line.endswith(f"; `{self.command}` goes on")
         for part in parts:
             assert part in self.line

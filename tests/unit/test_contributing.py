@@ -70,7 +70,7 @@ with tempfile.TemporaryDirectory() as root:
     assert sum(table["units"].to_pylist()) > 0
     cases.pq.write_table(table, Path(root) / "aligned-mse-topk.parquet")
     kept = cases.kept
-    cases.kept = lambda name: cases.Artifact(f"{root}/{name}.parquet", "0", len(table)) if "mse" in name else kept(name)
+    cases.kept = lambda name: cases.Artifact(f"{root}/{name}.parquet", "", len(table)) if "mse" in name else kept(name)
     trained = cases.train_round("mse")(Path(root) / "runs")
     print(trained["values"][0].as_py())
 """
