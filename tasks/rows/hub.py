@@ -4,7 +4,9 @@ from typing import Any
 
 from configs.errors import BadInput
 from configs.prompts import HubPrompts
-from storage.lineage import digest_table
+from storage.lineage import digest_json, digest_table
+
+BATCH = 10_000  # rows that are held at once
 
 
 def load_hub_dataset(config: HubPrompts) -> Any:
@@ -25,5 +27,6 @@ def load_hub_dataset(config: HubPrompts) -> Any:
 
 
 def digest_hub_dataset(config: HubPrompts) -> str:
-    """The digest of its rows: a name says nothing of what is behind it today."""
-    return digest_table(load_hub_dataset(config).with_format("arrow")[:])
+    """The digest of its rows, read in batches: a name says nothing of what is behind it today."""
+    batches = load_hub_dataset(config).with_format("arrow").iter(batch_size=BATCH)
+    return digest_json([digest_table(batch) for batch in batches])

@@ -27,10 +27,13 @@ TURNED = [[other, own] for own, other in THINK]
 ANSWERS = ["{0}Let me see: 12 + 30.\n{1}The answer is 42.", "{0}{1}42", "{0}\n{1}é 👩‍👩‍👧‍👦 x", "plain 42", "{0}cut in thought"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fetched() -> None:
+    fetch.main(["tokenizers"])
+
+
 @cache
 def known(name: str) -> Side:
-    if not (fetch.MODELS / name / "tokenizer.json").exists():
-        pytest.skip(f"tests/fetch.py brings {name}")
     return tokenizer_of(str(fetch.MODELS / name))
 
 

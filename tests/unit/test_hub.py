@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +19,15 @@ from tasks.rows.sources import check_prompts, deal_prompts, digest_source
 
 
 class Loaded(list):
-    """What the package's Dataset is to us: rows, and the Arrow table of all of them."""
+    """What the package's Dataset is to us: rows, and Arrow tables of some of them at once."""
 
     def with_format(self, kind: str) -> "Loaded":
         assert kind == "arrow"
         return self
 
-    def __getitem__(self, rows: Any) -> Any:
-        return pa.Table.from_pylist(list(self)) if rows == slice(None) else super().__getitem__(rows)
+    def iter(self, batch_size: int) -> Iterator[pa.Table]:
+        for start in range(0, len(self), batch_size):
+            yield pa.Table.from_pylist(self[start : start + batch_size])
 
 
 @pytest.fixture
@@ -60,6 +62,17 @@ def test_the_same_name_with_other_rows_is_another_source(hub):
     hub["a/b"] = rows_of("new")
     assert digest_source(config) != before
     assert {row.reference for row in deal_prompts(config, 0).train} == {"new"}
+
+
+def test_rows_of_every_batch_count(hub, monkeypatch):
+    monkeypatch.setattr("tasks.rows.hub.BATCH", 3)
+    config, digests = HubPrompts(source="hub", dataset="a/b"), set()
+    for changed in (None, 0, 4, 7):
+        hub["a/b"] = rows_of("old")
+        if changed is not None:
+            hub["a/b"][changed]["answer"] = "new"
+        digests.update(digest_source(config))
+    assert len(digests) == 4
 
 
 def test_another_name_with_the_same_rows_has_the_same_digest(hub):
