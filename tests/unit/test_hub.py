@@ -102,8 +102,7 @@ def test_what_cannot_be_loaded(hub, kind):
 
 
 def test_the_package_itself(tmp_path: Path, monkeypatch):
-    """A folder as the hub holds them; where the `hub` extra is installed."""
-    pytest.importorskip("datasets")
+    """A folder as the hub holds them."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     config = HubPrompts(source="hub", dataset=str(tmp_path / "set"), eval=2)
     (tmp_path / "set").mkdir()
