@@ -31,7 +31,7 @@ def ended_as_unbroken(potstill: Potstill, root: Path, reference) -> None:
 
 
 def flow_runs(server: str) -> dict[str, str]:
-    """The state of each flow run that Prefect's server knows of, the newest 200. Some are other tests', left running by a kill."""
+    """The state of each flow run that Prefect's server knows of, the newest 200; other tests leave some running."""
     found = httpx.post(f"{server}/flow_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC", "limit": 200}, timeout=30).json()
     return {run["id"]: run["state_type"] for run in found}
 
