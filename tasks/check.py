@@ -14,12 +14,12 @@ from storage.store import Run, part, round_slot
 from tasks.engines.base import Sampling
 from tasks.engines.choose import release
 from tasks.gates.gate import Gate, limit_figure, require
-from tasks.gates.round import engine_gates, lead_gate, round_gates
+from tasks.gates.round import draw_samples, engine_gates, lead_gate, round_gates
 from tasks.models.text import side
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger
 
-CODE = 1
+CODE = 2
 
 
 @task(name="gates", task_run_name="round {round.number} · gates", cache_policy=NO_CACHE)
@@ -43,8 +43,7 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
         before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
         gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"))
         release()  # to make room for the trainer's model
-        sampled = read_table(rollouts[0], ["prompt_token_ids", "token_ids", "logprobs"])
-        gates += engine_gates(round.student, sampled, Sampling.of(recipe.rollout), limits)
+        gates += engine_gates(round.student, draw_samples(rollouts), Sampling.of(recipe.rollout), limits)
         release()
         return pa.Table.from_pylist([{**asdict(gate), "gate": gate.name, "round": round.number} for gate in gates], GATES)
 

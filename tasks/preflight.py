@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -14,6 +15,7 @@ from configs.schema import Recipe
 from configs.signals import SIGNALS
 from tasks import objectives
 from tasks.align import align_rollouts
+from tasks.completions import make_completions
 from tasks.engines.base import Sampling
 from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
@@ -28,9 +30,9 @@ from tasks.gates.signal import chance_gate, noise_gate, objective_gates, teacher
 from tasks.gates.texts import text_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
-from tasks.rollout import make_rollouts
+from tasks.rollout import make_rollouts, translate_completions
 from tasks.rows.accounts import describe_account
-from tasks.rows.plan import Row
+from tasks.rows.plan import Row, draw_source
 from tasks.rows.sources import deal_prompts, field_of
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
@@ -69,7 +71,7 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
     rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample))
-    ends = rollouts["finish_reason"].to_pylist()
+    ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
     gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
     tables, scores = [rollouts], None
     if teacher is not None:
@@ -85,9 +87,10 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None and scores is not None:
         gates.append(teacher_engine_gate(sample, teacher))
-        gates.append(noise_gate(sample, rollouts, scores, alone=score_sample(sample, rollouts, teacher, batch_tokens=1)))
         same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
-        _, loss = align_sample(sample, rollouts, score_sample(sample, rollouts, same), same)
+        own, alone = score_sample(sample, rollouts, same), score_sample(sample, rollouts, teacher, batch_tokens=1)
+        gates.append(noise_gate(sample, scores, alone=alone, own=own))
+        _, loss = align_sample(sample, rollouts, own, same)
         gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
         aligned, loss = align_sample(sample, rollouts, scores, teacher)
         tables += [scores, aligned]
@@ -105,10 +108,17 @@ def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table]) -> tuple
 
 
 def roll_out_sample(sample: Sample) -> pa.Table:
-    """Sample one completion per prompt, as round 1 would."""
-    seeds = [derive_seed(sample.recipe.seed, "preflight", number) for number in range(len(sample.prompts))]
-    rows = [Row(number, 0, "student", seed, f"preflight-{number:05d}") for number, seed in enumerate(seeds)]
-    return make_rollouts(rows, sample.prompts, sample.recipe.rollout, 1, sample.student, [])
+    """Make one completion per prompt, from the sources that round 1 would take it from."""
+    config, seed, rows = sample.recipe.rollout, sample.recipe.seed, list[Row]()
+    for number in range(len(sample.prompts)):
+        source = draw_source(config, seed, "preflight", number)
+        rows.append(Row(number, 0, source, derive_seed(seed, "preflight", number), f"preflight-{number:05d}"))
+    completions = []
+    if sample.teacher is not None and any(row.source == "teacher" for row in rows):
+        written = make_completions(rows, sample.prompts, config, sample.teacher).to_pylist()
+        sides = {"student": side(sample.student), "teacher": side(sample.teacher)}
+        completions = translate_completions(written, **sides, markers=sample.markers(sample.teacher))
+    return make_rollouts(rows, sample.prompts, config, 1, sample.student, completions)
 
 
 def score_sample(sample: Sample, rollouts: pa.Table, teacher: ModelRef, batch_tokens: int | None = None) -> pa.Table:

@@ -106,8 +106,17 @@ def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
     return share
 
 
+def draw_samples(rollouts: list[Artifact]) -> pa.Table:
+    """The first samples of each shard, as many of one as of another (each may have been sampled elsewhere); COMPARED in all."""
+    some, each = [], -(-COMPARED // len(rollouts))
+    for artifact in rollouts:
+        table = read_table(artifact, ["prompt_token_ids", "token_ids", "logprobs"])
+        some.append(table.filter(pc.is_valid(table["logprobs"])).slice(0, each))
+    return pa.concat_tables(some)
+
+
 def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limits: Gates) -> list[Gate]:
-    """The gap between the log-probs of the engine that sampled and the trainer's, on the first samples of a shard."""
+    """The gap between the log-probs of the engine that sampled and the trainer's, on up to COMPARED samples."""
     samples = rollouts.filter(pc.is_valid(rollouts["logprobs"])).slice(0, COMPARED)
     gap = Gap(None, None)
     if len(samples):

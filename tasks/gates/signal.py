@@ -12,7 +12,6 @@ from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
-from tasks.objectives.sampled import model_logprobs_of
 from tasks.running.seeds import derive_seed
 from tasks.signals import make_signal
 from tasks.tokens.align import Kind
@@ -56,11 +55,11 @@ def teacher_engine_gate(sample: Sample, teacher: ModelRef) -> Gate:
     return Gate("teacher's engine", gap.mean, sample.recipe.gates.engine_mean, detail=detail)
 
 
-def noise_gate(sample: Sample, rollouts: pa.Table, once: pa.Table, alone: pa.Table) -> Gate:
-    """The change of the teacher's scores between a batch and a row alone, over their distance from the student's log-probs."""
-    rows = [i for i, status in enumerate(once["status"].to_pylist()) if status == "ok"]
-    columns = (once["logprobs"], alone["logprobs"], model_logprobs_of(rollouts))
-    first, second, student = (_row_sums(column)[rows] for column in columns)
+def noise_gate(sample: Sample, once: pa.Table, *, alone: pa.Table, own: pa.Table) -> Gate:
+    """The change of the teacher's scores between a batch and a row alone, over their distance from the student's `own`."""
+    columns = [table["status"].to_pylist() for table in (once, own)]
+    rows = [i for i, statuses in enumerate(zip(*columns, strict=True)) if set(statuses) == {"ok"}]
+    first, second, student = (_row_sums(table["logprobs"])[rows] for table in (once, alone, own))
     if not rows or not (signal := float(np.abs(first - student).mean())):
         return Gate("noise", None, sample.recipe.gates.noise, detail="teacher and student agree on every token")
     noise = float(np.abs(first - second).mean())
@@ -88,7 +87,7 @@ def objective_gates(sample: Sample, rollouts: pa.Table, aligned: pa.Table, loss:
     ids = flat(rollouts["token_ids"])[0]
     text = ids[s_vocabulary.lengths[ids] > 0]
     limit = limits.matched if objective.needs_matches else None
-    yield Gate("matched", float(known[text].mean()) if len(text) else None, limit, detail="of the sampled tokens")
+    yield Gate("matched", float(known[text].mean()) if len(text) else None, limit, detail="of the completions' tokens")
 
 
 def _row_sums(column: pa.ChunkedArray) -> np.ndarray:

@@ -42,10 +42,14 @@ def plan_rows(config: Rollout, seed: int, number: int, shard: int, prompt_ids: l
         epoch, place = divmod((number - 1) * config.prompts + turn, len(prompt_ids))
         prompt = int(_order(seed, epoch, len(prompt_ids))[place])
         key = (seed, number, prompt_ids[prompt], turn, sample)
-        on_policy = derive_uniform("source", *key) < config.on_policy
-        source: Source = "student" if on_policy else config.off_policy
-        rows.append(Row(prompt, sample, source, derive_seed("rollout", *key), f"{number:04d}-{turn:06d}-{sample:03d}"))
+        source, name = draw_source(config, *key), f"{number:04d}-{turn:06d}-{sample:03d}"
+        rows.append(Row(prompt, sample, source, derive_seed("rollout", *key), name))
     return rows
+
+
+def draw_source(config: Rollout, *key: str | int) -> Source:
+    """Where the row of a key comes from: the student with probability λ, `rollout.on_policy`."""
+    return "student" if derive_uniform("source", *key) < config.on_policy else config.off_policy
 
 
 @lru_cache(maxsize=2)

@@ -54,6 +54,8 @@ def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
     counts = [pl.col(f"{name}_bytes").sum() for name in ("supervised", "unmatched", "dropped", "tail")]
     kinds = aligned.select(pl.col("kind").explode(empty_as_null=False)).drop_nulls().group_by("kind").len().sort("kind")
     first = rollouts.join(aligned, on="rollout_id", maintain_order="left").head(SHOWN)
+    by_source = rollouts.select("rollout_id", "source").join(aligned, on="rollout_id").group_by("source", maintain_order=True)
+    drift = by_source.agg(pl.len().alias("rollouts"), (~pl.col("canonical")).mean().alias("share"))
     log_ratio = pl.col("student_logprobs").list.sum() - pl.col("teacher_logprobs").list.sum()
     shown = first.select(
         "rollout_id", "source", pl.col("text").str.head(60), "finish_reason", "status",
@@ -68,10 +70,8 @@ def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
         ],
         "Tokens that match a token of the other side": _measure_matches(run, number, rollouts),
         "Retokenisation drift": [
-            {
-                "rollouts": len(aligned),
-                "share whose ids differ from the text's encoding": f"{(~aligned['canonical']).sum() / len(aligned):.1%}",
-            }
+            {"source": source, "rollouts": count, "share whose ids differ from the text's encoding": f"{share:.1%}"}
+            for source, count, share in drift.iter_rows()
         ],
         title: shown.to_dicts(),
     }

@@ -3,8 +3,10 @@
 import json
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
 from tasks.gates.cost import memory_needs
 from tasks.gates.gate import Gate, require
-from tasks.gates.round import lead_gate, repetition, round_gates
+from tasks.gates.rendering import judge_of
+from tasks.gates.round import draw_samples, lead_gate, repetition, round_gates
 from tasks.models.reference import ModelRef, make_reference
-from tasks.preflight import Sample, examine
+from tasks.preflight import Sample, examine, roll_out_sample
+from tasks.rows.sources import deal_prompts
 
 SHAPE = {"layers": 1, "width": 48, "heads": 2, "feed_forward": 64, "context": 64}
 
@@ -128,6 +132,24 @@ def test_a_sound_recipe_passes(pair):
     assert gates["own teacher"].value == pytest.approx(0, abs=0.01)
     measured = {name for name, gate in gates.items() if gate.ok}
     assert measured >= {"student: template", "teacher: room", "engine, largest", "teacher's engine", "disk", "cpu: memory"}
+
+
+def test_a_run_on_references_is_measured_on_references(pair, taught):
+    """And a run on both sources on both."""
+    recipe = load_recipe(pair(rollout__on_policy=0.0, rollout__off_policy="reference"))
+    student, teacher = (make_reference(config, str(config.model)) for config in (recipe.student, recipe.teacher))
+    prompts = deal_prompts(recipe.prompts, recipe.seed, judge_of(recipe, {})).tables()["train"]
+    rollouts = roll_out_sample(Sample(recipe, prompts, student, teacher))
+    assert set(rollouts["source"].to_pylist()) == {"reference"}
+    assert rollouts["text"].equals(prompts["reference"])
+    gates = found(pair(rollout__on_policy=0.0, rollout__off_policy="reference"))
+    assert breached(gates) == set()
+    assert gates["truncated"].value is gates["engine, largest"].value is None  # the student samples nothing
+    assert gates["noise"].value is not None
+    assert gates["supervised"].value is not None
+    mixed = load_recipe(pair(rollout__on_policy=0.5, rollout__off_policy="teacher"))
+    sources = roll_out_sample(Sample(mixed, prompts, student, teacher))["source"].to_pylist()
+    assert set(sources) == {"student", "teacher"}
 
 
 def test_memory_is_held_against_each_device_that_has_to_hold_it(pair):
@@ -358,6 +380,21 @@ def test_the_figures_of_a_round_by_hand(tmp_path):
     assert longer["length"] == pytest.approx(5.0)  # as far down as up
     nothing = round_gates([], [], 10, Gates(), None)
     assert {gate.ok for gate in nothing} == {None}
+
+
+@pytest.mark.parametrize("counts", [[40], [40, 3, 40], [1] * 50])
+def test_the_engine_is_held_against_the_trainer_in_every_shard(counts, tmp_path):
+    """As many samples of each as there are and fit; of none off-policy."""
+    run, shards = Run(str(tmp_path), "x"), []
+    for number, count in enumerate(counts):
+        rows = [
+            {"prompt_token_ids": [number], "token_ids": [i], "logprobs": [-1.0] if i % 2 else None} for i in range(2 * count)
+        ]
+        make = partial(pa.Table.from_pylist, rows)
+        shards.append(run.build_table(f"round=0001/rollouts/part-{number:05d}", {"n": number}, make, lambda _: None))
+    drawn = Counter(ids[0] for ids in draw_samples(shards)["prompt_token_ids"].to_pylist())
+    share = -(-32 // len(counts))
+    assert drawn == Counter({number: min(share, count) for number, count in enumerate(counts)})
 
 
 def test_what_is_no_number_holds_no_limit():
