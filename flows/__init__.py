@@ -1,8 +1,6 @@
 """What runs, in which order."""
 
 import os
-import tempfile
-from pathlib import Path
 
 # Prefect reads these when it is imported. A value from the user's environment has priority.
 for _name, _value in {
@@ -17,14 +15,20 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 
-def _writable_home() -> tempfile.TemporaryDirectory[str] | None:
-    """A temporary PREFECT_HOME where the user's own cannot be written, as in a container with a read-only home."""
+def _has_home() -> bool:
+    """Whether there is a place for Prefect's own files; not so in a container with a read-only home."""
+    home = os.path.expanduser("~")
+    if not os.path.isabs(home):  # a user without an entry
+        return False
     try:
-        (Path.home() / ".prefect").mkdir(parents=True, exist_ok=True)
-        return None
-    except (OSError, RuntimeError):  # RuntimeError: no home at all
-        return tempfile.TemporaryDirectory(prefix="potstill-prefect-", ignore_cleanup_errors=True)
+        os.makedirs(os.path.join(home, ".prefect"), exist_ok=True)
+    except OSError:
+        return False
+    return True
 
 
-if "PREFECT_HOME" not in os.environ and (_home := _writable_home()) is not None:
+if "PREFECT_HOME" not in os.environ and not _has_home():
+    import tempfile
+
+    _home = tempfile.TemporaryDirectory(prefix="potstill-prefect-", ignore_cleanup_errors=True)
     os.environ["PREFECT_HOME"] = _home.name

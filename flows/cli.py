@@ -1,37 +1,21 @@
-"""The `potstill` command."""
+"""The entry point of `potstill`. It imports the commands, which takes a second, when a stop ends it with one line already."""
 
-from importlib.metadata import version
+import os
 
-from cyclopts import App, CycloptsError
-
-import flows  # noqa: F401  (Prefect's defaults, before anything imports Prefect)
-from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
-from flows.ending import end, ending
-from flows.looking import align, inspect, push, report
-from flows.working import compare, preflight, run, up
-
-app = App(
-    name="potstill",
-    help="On-policy distillation of a large language model into a small one of any family.",
-    version=version("potstill"),
-    suppress_keyboard_interrupt=False,  # `ending` handles it
-)
-for command in (run, preflight, compare, inspect, report, push, align, up):
-    app.command(command)
-app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
+from flows.stops import on_stops
 
 
 def main() -> None:
-    """Entry point. A user's mistake, a stop and a full disk each end with one message; `configs.errors` has their statuses."""
-    with ending():
-        try:
-            app(exit_on_error=False, print_error=False)
-        except (BadInput, CycloptsError) as error:
-            end(str(error), 2)
-        except (CannotWrite, Damaged, Stopped) as error:
-            end(str(error), 1)
-        except Unavailable as error:
-            end(f"{error}\npotstill: the same command goes on from what is committed", 1)
+    """Run the command that the arguments name."""
+    on_stops(_stop_at_once)
+    from flows.commands import run_command
+
+    run_command()
+
+
+def _stop_at_once(number: int, _: object) -> None:
+    os.write(2, b"potstill: stopped before it began; the same command starts again\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

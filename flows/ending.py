@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flows.stops import STOPS, on_stops
 from tasks.running.attached import kill_attached
 from tasks.views.escapes import escape_controls
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # which takes a while to import, and a stop may come at once
     from configs.schema import Recipe
 
 PATIENCE = 3.5  # seconds from the signal until the process is ended whatever it does
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
 
 _told: int | None = None  # the signal that ends this command
@@ -43,8 +43,8 @@ class Told(KeyboardInterrupt):
 def ending() -> Iterator[None]:
     """End the process after a command, with the status that it ended with; a stop with one line."""
     global _over, _status
-    _catch_stops()
     try:
+        _catch_stops()
         yield
         _status = 0
     except SystemExit as ended:
@@ -96,14 +96,12 @@ def stoppable(recipe: "Recipe | None" = None, rounds: int | None = None) -> Iter
 
 
 def _catch_stops() -> None:
-    """Let each stop that is not ignored (as `nohup` ignores SIGHUP) raise Told here, and let a thread see it at once."""
+    """Let each stop raise Told here, and let a thread see it at once."""
     atexit.register(_leave)  # the first one registered is the last one called
     seen, mark = os.pipe()
     os.set_blocking(mark, False)
     signal.set_wakeup_fd(mark, warn_on_full_buffer=False)
-    for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+    on_stops(_stop)
     sys.unraisablehook = _raise_again
     threading.Thread(target=_wait_for_stop, args=(seen,), daemon=True).start()
 

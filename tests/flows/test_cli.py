@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from helpers import CHECKOUT, POTSTILL, TINY, files
 
-from flows import cli
+from flows.commands import app
 from flows.ending import end
 from flows.terminal import Plain, print_line, print_table
 from storage.read import scan
@@ -57,7 +57,7 @@ def test_help(potstill):
 
 
 def test_every_command_of_the_design_that_exists_says_what_it_does(potstill):
-    names = [name for name in cli.app if not name.startswith("-")]
+    names = [name for name in app if not name.startswith("-")]
     assert {"run", "inspect"} <= set(names)
     text = potstill("--help").out
     assert all(re.search(rf"{name}\s+\S+", text) for name in names)

@@ -17,7 +17,7 @@ from configs.load import load_recipe
 from configs.objectives import OBJECTIVES
 from configs.schema import Recipe
 from configs.signals import SIGNALS
-from flows.cli import app
+from flows.commands import app
 
 MOST_WORDS = 1400
 README = (CHECKOUT / "README.md").read_text()

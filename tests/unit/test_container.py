@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import app
+from flows.commands import app
 
 CHECKOUT = Path(__file__).parents[2]
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()

@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,40 @@ def test_a_stop_ends_a_command_with_one_line(body: str, number: int) -> None:
     assert ended.returncode == 128 + number
     assert ended.stderr == f"potstill: stopped; `potstill {number} 'a b'` starts again\n"
     assert ended.stdout == ""
+
+
+# The entry point, which says when it is ready for a stop; before that Python starts, and ends as Python does.
+BEGINS = """
+import sys
+from flows import cli, stops
+def on_stops(handler):
+    stops.on_stops(handler)
+    print("begins", flush=True)
+cli.on_stops = on_stops
+sys.argv = ["potstill", "recipe", "--out", "/dev/null/r.toml"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_while_the_command_is_imported(number: int) -> None:
+    """One line, whatever Python was doing: real processes, stopped from their first line on until they have ended."""
+    early = 0
+    for milliseconds in (0, 20, 50, 100, 200, 400, 700, 1000):
+        command = subprocess.Popen(
+            [sys.executable, "-c", BEGINS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CHECKOUT
+        )
+        assert command.stdout is not None
+        command.stdout.readline()
+        time.sleep(milliseconds / 1000)
+        command.send_signal(number)
+        out, err = command.communicate(timeout=60)
+        if command.returncode == 2:  # it had ended
+            continue
+        assert (command.returncode, out) == (128 + number, "")
+        assert re.fullmatch(r"potstill: stopped(?: before it began; the same command|; `potstill .*`) starts again\n", err), err
+        early += "before it began" in err
+    assert early
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
