@@ -203,10 +203,10 @@ class Recipe(Table):
                 "student.engine = 'server': a student has new weights each round, and a server would go on with the old ones; "
                 "set student.engine to 'vllm' or 'transformers'"
             )
-        if self.teacher is not None and self.teacher.engine != "transformers" and signal.whole:
+        if self.teacher is not None and self.teacher.engine == "server" and signal.whole:
             raise ValueError(
-                f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which vLLM does not give: set "
-                f"teacher.engine = 'transformers' (found '{self.teacher.engine}'), or score.signal = 'topk'"
+                f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which a server does not give: "
+                "set teacher.engine = 'transformers' or 'vllm' (found 'server'), or score.signal = 'topk'"
             )
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: a teacher is not trained; give student.lora")

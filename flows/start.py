@@ -97,7 +97,7 @@ def describe_source(recipe: Recipe) -> str | None:
             content = find_hub_commit(config.model)
             if content is None:
                 return None
-        models[role] = [engine_name(config), content]
+        models[role] = [engine_name(config, "sample"), engine_name(config, "score"), content]
     content_of_recipe = recipe.model_dump(mode="json", exclude={"root"})  # a run may be moved
     return digest_json([content_of_recipe, models, digest_code(), versions()])
 

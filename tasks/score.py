@@ -18,9 +18,8 @@ from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
-from tasks.engines.choose import get_engine
+from tasks.engines.choose import get_engine, get_head
 from tasks.engines.names import engine_name
-from tasks.engines.transformers import TransformersEngine
 from tasks.gates.rendering import context_of
 from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
@@ -31,7 +30,7 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
 from tasks.signals.base import Signal
-from tasks.signals.head import head_of, save_head
+from tasks.signals.head import save_head
 from tasks.tokens.markers import Markers
 
 CODE = 2
@@ -54,7 +53,7 @@ def score_shard(round: Round, shard: Shard) -> Shard:
     inputs = {
         "stage": "scores",
         "code": CODE,
-        "engine": engine_name(teacher),
+        "engine": engine_name(teacher, "score"),
         "teacher": teacher.identity,
         "prompts": round.prompts.digest,
         "rollouts": digest_table(scored),
@@ -82,9 +81,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef, slot: str = "teacher") -> Artif
     inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
 
     def make(folder: Path) -> dict[str, int]:
-        engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
-        assert isinstance(engine, TransformersEngine), "the recipe is refused before"
-        head = head_of(engine.model, engine.size)
+        head = get_head(teacher)
         save_head(head, folder / "teacher")
         return {"teacher": len(head.weight)}
 

@@ -7,10 +7,11 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
 from storage.artifacts import Artifact, local_folder, read_table
-from tasks.engines.choose import release
+from tasks.engines.pool import collect
 from tasks.rows.round import Round, Shard, Trained
 from tasks.running.progress import logger
 from tasks.training.processes import launch
+from tasks.training.room import make_room_to_train
 from tasks.training.trainer import JOB, Job, count_steps, train
 
 CODE = 4
@@ -47,7 +48,7 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
     }
 
     def make(folder: Path) -> dict[str, int]:
-        release()  # give the teacher's memory to the student
+        make_room_to_train(recipe.train, round.student, lora=lora is not None)
         job = Job(
             recipe=recipe,
             number=round.number,
@@ -60,7 +61,7 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
             launch(JOB.dump_json(job).decode(), folder, recipe.train.processes)
         else:
             train(job, folder)
-        release()
+            collect()
         return dict.fromkeys(slots, read_table(Artifact(str(folder / "steps.parquet"), "")).num_rows)
 
     artifacts = round.run.build_files(slots, inputs, make, logger.info)

@@ -10,19 +10,18 @@ from storage.artifacts import measure_parquet
 from storage.store import Run
 from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
-from tasks.models.reference import ModelRef, device_of, dtype_of
-from tasks.models.weights import empty_model
+from tasks.models.reference import device_of, dtype_of
+from tasks.models.weights import count_weights
+from tasks.training.room import training_need
 
 GIB = 2**30
-TRAINED = 16  # bytes per trained weight: float32 weight, gradient, and AdamW's two moments
-FROZEN = 4  # bytes per weight where only adapters are trained
 
 
 def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterator[Gate]:
     """Disk, memory and hours of the whole run, from the `tables` that the sample made in `seconds`."""
     recipe, rows = sample.recipe, len(tables[0])
     total = recipe.rounds * recipe.rollout.prompts * recipe.rollout.samples
-    weights = {role: weights_of(ref) for role, ref in sample.sides().items()}
+    weights = {role: count_weights(ref) for role, ref in sample.sides().items()}
     per_row = sum(map(measure_parquet, tables)) / rows
     disk = (total * per_row + recipe.rounds * 12 * weights["student"]) / GIB  # float32 weights, and two moments
     free = Run(recipe.root, recipe.name).free()
@@ -48,17 +47,10 @@ def memory_needs(sample: Sample, weights: dict[str, int]) -> dict[torch.device, 
         if ref.engine == "server":
             continue  # its weights are on another machine or in another process
         if role == "student":
-            trained = TRAINED if sample.recipe.student.lora is None else FROZEN
-            parts = train.processes if train.sharding == "full" else 1
-            copies = train.processes if device.type == "cpu" else 1  # processes on the CPU share one memory
-            each = max(each, trained * copies / parts)
+            needed = training_need(train, device, weights[role], lora=sample.recipe.student.lora is not None)
+            needs[device] = max(needs.get(device, 0), needed)
         needs[device] = max(needs.get(device, 0), each * weights[role])
     return needs
-
-
-def weights_of(ref: ModelRef) -> int:
-    """The number of weights of a model."""
-    return sum(p.numel() for p in empty_model(ref).parameters())
 
 
 def memory_of(device: torch.device) -> float:
