@@ -16,6 +16,7 @@ from tasks.engines.base import Sampling
 from tasks.engines.pool import make_room
 from tasks.gates.gate import Gate, limit_figure, require
 from tasks.gates.round import draw_samples, engine_gates, lead_gate, round_gates
+from tasks.models.reference import device_of
 from tasks.models.text import side
 from tasks.models.weights import count_weights
 from tasks.rows.round import Round, Shard
@@ -45,7 +46,8 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
     def make() -> pa.Table:
         before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
         gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"))
-        make_room(CPU, 4 * count_weights(round.student))  # for the trainer's model, in float32
+        for device in {CPU, device_of(round.student)}:
+            make_room(device, 4 * count_weights(round.student))  # for the trainer's model, in float32
         gates += engine_gates(round.student, draw_samples(rollouts), Sampling.of(recipe.rollout), limits)
         return pa.Table.from_pylist([{**asdict(gate), "gate": gate.name, "round": round.number} for gate in gates], GATES)
 
