@@ -14,14 +14,14 @@ from configs.schema import Recipe
 # Fields that say where and on how many devices a run is computed, or how its figures are read. They are not in its keys: a
 # server may move during a run.
 MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing", "train.micro_batch_size"}
-MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
+MACHINERY |= {"train.micro_batch_tokens", "train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may hold one
 FREE = {"root", "gates", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
-LATER = {"train.dropout", "prompts.unusable"}
+LATER = {"train.dropout", "train.param_dtype", "prompts.unusable"}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -1,5 +1,7 @@
 """The embedded engine: a transformers model in this process, on the CPU or one GPU."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +14,12 @@ from tasks.engines.states import StateScorer
 from tasks.models.reference import ModelRef, device_of, dtype_of
 from tasks.models.text import side
 from tasks.models.weights import check_head, count_weights, head_logits, hidden_states, load_weights, logits_of
+from tasks.running.memory import Room, room_of
 from tasks.signals.base import Signal
 from tasks.signals.head import Head, head_of
-from tasks.tokens.ragged import expand
+from tasks.tokens.ragged import expand, length_batches
+
+MEND = "lower rollout.max_new_tokens, take shorter prompts, or set the model's dtype = 'bfloat16'"
 
 
 class TransformersEngine:
@@ -71,12 +76,16 @@ class TransformersEngine:
     ) -> list[Completion]:
         results: list[Completion | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        lengths, room = [len(prompt) + sampling.max_new_tokens for prompt in prompts], self._room("generation")
+
+        def sample(rows: Sequence[int]) -> list[Completion]:
+            return self._sample([prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
+
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            made = self._sample([prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
-            for i, completion in zip(rows, made, strict=True):
-                results[i] = completion
-            advance(len(rows))
+            for rows, made in room.run(order[start : start + self.batch_size], lengths, sample):
+                for i, completion in zip(rows, made, strict=True):
+                    results[i] = completion
+                advance(len(rows))
         return [result for result in results if result is not None]
 
     def _sample(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
@@ -111,7 +120,8 @@ class TransformersEngine:
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
         results: list[TokenScores | None] = [None] * len(prompts)
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        for rows in length_batches(lengths, self.batch_tokens):
+
+        def score_batch(rows: Sequence[int]) -> None:
             ids = np.full((len(rows), max(lengths[i] for i in rows)), self.side.pad_id)
             for row, i in enumerate(rows):
                 ids[row, : lengths[i]] = prompts[i] + completions[i]
@@ -121,7 +131,16 @@ class TransformersEngine:
             hidden = hidden_states(self.model, whole)[at, before]
             for i, scores in zip(rows, self.states.score(hidden, [completions[i] for i in rows], signal), strict=True):
                 results[i] = scores
+
+        room = self._room("scoring")
+        for batch in length_batches(lengths, self.batch_tokens):
+            for _ in room.run(batch, lengths, score_batch):
+                pass
         return [result for result in results if result is not None]
+
+    def _room(self, what: str) -> Room:
+        """What is known of memory for models of this size on this device: a student has new weights each round."""
+        return room_of(what, MEND, str(self.device), count_weights(self.ref))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
@@ -133,14 +152,3 @@ class TransformersEngine:
     def give_back(self) -> None:
         self._model = None
         self.states.__dict__.pop("laws", None)
-
-
-def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows in batches of similar length, each at most `budget` tokens with padding; a longer row is a batch of its own."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
