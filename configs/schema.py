@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from configs.fields import Bool, Float, Int, Table
+from configs.keep import Keep
 from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.prompts import Prompts
@@ -171,6 +172,7 @@ class Recipe(Table):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
+    keep: Keep = Keep()
     compute: Compute = Compute()
     track: Track = Track()
 

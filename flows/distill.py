@@ -12,6 +12,7 @@ from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, keep_loaded, run_in_time, shard_runner
 from flows.ending import stoppable
+from flows.keep import clear_rounds, stays
 from flows.publish import Publication, name_rounds, named
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
@@ -108,13 +109,16 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
         student = replace(refer_to(recipe.student, trained.student), moves="student")
         trainer = trained.trainer
         teacher = renew_teacher(recipe, teacher, student=student)
-        run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
+        if not stays(run, round_slot(number, "evals", "student"), round_slot(number, "student")):
+            run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
         if number > done:
             published.add_round(number)
             trackers.send(number)
         elif number == done:
             published.complete_round(number)
-        if number >= min(done, target):  # the last thing: a round that is settled is not looked at again
+        if number >= min(done, target):
+            clear_rounds(run, recipe)
+            # the last thing: a round that is settled is not looked at again
             settle(recipe, number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
 
@@ -140,7 +144,10 @@ def run_round(round: Round, compute: Compute) -> Trained:
                 own = round.slot("teacher") if recipe.teacher and recipe.teacher.weights == "round" else "teacher"
                 round = replace(round, head=keep_head(recipe, teacher, own))
         shards = run_shards(align_shard, round, shards)
-    check_round(round, shards)
+    if not stays(
+        round.run, round.slot("gates", shards[0]), round_slot(round.number - 1, "student"), round.slot("rollouts", shards[0])
+    ):
+        check_round(round, shards)
     return run_in_time(compute, train_round, round, shards)
 
 
