@@ -25,7 +25,7 @@ from tasks.views.summary import summarise_run
 CHECKOUT = Path(__file__).parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = [1400, 500]
-CHARTS = 6  # this student has no answer whose text is all that it sampled, so no divergence
+CHARTS = 7
 EVIL = '<img src="http://example.invalid/x.png" onerror="document.title=1"><script>document.title=2</script> `|` [x](http://e.invalid)'
 
 
