@@ -45,8 +45,10 @@ def clear(run: Run, slots: dict[str, str], log: Callable[[str], None]) -> int:
     The caller holds the run's lock. What another run is just taking over is left for the next time.
     """
     freed, places = 0, set()
+    if not (found := list_clearable(run, slots)):
+        return 0
     with restamped(run), run.writing():
-        for each in list_clearable(run, slots):
+        for each in found:
             with run.hold(each.slot, alone=True) as free:
                 manifest = run.manifest(each.slot)
                 if not free or manifest is None:

@@ -434,10 +434,9 @@ def test_models_that_do_not_fit_are_refused_once_they_are_made(tiny):
 
 
 def test_the_optimizer_goes_on(tiny):
-    """Round 2 starts from round 1's optimizer: its step count and its moments."""
-    states = [json.loads((tiny / f"round=000{n}" / "trainer" / "state.json").read_text()) for n in (1, 2)]
-    per_round = scan(str(tiny), "steps").group_by("round").len().sort("round").collect()["len"].to_list()
-    assert [state["step"] for state in states] == [per_round[0], sum(per_round)]
+    """Round 2 starts from round 1's optimizer: its step count."""
+    state = json.loads((tiny / "round=0002" / "trainer" / "state.json").read_text())
+    assert state["step"] == len(scan(str(tiny), "steps").collect())
 
 
 def test_a_copied_run_goes_on_elsewhere(tiny, tmp_path):
