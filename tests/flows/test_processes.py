@@ -98,9 +98,12 @@ def test_as_in_one_process(recipe, tmp_path, caplog):
 
 
 def test_a_failing_process_is_quoted(job, tmp_path):
-    missing = Artifact(str(tmp_path / "missing.parquet"), "", 8)
-    broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((missing, missing),), state=None)
-    with pytest.raises(RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*FileNotFoundError.*missing\.parquet"):
+    tmp_path.joinpath("other.parquet").write_text("no table at all")
+    other = Artifact(str(tmp_path / "other.parquet"), "", 8)
+    broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((other, other),), state=None)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*ArrowInvalid.*Parquet magic bytes not found"
+    ):
         launch(JOB.dump_json(broken).decode(), tmp_path, 2)
 
 
