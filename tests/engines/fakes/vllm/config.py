@@ -1,5 +1,0 @@
-from types import SimpleNamespace
-
-
-class PoolerConfig(SimpleNamespace):
-    pass
