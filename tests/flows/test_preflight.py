@@ -134,7 +134,7 @@ def test_a_sound_recipe_passes(pair):
     assert measured >= {"student: template", "teacher: room", "engine, largest", "teacher's engine", "disk", "cpu: memory"}
 
 
-def test_a_run_on_references_is_measured_on_references(pair, taught):
+def test_a_run_on_references_is_measured_on_references(pair):
     """And a run on both sources on both."""
     recipe = load_recipe(pair(rollout__on_policy=0.0, rollout__off_policy="reference"))
     student, teacher = (make_reference(config, str(config.model)) for config in (recipe.student, recipe.teacher))
