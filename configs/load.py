@@ -14,14 +14,14 @@ from configs.schema import Recipe
 # Fields that say where and on how many devices a run is computed, or how its figures are read. They are not in its keys: a
 # server may move during a run.
 MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing", "train.micro_batch_size"}
-MACHINERY |= {"train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
+MACHINERY |= {"train.micro_batch_tokens", "train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
 PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may hold one
-FREE = {"root", "gates", "compute", "track"}  # no part of what a run is, either
+FREE = {"root", "gates", "keep", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
-LATER = {"train.dropout", "prompts.unusable"}
+LATER = {"train.dropout", "train.param_dtype", "prompts.unusable"}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -76,7 +76,7 @@ def dump_content(recipe: Recipe) -> str:
             return [shorten(entry) for entry in value]
         return Path(value).name if key in PATHS and Path(value).is_absolute() else value
 
-    nested: dict[str, Any] = {"root": True, "compute": True, "track": True}
+    nested: dict[str, Any] = {"root": True, "keep": True, "compute": True, "track": True}
     for field in MACHINERY:
         table, key = field.split(".")
         nested.setdefault(table, {})[key] = True
@@ -95,8 +95,8 @@ def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
 def list_differences(old: Recipe, new: Recipe) -> list[str]:
     """One line for each field that differs: `train.batch_size is 64 in the run, 128 in this recipe`.
 
-    Gates, trackers, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run lies (`root`)
-    are left out: they may change while a run goes on.
+    Gates, trackers, what is kept, fields that change a result by rounding at most (`MACHINERY`, `compute`) and where the run
+    lies (`root`) are left out: they may change while a run goes on.
     """
     left, right = (flatten(recipe.model_dump(mode="json", exclude=FREE)) for recipe in (old, new))
     return [

@@ -96,8 +96,10 @@ class Model(Context):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="of transformers; vLLM has its own")
     trust_remote_code: Bool = Field(False, description="run the code that the model's folder brings")
-    engine: Literal["transformers", "vllm", "server"] = Field(
-        "transformers", description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers"
+    engine: Literal["transformers", "vllm", "server", "auto"] = Field(
+        "transformers",
+        description="what samples and scores with it: this process, a vLLM process beside it, or vLLM servers; auto: on a GPU "
+        "vLLM samples, where it is installed, and this process scores",
     )
     urls: tuple[Url, ...] = Field((), description="engine = 'server': where vLLM serves this model, as http://host:8000")
     vllm_python: str = Field(
@@ -121,7 +123,10 @@ class Model(Context):
             raise ValueError("engine = 'server' needs urls, such as urls = ['http://127.0.0.1:8000']")
         owners = {"urls": "server", "vllm_python": "vllm", "vllm_memory": "vllm"}
         for key, owner in owners.items():
-            if self.engine != owner and getattr(self, key) != type(self).model_fields[key].default:
+            if (
+                self.engine not in (owner, *["auto"] * (owner == "vllm"))
+                and getattr(self, key) != type(self).model_fields[key].default
+            ):
                 raise ValueError(
                     f"{key} is for engine = '{owner}', and engine is '{self.engine}'; set engine or leave {key} out"
                 )

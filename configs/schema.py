@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from configs.fields import Bool, Float, Int, Table
+from configs.keep import Keep
 from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.prompts import Prompts
@@ -53,10 +54,14 @@ class Train(Table):
     """How a round's rollouts become the next student."""
 
     batch_size: Int = Field(64, ge=1, description="rollouts per optimizer step")
+    micro_batch_tokens: Int | None = Field(
+        None, ge=1, description="most tokens per forward pass, padding included; a longer rollout is a pass of its own"
+    )
     micro_batch_size: Int = Field(
-        default_factory=lambda train: min(64, train.get("batch_size", 64)),
+        default_factory=lambda train: min(2**31 if train.get("micro_batch_tokens") else 64, train.get("batch_size", 64)),
         ge=1,
-        description="rollouts per forward pass; left out: 64, or the whole of a smaller batch",
+        description="rollouts per forward pass; left out: 64, or the whole of a smaller batch, or of one that is limited by "
+        "micro_batch_tokens",
     )
     epochs: Int = Field(1, ge=1, description="passes over a round's rollouts")
     learning_rate: Float = Field(1e-5, gt=0, le=1, description="its largest value; AdamW")
@@ -65,6 +70,11 @@ class Train(Table):
     weight_decay: Float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices alone")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's decay rates of both moments")
     grad_clip: Float = Field(1.0, gt=0, description="largest norm of the gradient")
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="weights in the forward pass. float32: cast where they are used, if student.dtype is bfloat16; bfloat16: "
+        "kept so, beside float32 master weights in the optimizer",
+    )
     chunk_positions: Int = Field(1024, ge=1, description="positions whose logits exist at once")
     dropout: Bool = Field(False, description="use the dropout of the model's config; else there is none in training")
     gradient_checkpointing: Bool = Field(False, description="less memory: layers are computed again in the backward pass")
@@ -162,6 +172,7 @@ class Recipe(Table):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
+    keep: Keep = Keep()
     compute: Compute = Compute()
     track: Track = Track()
 
@@ -203,10 +214,10 @@ class Recipe(Table):
                 "student.engine = 'server': a student has new weights each round, and a server would go on with the old ones; "
                 "set student.engine to 'vllm' or 'transformers'"
             )
-        if self.teacher is not None and self.teacher.engine != "transformers" and signal.whole:
+        if self.teacher is not None and self.teacher.engine == "server" and signal.whole:
             raise ValueError(
-                f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which vLLM does not give: set "
-                f"teacher.engine = 'transformers' (found '{self.teacher.engine}'), or score.signal = 'topk'"
+                f"score.signal = '{self.score.signal}' needs the teacher's whole distributions, which a server does not give: "
+                "set teacher.engine = 'transformers' or 'vllm' (found 'server'), or score.signal = 'topk'"
             )
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: a teacher is not trained; give student.lora")
@@ -231,6 +242,11 @@ class Recipe(Table):
             raise ValueError(f"score.k = {self.score.k} is more than a scores file can count; set it to at most {MOST}")
         if self.train.sharding == "full" and self.train.processes == 1:
             raise ValueError("train.sharding = 'full' parts the student among processes: set train.processes to 2 or more")
+        if self.train.param_dtype == "bfloat16" and self.train.processes > 1 and self.train.sharding == "none":
+            raise ValueError(
+                "train.param_dtype = 'bfloat16' keeps float32 weights in one process, or parted among several: set "
+                "train.sharding = 'full'"
+            )
         if self.train.processes > 1 and ":" in self.student.device:
             raise ValueError(
                 f"student.device = '{self.student.device}' is one device, but train.processes = {self.train.processes} "

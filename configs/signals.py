@@ -17,7 +17,7 @@ class SignalKind:
 
     name: str
     gives: frozenset[Quantity]
-    whole: bool = False  # made from whole distributions or hidden states, which only the engine 'transformers' has
+    whole: bool = False  # made from whole distributions or hidden states, which a server does not give
     cut: bool = False  # score.k and score.top_p decide what is stored; otherwise what is read later
     counts_ids: bool = False  # score.k counts ids of the teacher's vocabulary
     needs_head: bool = False  # reading it needs the teacher's head, which is kept once per run

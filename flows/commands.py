@@ -17,6 +17,7 @@ app = App(
 )
 for command in (run, preflight, compare, inspect, report, push, align, up):
     app.command(command)
+app.command("flows.clean:clean", help="Show what of a run is not to be kept, and clear it.")
 app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from configs.errors import BadInput
 from configs.load import load_recipe
 from configs.schema import Recipe
+from flows.compute import keep_loaded
 from flows.distill import distill
 from flows.ending import stoppable
 from flows.publish import named, slug
@@ -37,9 +38,10 @@ def compare(
     recipe = load_recipe(config, overrides)
     variants = plan_runs(config, objectives, seeds, overrides)
     number = recipe.rounds if rounds is None else rounds
-    for variant in (variant for runs in variants.values() for variant in runs):
-        with stoppable():
-            distill(config, rounds=number, overrides=variant)
+    with keep_loaded():  # they share a teacher
+        for variant in (variant for runs in variants.values() for variant in runs):
+            with stoppable():
+                distill(config, rounds=number, overrides=variant)
     rows = compare_runs({name: [_open_run(config, v).address for v in runs] for name, runs in variants.items()}, number)
     units = "difference: of accuracy; divergence: nats per byte; seconds: of training"
     create_table_artifact(rows, key=slug(recipe.name, "compare"), description=f"after round {number} ({units})")

@@ -12,6 +12,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from configs.errors import BadInput, Unavailable
 from configs.schema import Compute, Recipe
 from storage.lock import device_lock
+from tasks.engines.choose import release
 from tasks.models.reference import accelerator_names
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger
@@ -20,6 +21,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _held: set[str] = set()  # names of the accelerators that this process holds
+_keepers = 0  # how many runs, one within the other, keep models loaded
 
 
 def check_compute(compute: Compute) -> None:
@@ -101,6 +103,19 @@ def hold_accelerators(recipe: Recipe) -> Iterator[None]:
         _held.update(names)
         locks.callback(_held.difference_update, names)
         yield
+
+
+@contextmanager
+def keep_loaded() -> Iterator[None]:
+    """Models that are loaded within stay loaded, also after a run within a run. The end of the outermost releases them."""
+    global _keepers
+    _keepers += 1
+    try:
+        yield
+    finally:
+        _keepers -= 1
+        if not _keepers:
+            release()
 
 
 def accelerators_of(recipe: Recipe) -> set[str]:

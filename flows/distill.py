@@ -10,8 +10,9 @@ from configs.load import inherit_overrides, load_recipe
 from configs.models import Model
 from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
-from flows.compute import hold_accelerators, run_in_time, shard_runner
+from flows.compute import hold_accelerators, keep_loaded, run_in_time, shard_runner
 from flows.ending import stoppable
+from flows.keep import clear_rounds, stays
 from flows.publish import Publication, name_rounds, named
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
@@ -57,6 +58,7 @@ def distill(
     with (
         stoppable(recipe, target),
         hold_accelerators(recipe),
+        keep_loaded(),
         run.lock(logger.info, wait=nested),
         follow(run, recipe) as trackers,
     ):
@@ -75,10 +77,11 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
 
     done, target = plan_rounds(recipe, rounds, at_most)
     prompts = make_prompts(recipe, sides)
-    student = start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
+    start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
+    student = replace(start, moves="student")
     teacher = teacher or teacher_of(recipe, start)
     vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
-    evaluate_start(recipe, prompts.eval, student=start, teacher=teacher)
+    evaluate_start(recipe, prompts.eval, student=student, teacher=teacher)
 
     trackers.send(done)
     settled = min(count_settled(recipe) or 0, target)  # rounds that need not be looked up again
@@ -86,7 +89,7 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
         settle(recipe, 0)
     published, trainer = Publication(run, recipe, done=done, target=target), run.find(round_slot(settled, "trainer"))
     if checkpoint := run.find(round_slot(settled, "student")):
-        student = refer_to(recipe.student, checkpoint)
+        student = replace(refer_to(recipe.student, checkpoint), moves="student")
         teacher = renew_teacher(recipe, teacher, student=student)
     for number in range(settled + 1, target + 1):
         compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
@@ -103,15 +106,19 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
             ),
             compute,
         )
-        student, trainer = refer_to(recipe.student, trained.student), trained.trainer
+        student = replace(refer_to(recipe.student, trained.student), moves="student")
+        trainer = trained.trainer
         teacher = renew_teacher(recipe, teacher, student=student)
-        run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
+        if not stays(run, round_slot(number, "evals", "student"), round_slot(number, "student")):
+            run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
         if number > done:
             published.add_round(number)
             trackers.send(number)
         elif number == done:
             published.complete_round(number)
-        if number >= min(done, target):  # the last thing: a round that is settled is not looked at again
+        if number >= min(done, target):
+            clear_rounds(run, recipe)
+            # the last thing: a round that is settled is not looked at again
             settle(recipe, number)
     return published.finish(run.find(round_slot(target, "student")) or Artifact(student.path, student.digest))
 
@@ -124,7 +131,7 @@ def plan_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> tupl
 
 
 def run_round(round: Round, compute: Compute) -> Trained:
-    """Run one round: rollouts, scores, alignment, training. Each stage does all shards, so one model is loaded at a time."""
+    """Run one round: rollouts, scores, alignment, training. Each stage does all shards, so one model works at a time."""
     recipe, teacher = round.recipe, round.teacher
     shards = tuple(Shard(number) for number in range(count_shards(recipe.rollout)))
     with shard_runner(compute) as run_shards:
@@ -137,7 +144,10 @@ def run_round(round: Round, compute: Compute) -> Trained:
                 own = round.slot("teacher") if recipe.teacher and recipe.teacher.weights == "round" else "teacher"
                 round = replace(round, head=keep_head(recipe, teacher, own))
         shards = run_shards(align_shard, round, shards)
-    check_round(round, shards)
+    if not stays(
+        round.run, round.slot("gates", shards[0]), round_slot(round.number - 1, "student"), round.slot("rollouts", shards[0])
+    ):
+        check_round(round, shards)
     return run_in_time(compute, train_round, round, shards)
 
 
@@ -160,7 +170,8 @@ def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
     """The student as its own teacher, in the teacher's context; None where the recipe has another teacher, or none."""
     if recipe.teacher is None or not recipe.self_taught:
         return None
-    return refer_as_used(recipe.teacher, student.path, student.digest, committed=student.committed)
+    moves = "teacher" if recipe.teacher.weights == "round" else ""
+    return replace(refer_as_used(recipe.teacher, student.path, student.digest, committed=student.committed), moves=moves)
 
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:

@@ -45,8 +45,9 @@ def inspect(
     if verify:
         damages = trace.find_damage(run)
         print_table("Altered or missing artifacts", damages)
-        total = trace.count_artifacts(run)
-        out.print(f"{total - len(damages)} of {total} artifacts are what their manifests say")
+        total, cleared = trace.count_artifacts(run)
+        more = f"; {cleared} more cleared" if cleared else ""
+        out.print(f"{total - len(damages)} of {total} artifacts are what their manifests say{more}")
         sys.exit(bool(damages))
     with trace.refuse_damage(run):
         if lineage:

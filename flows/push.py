@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from configs.errors import BadInput, Unavailable
 from storage.artifacts import local_folder
 from storage.lineage import files_below
+from storage.manifests import describe_clearing
 from storage.store import Run, round_slot
 from tasks.views.card import FILE, render_card
 from tasks.views.inspect import check_run, open_run
@@ -31,6 +32,9 @@ def push_student(address: str, repo: str, *, number: int | None = None, best: bo
     slot = round_slot(number, "student")
     if problem := run.find_damage(slot):
         raise BadInput(f"{run.path}: {slot}: {problem}; the `potstill run` command that made the run makes it again")
+    if cleared := describe_clearing(run.manifest(slot)):
+        there = [n for n in range(1, run.rounds_done() + 1) if not describe_clearing(run.manifest(round_slot(n, "student")))]
+        raise BadInput(f"{run.path}: {slot} was {cleared}; give a --round whose student is there: {', '.join(map(str, there))}")
     checkpoint = run.find(slot)
     assert checkpoint is not None
     root = Path(local_folder(checkpoint))

@@ -1,5 +1,6 @@
 """The start of a run: what is known of it without a model, a server or a look at what is committed."""
 
+import posixpath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from configs.schema import Recipe
 from flows.track import Trackers
 from storage.artifacts import Artifact
 from storage.lineage import digest_code, digest_json, versions
+from storage.manifests import describe_clearing
 from storage.receipt import files_hold, inputs_hold, read_receipt, trust_inputs, write_receipt
 from storage.store import Run, round_slot
 from tasks.engines.names import engine_name
@@ -59,7 +61,9 @@ def find_result(recipe: Recipe, rounds: int | None) -> dict[str, Any] | None:
 def describe_result(run: Run, student: Artifact) -> dict[str, Any]:
     """What the flow returns: the run, its rounds, the last student and the table of rounds."""
     table = format_rounds(summarise_rounds(run.address))
-    return {"run": run.address, "rounds": run.rounds_done(), "student": student.path, "table": table}
+    cleared = describe_clearing(run.manifest(posixpath.relpath(student.path, run.address)))
+    described = f"{student.path}, which was {cleared}" if cleared else student.path
+    return {"run": run.address, "rounds": run.rounds_done(), "student": described, "table": table}
 
 
 def count_settled(recipe: Recipe) -> int | None:
@@ -97,7 +101,7 @@ def describe_source(recipe: Recipe) -> str | None:
             content = find_hub_commit(config.model)
             if content is None:
                 return None
-        models[role] = [engine_name(config), content]
+        models[role] = [engine_name(config, "sample"), engine_name(config, "score"), content]
     content_of_recipe = recipe.model_dump(mode="json", exclude={"root"})  # a run may be moved
     return digest_json([content_of_recipe, models, digest_code(), versions()])
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from configs.errors import Damaged
 from storage.damage import check_content
 from storage.filesystems import filesystem, move_into_place
 
@@ -53,8 +54,11 @@ def read_table(artifact: Artifact, columns: list[str] | None = None) -> pa.Table
     fs, path = filesystem(artifact.path)
     if isinstance(fs, LocalFileSystem) and artifact.digest:
         check_content(path, artifact.digest)
-    with fs.open(path, "rb") as file:
-        return pq.read_table(file, columns=columns)
+    try:
+        with fs.open(path, "rb") as file:
+            return pq.read_table(file, columns=columns)
+    except FileNotFoundError:
+        raise Damaged(path) from None
 
 
 def local_folder(artifact: Artifact) -> str:
@@ -70,6 +74,9 @@ def local_folder(artifact: Artifact) -> str:
     if not target.exists():
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            fs.get(path, f"{folder}/fetched", recursive=True)
+            try:
+                fs.get(path, f"{folder}/fetched", recursive=True)
+            except FileNotFoundError:
+                raise Damaged(path) from None
             move_into_place(Path(folder) / "fetched", target)
     return str(target)

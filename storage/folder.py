@@ -89,6 +89,17 @@ class Folder:
                 self.fs.rm(target, recursive=True)  # put would go inside it
             self.fs.put(str(source), target, recursive=source.is_dir())
 
+    def remove(self, place: str) -> None:
+        """Take a file or folder away. A reader sees it whole or not at all."""
+        target = posixpath.join(self.path, place)
+        if not self.local:
+            self.fs.rm(target, recursive=self.fs.isdir(target))
+            return
+        with self.workspace() as folder:
+            os.rename(target, folder / "removed")
+        if not os.listdir(os.path.dirname(target)):
+            os.rmdir(os.path.dirname(target))
+
     def write_text(self, place: str, text: str) -> None:
         """Write a small file of the run atomically."""
         with self.writing(), self.workspace() as folder:

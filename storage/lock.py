@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,25 @@ def local_lock(file: Path, what: str, log: Callable[[str], None], wait: bool) ->
 def device_lock(name: str, log: Callable[[str], None]) -> AbstractContextManager[None]:
     """Wait until no other process of this user holds a device, then hold it. The lock lies in the user's own folder."""
     return local_lock(cached_assets_path("potstill", "locks") / name, name, log, wait=True)
+
+
+@contextmanager
+def hold_file(path: str, *, alone: bool) -> Iterator[bool]:
+    """Hold a file together with others, or `alone`; False at once where it is to be held alone and others hold it.
+
+    A file that is gone, and a disk without locks, hold nobody up.
+    """
+    with ExitStack() as opened:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
 
 
 def _acquire(file: Path, what: str, log: Callable[[str], None]) -> int | None:

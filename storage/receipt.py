@@ -7,7 +7,9 @@ import json
 import os
 import posixpath
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from pydantic import TypeAdapter
@@ -64,8 +66,24 @@ def files_hold(receipt: Receipt, run: Run) -> bool:
     """Whether every committed file has the size and time that it had. One that has not is suspected, and so read before use."""
     here = _stamp_files(run, receipt.rounds)
     changed = [path for path, stamp in receipt.files.items() if here.get(path) != stamp]
-    SUSPECTS.update(posixpath.join(run.path, path) for path in changed if not path.startswith(MANIFESTS))
+    gone = tuple(manifest["path"] for _, manifest in run.manifests() if manifest.get("cleared")) if changed else ()
+    altered = [path for path in changed if not path.startswith(MANIFESTS) and not _lies_in(path, gone)]
+    SUSPECTS.update(posixpath.join(run.path, path) for path in altered)
     return not changed and not is_suspect(run.path)
+
+
+@contextmanager
+def restamped(run: Run) -> Iterator[None]:
+    """Let the run's receipt hold after what is done here to its files, if it held before."""
+    receipt = read_receipt(run)
+    held = receipt is not None and receipt.files == _stamp_files(run, receipt.rounds)
+    yield
+    if receipt is not None and held:
+        run.write_text(FILE, json.dumps(asdict(replace(receipt, files=_stamp_files(run, receipt.rounds)))))
+
+
+def _lies_in(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
 def _stamp_files(run: Run, rounds: int) -> dict[str, list[int]]:

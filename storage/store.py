@@ -16,6 +16,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from storage.artifacts import Artifact, write_parquet
 from storage.damage import clear_suspicion, is_suspect
 from storage.filesystems import explain_unreachable
 from storage.folder import Folder
-from storage.lineage import digest_json, digest_local, versions
-from storage.manifests import parse_manifest
+from storage.lineage import digest_json, digest_local
+from storage.lock import hold_file
+from storage.manifests import check_same, describe_clearing, describe_output, parse_manifest
 from storage.schemas import explain_columns
 
 
@@ -56,15 +58,13 @@ class Run(Folder):
         super().__init__(root, name)
         self.name = name
 
-    # -- reading --------------------------------------------------------------------------------------------------
-
     def find(self, slot: str, key: str | None = None) -> Artifact | None:
-        """The artifact committed at `slot`; None where there is none, or it was made under another key than `key`."""
+        """The artifact committed at `slot`, cleared or not; None where there is none, or it has another key than `key`."""
         manifest = self.manifest(slot)
         if manifest is None or (key is not None and manifest["key"] != key):
             return None
         path = posixpath.join(self.path, manifest["path"])
-        if not self.fs.exists(path):
+        if not manifest.get("cleared") and not self.fs.exists(path):
             return None
         return Artifact(self.address_of(path), manifest["digest"], manifest["rows"])
 
@@ -97,6 +97,8 @@ class Run(Folder):
             return "its manifest cannot be read"
         if digest_json(manifest.get("inputs")) != manifest["key"]:
             return "its manifest was altered"
+        if manifest.get("cleared"):
+            return None
         path = posixpath.join(self.path, manifest["path"])
         try:
             if not self.fs.exists(path):
@@ -155,26 +157,20 @@ class Run(Folder):
 
         `make` gets an empty local folder, writes the files and folders of these names, and returns the rows of each.
         """
-        key = digest_json(inputs)
-        existing = {name: self._find_intact(slot, key, log) or self._take_over(slot, key, log) for name, slot in slots.items()}
-        complete = {name: artifact for name, artifact in existing.items() if artifact is not None}
+        key, complete = digest_json(inputs), dict[str, Artifact]()
+        for name, slot in slots.items():
+            if artifact := self._find_intact(slot, key, log) or self._take_over(slot, key, log, beside=bool(complete)):
+                complete[name] = artifact
         if len(complete) == len(slots):
             return complete
         started = time.monotonic()
         with self.writing(), self.workspace() as folder:
             rows = make(folder)
             seconds = round(time.monotonic() - started, 3)
+            made = {name: describe_output(folder / name, slot, key, inputs) for name, slot in slots.items()}
+            check_same([(self.manifest(slot), made[name]) for name, slot in slots.items()])
             for name, slot in slots.items():
-                output = folder / name
-                manifest = {
-                    "key": key,
-                    "path": slot + output.suffix * output.is_file(),
-                    "digest": digest_local(output),
-                    "bytes": disk.size_of(output),
-                    "rows": rows[name],
-                    "seconds": seconds,
-                }
-                self._commit_slot(slot, output, {**manifest, "inputs": inputs, "versions": versions()})
+                self._commit_slot(slot, folder / name, {**made[name], "rows": rows[name], "seconds": seconds})
         log(f"{', '.join(slots.values())}: {max(rows.values())} rows, {seconds:.1f} s")
         return {name: artifact for name, slot in slots.items() if (artifact := self.find(slot, key))}
 
@@ -186,20 +182,33 @@ class Run(Folder):
         if manifest is not None and manifest["key"] != key:
             return None
         path = None if manifest is None else posixpath.join(self.path, manifest["path"])
-        if problem := self.find_damage(slot, read=path is not None and is_suspect(path)):
+        suspected = path is not None and is_suspect(path)
+        if suspected and (cleared := describe_clearing(manifest)):
+            log(f"{slot}: {cleared}, and needed again; it is made again")
+            return None
+        if problem := self.find_damage(slot, read=suspected):
             log(f"{slot}: damaged ({problem}); it is made again")
             return None
         if path is not None:
             clear_suspicion(path)
         return self.find(slot, key)
 
-    def _take_over(self, slot: str, key: str, log: Callable[[str], None]) -> Artifact | None:
-        """Link or copy the artifact that another run under this root committed at the same slot under the same key."""
+    def _take_over(self, slot: str, key: str, log: Callable[[str], None], beside: bool = False) -> Artifact | None:
+        """Link or copy the artifact that another run under this root committed at the same slot under the same key.
+
+        Of what was cleared there the manifest alone is taken, and that only `beside` what is found of the same piece of work:
+        a trainer's state is seldom needed where its student is there.
+        """
         for other in self._others_with(slot):
             if (manifest := other.manifest(slot)) is None or manifest["key"] != key:
                 continue
+            if manifest.get("cleared"):
+                if beside and not is_suspect(posixpath.join(self.path, manifest["path"])):
+                    self.write_manifest(slot, {**manifest, "taken_from": other.name})
+                    return self.find(slot, key)
+                continue
             source = posixpath.join(other.path, manifest["path"])
-            with self.writing(), self.workspace() as folder:
+            with self.writing(), self.workspace() as folder, other.hold(slot, alone=False):
                 copy = folder / "copy"
                 try:
                     self.copy(source, copy)
@@ -230,6 +239,13 @@ class Run(Folder):
         if self.fs.exists(self._manifest_path(slot)):
             self.fs.rm_file(self._manifest_path(slot))  # it describes the artifact that is replaced
         self.commit(source, manifest["path"])
+        self.write_manifest(slot, manifest)
+
+    def hold(self, slot: str, *, alone: bool) -> AbstractContextManager[bool]:
+        """Hold what lies at a slot while it is cleared (`alone`) or copied; whether that may begin."""
+        return hold_file(self._manifest_path(slot), alone=alone) if self.local else nullcontext(True)
+
+    def write_manifest(self, slot: str, manifest: dict[str, Any]) -> None:
         self.write_text(posixpath.join("_manifests", slot + ".json"), json.dumps(manifest, indent=1))
 
     def _manifest_path(self, slot: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import pyarrow as pa
+import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -12,14 +13,17 @@ from storage.artifacts import Artifact, read_table
 from storage.schemas import GATES
 from storage.store import Run, part, round_slot
 from tasks.engines.base import Sampling
-from tasks.engines.choose import release
+from tasks.engines.pool import make_room
 from tasks.gates.gate import Gate, limit_figure, require
 from tasks.gates.round import draw_samples, engine_gates, lead_gate, round_gates
+from tasks.models.reference import device_of
 from tasks.models.text import side
+from tasks.models.weights import count_weights
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger
 
 CODE = 2
+CPU = torch.device("cpu")
 
 
 @task(name="gates", task_run_name="round {round.number} · gates", cache_policy=NO_CACHE)
@@ -42,9 +46,9 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
     def make() -> pa.Table:
         before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
         gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"))
-        release()  # to make room for the trainer's model
+        for device in {CPU, device_of(round.student)}:
+            make_room(device, 4 * count_weights(round.student))  # for the trainer's model, in float32
         gates += engine_gates(round.student, draw_samples(rollouts), Sampling.of(recipe.rollout), limits)
-        release()
         return pa.Table.from_pylist([{**asdict(gate), "gate": gate.name, "round": round.number} for gate in gates], GATES)
 
     artifact = round.run.build_table(round.slot("gates", shards[0]), inputs, make, logger.info)

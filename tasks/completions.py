@@ -40,7 +40,7 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
     inputs = {
         "stage": "completions",
         "code": CODE,
-        "engine": engine_name(teacher),
+        "engine": engine_name(teacher, "sample"),
         "teacher": teacher.identity,
         "prompts": round.prompts.digest,
         "recipe": select_content(recipe, "rollout"),
@@ -66,10 +66,10 @@ def make_completions(
     planned = [row for row in rows if row.source == "teacher"]
     chosen = prompts.take(np.array([row.prompt for row in planned], np.int64))
     ids = chosen["prompt_id"].to_pylist()
-    text_side, generator, records = side(teacher), get_engine(teacher, config.batch_size), []
+    text_side, generator, records = side(teacher), get_engine(teacher, config.batch_size, use="sample"), []
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
     expect_room("teacher", teacher, rendered, config.max_new_tokens)
-    name = engine_name(teacher)
+    name = engine_name(teacher, "sample")
     sampling, stops = Sampling.of(config), set(text_side.stop_ids)
     sampled = generator.generate(rendered, [row.seed for row in planned], sampling, advance)
     for row, prompt_id, completion in zip(planned, ids, sampled, strict=True):

@@ -45,8 +45,8 @@ def evaluate_model(
     inputs = {
         "stage": "evals",
         "code": CODE,
-        "engine": engine_name(model),
-        "teacher_engine": engine_name(teacher) if teacher else None,
+        "engine": engine_name(model, "sample"),
+        "teacher_engine": engine_name(teacher, "score") if teacher else None,
         "model": model.identity,
         "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,
@@ -88,7 +88,7 @@ def evaluate_prompts(
     config, text_side = recipe.rollout, side(model)
     stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
     rendered = [text_side.render(*prompt) for prompt in load_prompts(rows)]
-    generator = get_engine(model, config.batch_size, recipe.score.batch_tokens)
+    generator = get_engine(model, config.batch_size, recipe.score.batch_tokens, use="sample")
     records = []
     with progress(f"round {number} evaluate {role}", len(rows) * (1 + recipe.evaluate.samples)) as advance:
         for decoding, samples in (("greedy", 1), ("sampled", recipe.evaluate.samples)):

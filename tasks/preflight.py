@@ -17,8 +17,8 @@ from tasks import objectives
 from tasks.align import align_rollouts
 from tasks.completions import make_completions
 from tasks.engines.base import Sampling
-from tasks.engines.choose import release
-from tasks.engines.transformers import TransformersEngine
+from tasks.engines.choose import get_head, release
+from tasks.engines.names import Use
 from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
 from tasks.gates.expected import expect, expected_gate
@@ -38,7 +38,6 @@ from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 from tasks.score import score_rows
 from tasks.signals import make_signal
-from tasks.signals.head import head_of
 from tasks.training.student import mean_loss
 
 SHOWN = 2  # prompts, as each side reads them
@@ -70,7 +69,7 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
         return gates  # the models cannot be run on such prompts
-    rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample))
+    rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample), use="sample")
     ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
     gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
     tables, scores = [rollouts], None
@@ -100,9 +99,9 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     return [*gates, *cost_gates(sample, tables, seconds)]
 
 
-def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table]) -> tuple[pa.Table, float]:
+def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table], use: Use = "score") -> tuple[pa.Table, float]:
     """What `make` makes with a model, and the seconds that it takes once the model is loaded."""
-    sample.engine(ref)
+    sample.engine(ref, use=use)
     started = time.monotonic()
     return make(), time.monotonic() - started
 
@@ -137,9 +136,7 @@ def align_sample(sample: Sample, rollouts: pa.Table, scores: pa.Table, teacher: 
     recipe, config, s_side, t_side = sample.recipe, sample.recipe.score, side(sample.student), side(teacher)
     head = None
     if SIGNALS[config.signal].needs_head:
-        engine = sample.engine(teacher)
-        assert isinstance(engine, TransformersEngine), "the recipe is refused before"
-        head = head_of(engine.model, engine.size)
+        head = get_head(teacher)
     objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
     signal = make_signal(config.signal, config.k, config.top_p)
     markers = sample.markers(teacher)

@@ -38,7 +38,7 @@ def roll_out(round: Round, shard: Shard) -> Shard:
     inputs = {
         "stage": "rollouts",
         "code": CODE,
-        "engine": engine_name(round.student),
+        "engine": engine_name(round.student, "sample"),
         "policy": round.student.identity,
         "completions": shard.completions.digest if shard.completions else None,
         "prompts": round.prompts.digest,
@@ -81,7 +81,7 @@ def make_rollouts(
     """
     chosen = prompts.take(np.array([row.prompt for row in rows]))
     references = chosen["reference"].to_pylist()
-    text_side, name = side(student), engine_name(student)
+    text_side, name = side(student), engine_name(student, "sample")
     rendered = [text_side.render(*prompt) for prompt in prompts_of(chosen)]
     expect_room("student", student, rendered, config.max_new_tokens)
     sampling = Sampling.of(config)
@@ -90,7 +90,7 @@ def make_rollouts(
     on_policy = [i for i, row in enumerate(rows) if row.source == "student"]
     if on_policy:
         with progress(f"round {number} rollouts", len(on_policy)) as advance:
-            generator, seeds = get_engine(student, config.batch_size), [rows[i].seed for i in on_policy]
+            generator, seeds = get_engine(student, config.batch_size, use="sample"), [rows[i].seed for i in on_policy]
             sampled = generator.generate([rendered[i] for i in on_policy], seeds, sampling, advance)
             filled = {i: _fields_of_sample(sample, text_side) for i, sample in zip(on_policy, sampled, strict=True)}
         if not sampling.plain:  # reported figures compare both models at temperature 1 (MATHS.md §7)

@@ -18,9 +18,8 @@ from storage.lineage import digest_table
 from storage.schemas import SCORES
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
-from tasks.engines.choose import get_engine
+from tasks.engines.choose import get_engine, get_head
 from tasks.engines.names import engine_name
-from tasks.engines.transformers import TransformersEngine
 from tasks.gates.rendering import context_of
 from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
@@ -31,7 +30,7 @@ from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
 from tasks.signals.base import Signal
-from tasks.signals.head import head_of, save_head
+from tasks.signals.head import save_head
 from tasks.tokens.markers import Markers
 
 CODE = 2
@@ -45,26 +44,35 @@ def score_shard(round: Round, shard: Shard) -> Shard:
     recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
     assert teacher is not None
     assert shard.rollouts is not None
-    student, markers = side(round.student), make_markers(recipe, student=side(round.student), teacher=side(teacher))
-    scored = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"])
-    if not markers.same:
+    student, own = side(round.reader_of(round.student)), side(round.reader_of(teacher))
+    markers = make_markers(recipe, student=student, teacher=own)
+
+    def read() -> pa.Table:
+        assert shard.rollouts is not None
+        table = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"])
         # The key holds what is scored: other rollouts with the same texts need no new scores. Ids count where they are more.
-        scored = hide_ids(scored, student, markers)
-    said = marker_inputs(recipe) if "token_ids" in scored.column_names else {}
+        return table if markers.same else hide_ids(table, student, markers)
+
+    said = marker_inputs(recipe)
+    if (before := find_inputs(round, shard)) is not None:
+        digest, with_ids = before["rollouts"], before.keys() >= said.keys()
+    else:
+        scored = read()
+        digest, with_ids = digest_table(scored), "token_ids" in scored.column_names
     inputs = {
         "stage": "scores",
         "code": CODE,
-        "engine": engine_name(teacher),
+        "engine": engine_name(teacher, "score"),
         "teacher": teacher.identity,
         "prompts": round.prompts.digest,
-        "rollouts": digest_table(scored),
+        "rollouts": digest,
         "recipe": _stored_fields(recipe),
         "as_sampled": markers.same,
-        **({} if markers.same else said),
+        **(said if with_ids and not markers.same else {}),
     }
 
     def make() -> pa.Table:
-        rows = scored.to_pylist()
+        rows = read().to_pylist()
         table = read_table(round.prompts)
         prompts = dict(zip(table["prompt_id"].to_pylist(), prompts_of(table), strict=True))
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
@@ -75,6 +83,16 @@ def score_shard(round: Round, shard: Shard) -> Shard:
     return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
 
 
+def find_inputs(round: Round, shard: Shard) -> dict[str, Any] | None:
+    """The inputs of a shard's committed scores, where its rollouts are cleared and were aligned with them; else None."""
+    rollouts, scores, aligned = (round.run.manifest(round.slot(table, shard)) for table in ("rollouts", "scores", "aligned"))
+    if not rollouts or not rollouts.get("cleared") or not scores or not aligned:
+        return None
+    made_from = (aligned["inputs"]["rollouts"], aligned["inputs"]["scores"])
+    inputs: dict[str, Any] = scores["inputs"]
+    return inputs if made_from == (rollouts["digest"], scores["digest"]) else None
+
+
 @task(name="head", cache_policy=NO_CACHE)
 def keep_head(recipe: Recipe, teacher: ModelRef, slot: str = "teacher") -> Artifact:
     """Make `teacher/` (or another `slot`): the weights of the teacher's head, for a signal that needs them to be read."""
@@ -82,9 +100,7 @@ def keep_head(recipe: Recipe, teacher: ModelRef, slot: str = "teacher") -> Artif
     inputs = {"stage": "head", "code": HEAD_CODE, "teacher": teacher.identity}
 
     def make(folder: Path) -> dict[str, int]:
-        engine = get_engine(teacher, recipe.rollout.batch_size, recipe.score.batch_tokens)
-        assert isinstance(engine, TransformersEngine), "the recipe is refused before"
-        head = head_of(engine.model, engine.size)
+        head = get_head(teacher)
         save_head(head, folder / "teacher")
         return {"teacher": len(head.weight)}
 

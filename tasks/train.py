@@ -1,5 +1,6 @@
 """The training stage: one round's optimizer steps, from the last round's student to this round's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import task
@@ -7,10 +8,13 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
 from storage.artifacts import Artifact, local_folder, read_table
-from tasks.engines.choose import release
+from tasks.engines.pool import collect
 from tasks.rows.round import Round, Shard, Trained
+from tasks.running.memory import Halved, Room
 from tasks.running.progress import logger
 from tasks.training.processes import launch
+from tasks.training.room import make_room_to_train
+from tasks.training.student import training_room
 from tasks.training.trainer import JOB, Job, count_steps, train
 
 CODE = 4
@@ -47,7 +51,8 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
     }
 
     def make(folder: Path) -> dict[str, int]:
-        release()  # give the teacher's memory to the student
+        make_room_to_train(recipe.train, round.student, lora=lora is not None)
+        room = training_room(recipe)
         job = Job(
             recipe=recipe,
             number=round.number,
@@ -55,13 +60,24 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
             teacher=round.teacher,
             shards=pairs,
             state=local_folder(round.trainer) if round.trainer else None,
+            most_tokens=room.limit,
         )
         if recipe.train.processes > 1:
-            launch(JOB.dump_json(job).decode(), folder, recipe.train.processes)
+            launch_until_it_fits(job, folder, room)
         else:
             train(job, folder)
-        release()
+            collect()
         return dict.fromkeys(slots, read_table(Artifact(str(folder / "steps.parquet"), "")).num_rows)
 
     artifacts = round.run.build_files(slots, inputs, make, logger.info)
     return Trained(student=artifacts["student"], trainer=artifacts["trainer"])
+
+
+def launch_until_it_fits(job: Job, folder: Path, room: Room) -> None:
+    """Train in several processes, and begin anew with less at once where one of them has no memory for its part."""
+    while True:
+        try:
+            return launch(JOB.dump_json(job).decode(), folder, job.recipe.train.processes)
+        except Halved as halved:
+            room.shrink(halved.limit)
+            job = replace(job, most_tokens=halved.limit)

@@ -4,11 +4,14 @@ import subprocess
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from configs.errors import BadInput
 
 CHILD = Path(__file__).with_name("vllm_child.py")
+
+
+Use = Literal["sample", "score"]
 
 
 class UsesEngine(Protocol):
@@ -18,17 +21,36 @@ class UsesEngine(Protocol):
     def engine(self) -> str: ...
 
     @property
+    def device(self) -> str: ...
+
+    @property
     def vllm_python(self) -> str: ...
 
 
-def engine_name(model: UsesEngine) -> str:
-    """The engine with its version.
+def engine_for(model: UsesEngine, use: Use) -> str:
+    """The engine that a recipe names, or for `auto` what the figures of one GPU say (README.md of this folder).
+
+    There vLLM samples, where it is installed, and transformers scores; elsewhere transformers does both.
+    """
+    if model.engine != "auto":
+        return model.engine
+    if use == "score" or not Path(model.vllm_python).exists():
+        return "transformers"
+    import torch  # (a complete run is told without it)
+
+    on_gpu = model.device.startswith("cuda") or (model.device == "auto" and torch.cuda.is_available())
+    return "vllm" if on_gpu else "transformers"
+
+
+def engine_name(model: UsesEngine, use: Use) -> str:
+    """The engine for a use, with its version.
 
     A server has no version here: its scores stay valid when it is upgraded or stopped.
     """
-    if model.engine == "vllm":
+    engine = engine_for(model, use)
+    if engine == "vllm":
         return f"vllm-{vllm_version(model.vllm_python)}"
-    return "server" if model.engine == "server" else f"transformers-{version('transformers')}"
+    return "server" if engine == "server" else f"transformers-{version('transformers')}"
 
 
 @lru_cache(maxsize=4)

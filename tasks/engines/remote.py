@@ -1,4 +1,4 @@
-"""Base of the two vLLM engines. vLLM runs in another process, takes ids, and returns only the likeliest ids."""
+"""Base of the engines that return only the likeliest ids: a server takes ids, and gives no states or whole distributions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ STOP_ERROR = 1e-3  # nats: largest error of a stop's log-prob from stop ids that
 
 
 class RemoteEngine(ABC):
-    """An engine whose model runs in another process.
+    """An engine whose model runs elsewhere.
 
     A stop's log-prob is that of the event: the sum over all stop ids. Stop ids that are not among the returned ids are
     requested where they could change it by more than 0.001 nats.

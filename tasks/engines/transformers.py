@@ -1,19 +1,25 @@
 """The embedded engine: a transformers model in this process, on the CPU or one GPU."""
 
-from functools import cached_property
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from tasks.engines.base import Advance, Completion, Sampling, TokenScores, ignore_progress
 from tasks.engines.decoding import Decoder
+from tasks.engines.pool import drop, hold, make_room
 from tasks.engines.sampling import Sampler
-from tasks.models.reference import ModelRef, device_of
+from tasks.engines.states import StateScorer
+from tasks.models.reference import ModelRef, device_of, dtype_of
 from tasks.models.text import side
-from tasks.models.weights import check_head, head_logits, hidden_states, load_weights, logits_of
-from tasks.signals.base import SCORE_CHUNK, Chunk, Signal, copy_to_host, join_chunks, split_columns
-from tasks.tokens.byte_laws import ByteLaws
-from tasks.tokens.ragged import expand
+from tasks.models.weights import check_head, count_weights, head_logits, hidden_states, load_weights, logits_of
+from tasks.running.memory import Room, room_of
+from tasks.signals.base import Signal
+from tasks.signals.head import Head, head_of
+from tasks.tokens.ragged import expand, length_batches
+
+MEND = "lower rollout.max_new_tokens, take shorter prompts, or set the model's dtype = 'bfloat16'"
 
 
 class TransformersEngine:
@@ -21,12 +27,48 @@ class TransformersEngine:
 
     def __init__(self, ref: ModelRef, batch_size: int = 256, batch_tokens: int = 16_384):
         """`batch_size` sequences are generated at once; `batch_tokens`, padding included, are scored at once."""
-        self.side, self.batch_size, self.batch_tokens = side(ref), batch_size, batch_tokens
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.device = device_of(ref)
         self.check_every = 1 if self.device.type == "cpu" else 8  # tokens; the host waits for the device to count ended rows
-        self.model = load_weights(ref).eval().to(self.device)
+        self._model: PreTrainedModel | None = None
+        self._refer(ref)
+        self.load()
+
+    def _refer(self, ref: ModelRef) -> None:
+        self.ref, self.side = ref, side(ref)
         self.size = len(self.side.beta.values)
-        check_head(self.model, ref.path, self.size)
+        self.states = StateScorer(self.side, self.device, lambda hidden: head_logits(self.model, hidden, self.size))
+
+    def load(self) -> None:
+        """Load the model where it is not, once there is room for it. It counts as used now."""
+        if self._model is None:
+            make_room(self.device, count_weights(self.ref) * dtype_of(self.ref).itemsize)
+            model = load_weights(self.ref).eval().to(self.device)
+            check_head(model, self.ref.path, self.size)
+            self._model = model
+        hold(self)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded."""
+        if self._model is None:
+            self.load()
+        assert self._model is not None
+        return self._model
+
+    @property
+    def head(self) -> Head:
+        """The model's last layer alone."""
+        return head_of(self.model, self.size)
+
+    def renew(self, ref: ModelRef) -> None:
+        """Go on with other weights of the same shape, in place where the model is loaded."""
+        self._refer(ref)
+        if self._model is not None:
+            with torch.no_grad():
+                mine = self._model.state_dict()
+                for name, weight in load_weights(ref).state_dict().items():
+                    mine[name].copy_(weight)
 
     @torch.inference_mode()
     def generate(
@@ -34,12 +76,16 @@ class TransformersEngine:
     ) -> list[Completion]:
         results: list[Completion | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        lengths, room = [len(prompt) + sampling.max_new_tokens for prompt in prompts], self._room("generation")
+
+        def sample(rows: Sequence[int]) -> list[Completion]:
+            return self._sample([prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
+
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            made = self._sample([prompts[i] for i in rows], [seeds[i] for i in rows], sampling)
-            for i, completion in zip(rows, made, strict=True):
-                results[i] = completion
-            advance(len(rows))
+            for rows, made in room.run(order[start : start + self.batch_size], lengths, sample):
+                for i, completion in zip(rows, made, strict=True):
+                    results[i] = completion
+                advance(len(rows))
         return [result for result in results if result is not None]
 
     def _sample(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Completion]:
@@ -74,7 +120,8 @@ class TransformersEngine:
     def score(self, prompts: list[list[int]], completions: list[list[int]], signal: Signal) -> list[TokenScores]:
         results: list[TokenScores | None] = [None] * len(prompts)
         lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-        for rows in length_batches(lengths, self.batch_tokens):
+
+        def score_batch(rows: Sequence[int]) -> None:
             ids = np.full((len(rows), max(lengths[i] for i in rows)), self.side.pad_id)
             for row, i in enumerate(rows):
                 ids[row, : lengths[i]] = prompts[i] + completions[i]
@@ -82,61 +129,26 @@ class TransformersEngine:
             time, row_of = expand(starts, ends)
             whole, at, before = (self._tensor(values) for values in (ids, row_of, time - 1))
             hidden = hidden_states(self.model, whole)[at, before]
-            actual, first = self._tensor(ids[row_of, time]), self._tensor(time == starts[row_of])
-            columns = self._scores(hidden, actual, first, signal)
-            logprobs, bounds = columns.pop("logprobs"), np.cumsum(ends - starts)
-            parts = zip(rows, np.split(logprobs, bounds[:-1]), split_columns(signal, columns, bounds), strict=True)
-            for i, path, part in parts:
-                results[i] = TokenScores(path, part)
+            for i, scores in zip(rows, self.states.score(hidden, [completions[i] for i in rows], signal), strict=True):
+                results[i] = scores
+
+        room = self._room("scoring")
+        for batch in length_batches(lengths, self.batch_tokens):
+            for _ in room.run(batch, lengths, score_batch):
+                pass
         return [result for result in results if result is not None]
+
+    def _room(self, what: str) -> Room:
+        """What is known of memory for models of this size on this device: a student has new weights each round."""
+        return room_of(what, MEND, str(self.device), count_weights(self.ref))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def _scores(self, hidden: torch.Tensor, actual: torch.Tensor, first: torch.Tensor, signal: Signal) -> dict[str, np.ndarray]:
-        """The signal's columns at flat positions, and `logprobs`, float32, in chunks; `first` marks a completion's first token.
-
-        `hidden` is `[positions, width]`; `actual` (int64) and `first` (bool) are `[positions]`.
-        """
-        stops = torch.tensor(self.side.stop_ids, device=self.device)
-        stopped = torch.isin(actual, stops)
-        chunks = []
-        for start in range(0, len(actual), SCORE_CHUNK):
-            lead = min(start, 1)
-            window, here = slice(start - lead, start + SCORE_CHUNK), slice(start, start + SCORE_CHUNK)
-            chunk = Chunk(
-                hidden=hidden[here],
-                logits=head_logits(self.model, hidden[window], self.size),
-                actual=actual[window],
-                first=first[window],
-                lead=lead,
-                laws=lambda: self.laws,
-                model=self.side.ref.path,
-            )
-            logits = chunk.logits[lead:]
-            path = logits.gather(1, actual[here, None])[:, 0].float()
-            path = torch.where(stopped[here], logits[:, stops].float().logsumexp(-1), path) - chunk.norm[lead:]
-            chunks.append(copy_to_host({"logprobs": path, **signal.store(chunk)}))
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)  # the copies end
-        return join_chunks(signal, chunks)
-
-    @cached_property
-    def laws(self) -> ByteLaws:
-        """The module of next-byte laws of this model's vocabulary, on its device."""
-        return ByteLaws(self.side.vocabulary).to(self.device)
-
     def close(self) -> None:
-        del self.model
-        self.__dict__.pop("laws", None)
+        drop(self)
+        self.give_back()
 
-
-def length_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows in batches of similar length, each at most `budget` tokens with padding; a longer row is a batch of its own."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    def give_back(self) -> None:
+        self._model = None
+        self.states.__dict__.pop("laws", None)

@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: `PYTHON -I vllm_child.py OPTIONS`, where PYTHON has vLLM and pyarrow, and no Potstill.
+"""vLLM in a process of its own: `PYTHON -I vllm_child.py WORK OPTIONS`, where PYTHON has vLLM and pyarrow, and no Potstill.
 
 Standard input has one JSON request per line, standard output one JSON reply per line. Tables pass as Arrow IPC files. The
 process ends when its standard input ends.
@@ -13,12 +13,13 @@ import threading
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-ENTRIES = 4_000_000  # log-probs in memory at once, before they are written
-STEP_TOKENS = 2048  # per step of vLLM
+STEP_TOKENS = 2048  # per step of vLLM, when it samples
+READ_TOKENS = 8192  # per step, when it reads alone
+PART = 16_384  # tokens whose states are in memory at once, before they are written
 RUNNING = 256  # most sequences to which a step on a CPU adds a token
 
 
-def main(options: dict[str, Any]) -> None:
+def main(work: str, options: dict[str, Any]) -> None:
     """Load the model with `options` of vLLM's LLM and answer requests until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that what vLLM prints is not read as a reply
@@ -26,18 +27,32 @@ def main(options: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its end releases everything
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
     from vllm import LLM
+    from vllm.config import PoolerConfig
     from vllm.platforms import current_platform
 
+    own: dict[str, dict[str, Any]] = {
+        "generate": {
+            "skip_tokenizer_init": True,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are drawn from
+            "max_logprobs": -1,
+            "max_num_batched_tokens": STEP_TOKENS,
+        },
+        "states": {
+            "runner": "pooling",
+            "convert": "embed",
+            "pooler_config": PoolerConfig(task="token_embed", use_activation=False),  # as they are, not normalised
+            "enable_prefix_caching": False,  # all states are wanted, and the same in any order
+            "max_num_batched_tokens": READ_TOKENS,
+        },
+    }
     llm = LLM(
         **options,
-        skip_tokenizer_init=True,
+        **own[work],
         generation_config="vllm",
-        logprobs_mode="processed_logprobs",  # of the distribution that tokens are drawn from
-        max_logprobs=-1,
         max_model_len=-1,  # the model's own, or less where the cache is too small for it
-        max_num_batched_tokens=STEP_TOKENS,  # when prompts are scored: rows of logits over the whole vocabulary
         max_num_seqs=RUNNING if current_platform.is_cpu() else None,
         enforce_eager=current_platform.is_cpu(),
+        enable_sleep_mode=not current_platform.is_cpu(),
         disable_log_stats=True,
     )
     print(json.dumps({"ready": True}), file=replies)
@@ -81,7 +96,7 @@ def generate(llm: Any, request: dict[str, Any]) -> None:
     if sampled and current_platform.is_cpu():
         if (longest := max(lengths)) > STEP_TOKENS:
             raise ValueError(f"a prompt has {longest} tokens; on a CPU vLLM can sample from prompts of at most {STEP_TOKENS}")
-        together = _split_rows(lengths, STEP_TOKENS - RUNNING)
+        together = split_rows(lengths, STEP_TOKENS - RUNNING)
     bias = dict.fromkeys(range(*request["padding"]), -100.0) or None
     shared = {**request["sampling"], "stop_token_ids": request["stops"], "ignore_eos": True, "logit_bias": bias}
     plain = {"logprobs": 0, "flat_logprobs": True, "detokenize": False}
@@ -92,55 +107,58 @@ def generate(llm: Any, request: dict[str, Any]) -> None:
     _write(request, [pa.record_batch({"ids": ids, "logprobs": logprobs})])
 
 
-def tops(llm: Any, request: dict[str, Any]) -> None:
-    """Score: a table (prompt, completion) to a table (actual, ids, logprobs).
+def states(llm: Any, request: dict[str, Any]) -> None:
+    """Read: a table (prompt, completion) to a table (states).
 
-    `actual` has the log-probs of the completion's tokens; `ids` and `logprobs` are flat: the k likeliest of each token, best
-    first.
+    `states` are flat: the last hidden state, after the model's last norm, before each token of the completion.
     """
     import numpy as np
     import pyarrow as pa
-    from vllm import SamplingParams
+    from vllm import PoolingParams
 
-    rows, k = _read(request), request["k"]
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=k, flat_logprobs=True, detokenize=False)
+    rows, params = _read(request), PoolingParams(use_activation=False)
     prompts, completions = rows["prompt"].to_pylist(), rows["completion"].to_pylist()
 
-    def score(part: slice) -> Any:
-        sequences = [prompt + completion for prompt, completion in zip(prompts[part], completions[part], strict=True)]
-        columns: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
-        for output, completion in zip(outputs, completions[part], strict=True):
-            flat, n = output.prompt_logprobs, len(completion)
-            ids = np.array(flat.token_ids[-n * (k + 1) :], np.int32).reshape(n, k + 1)
-            logprobs = np.array(flat.logprobs[-n * (k + 1) :], np.float32).reshape(n, k + 1)
-            assert ids[:, 0].tolist() == completion, "vLLM scored other tokens than those of the request"
-            for column, values in zip(columns, (logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]), strict=True):
-                column.append(values.reshape(-1))
-        kinds = {"actual": pa.float32(), "ids": pa.int32(), "logprobs": pa.float32()}
-        return pa.record_batch({n: pa.array(c, pa.list_(t)) for (n, t), c in zip(kinds.items(), columns, strict=True)})
+    def read(part: slice) -> Any:
+        both = zip(prompts[part], completions[part], strict=True)
+        sequences = [{"prompt_token_ids": prompt + completion[:-1]} for prompt, completion in both]  # nothing follows the last
+        outputs = llm.encode(sequences, params, pooling_task="token_embed", use_tqdm=False)
+        found = []
+        for output, sequence, completion in zip(outputs, sequences, completions[part], strict=True):
+            data = output.outputs.data
+            assert list(output.prompt_token_ids) == sequence["prompt_token_ids"], "vLLM read other tokens than the request's"
+            assert len(data) == len(sequence["prompt_token_ids"]), "vLLM gives other states than one a token"
+            found.append(data[-len(completion) :].float().numpy())
+        bounds = np.cumsum([0, *(each.size for each in found)])
+        values = pa.array(np.concatenate(found).reshape(-1), pa.float32())
+        column = pa.LargeListArray.from_arrays(pa.array(bounds, pa.int64()), values)
+        return pa.record_batch({"states": column})
 
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    _write(request, (score(part) for part in _split_rows(lengths, ENTRIES // (k + 1))))
+    _write(request, (read(part) for part in split_rows(lengths, PART)))
 
 
-def stops(llm: Any, request: dict[str, Any]) -> None:
-    """Score the stop: a table (prompt) to a table (logprobs), of each stop id as the next token."""
-    import pyarrow as pa
-    from vllm import SamplingParams
+def renew(llm: Any, request: dict[str, Any]) -> None:
+    """Go on with the weights in another folder; what was computed with the old ones is forgotten."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": request["model"]})
+    llm.reset_prefix_cache()
 
-    ids = request["stops"]
-    params = SamplingParams(max_tokens=1, temperature=0, logprobs=len(ids), logprob_token_ids=ids, detokenize=False)
-    outputs = llm.generate(_prompts_of(_read(request)["prompt"]), params, use_tqdm=False)
-    logprobs = [[output.outputs[0].logprobs[0][i].logprob for i in ids] for output in outputs]
-    _write(request, [pa.record_batch({"logprobs": pa.array(logprobs, pa.list_(pa.float32()))})])
+
+def sleep(llm: Any, request: dict[str, Any]) -> None:
+    """Free the device's memory: the weights go to the host's, the cache is forgotten."""
+    llm.sleep(level=1)
+
+
+def wake(llm: Any, request: dict[str, Any]) -> None:
+    """Take the device's memory again."""
+    llm.wake_up()
 
 
 def _prompts_of(column: Any) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": ids} for ids in column.to_pylist()]
 
 
-def _split_rows(lengths: list[int], most: int) -> list[slice]:
+def split_rows(lengths: list[int], most: int) -> list[slice]:
     """Split rows, in order, so that each part has at most `most` tokens, or is one row."""
     cuts, total = [0], 0
     for row, length in enumerate(lengths):
@@ -168,10 +186,10 @@ def _write(request: dict[str, Any], batches: Any) -> None:
             writer.write_batch(batch)
 
 
-WORK = {"generate": generate, "tops": tops, "stops": stops}
+WORK = {"generate": generate, "states": states, "renew": renew, "sleep": sleep, "wake": wake}
 
 if __name__ == "__main__":
     if sys.argv[1] == "version":
         print(version(packages_distributions()["vllm"][0]))
     else:
-        main(json.loads(sys.argv[1]))
+        main(sys.argv[1], json.loads(sys.argv[2]))

@@ -6,38 +6,54 @@ from collections.abc import Iterator
 import pyarrow as pa
 import torch
 
+from configs.keep import ALL, BEST
+from configs.schema import Recipe
 from storage.artifacts import measure_parquet
 from storage.store import Run
 from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
-from tasks.models.reference import ModelRef, device_of, dtype_of
-from tasks.models.weights import empty_model
+from tasks.models.reference import device_of, dtype_of
+from tasks.models.weights import count_weights
+from tasks.training.room import training_need
 
 GIB = 2**30
-TRAINED = 16  # bytes per trained weight: float32 weight, gradient, and AdamW's two moments
-FROZEN = 4  # bytes per weight where only adapters are trained
+HALF, MASTER, MOMENTS = 2, 4, 8  # bytes per weight: in bfloat16, in float32, and AdamW's two moments
 
 
 def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterator[Gate]:
     """Disk, memory and hours of the whole run, from the `tables` that the sample made in `seconds`."""
     recipe, rows = sample.recipe, len(tables[0])
     total = recipe.rounds * recipe.rollout.prompts * recipe.rollout.samples
-    weights = {role: weights_of(ref) for role, ref in sample.sides().items()}
-    per_row = sum(map(measure_parquet, tables)) / rows
-    disk = (total * per_row + recipe.rounds * 12 * weights["student"]) / GIB  # float32 weights, and two moments
-    free = Run(recipe.root, recipe.name).free()
-    yield Gate(
-        "disk",
-        disk,
-        free and free / GIB,
-        detail=f"{per_row:,.0f} bytes per rollout, and one checkpoint per round; the limit is the free space",
-    )
+    weights = {role: count_weights(ref) for role, ref in sample.sides().items()}
+    sizes = dict(zip(("rollouts", "scores", "aligned"), (measure_parquet(table) / rows for table in tables)))
+    disk, free = disk_need(recipe, sizes, weights["student"]) / GIB, Run(recipe.root, recipe.name).free()
+    detail = f"{sum(sizes.values()):,.0f} bytes per rollout, and checkpoints, as [keep] keeps them; the limit is the free space"
+    yield Gate("disk", disk, free and free / GIB, detail=detail)
     for device, need in memory_needs(sample, weights).items():
         detail = "weights and optimizer, without activations; the limit is the device's memory"
         yield Gate(f"{device}: memory", need / GIB, memory_of(device), detail=detail)
     yield Gate(
         "hours", total * seconds / rows / 3600, detail="sampling and scoring at the speed of this sample, without training"
     )
+
+
+def disk_need(recipe: Recipe, sizes: dict[str, float], weights: int) -> float:
+    """The most bytes that all rounds of a recipe take at one time.
+
+    `sizes` are bytes per rollout by table, `weights` those of the student. A round is complete before an older one is cleared.
+    """
+
+    def rounds_of(kept: int | str) -> int:
+        most = {ALL: recipe.rounds, BEST: 3}  # the best one, the newest, and the next
+        return min(recipe.rounds, most[kept] if isinstance(kept, str) else kept + 1)
+
+    keep, rows = recipe.keep, recipe.rollout.prompts * recipe.rollout.samples
+    rounds = {"rollouts": rounds_of(keep.rollouts), "scores": rounds_of(keep.scores), "aligned": recipe.rounds}
+    student, trainer = (HALF, MASTER + MOMENTS) if recipe.train.param_dtype == "bfloat16" else (MASTER, MOMENTS)
+    if recipe.student.lora is not None:
+        trainer = 0  # of adapters, which are small
+    checkpoints = rounds_of(keep.students) * student + rounds_of(keep.trainers) * trainer
+    return sum(rounds[name] * rows * size for name, size in sizes.items()) + checkpoints * weights
 
 
 def memory_needs(sample: Sample, weights: dict[str, int]) -> dict[torch.device, float]:
@@ -48,17 +64,10 @@ def memory_needs(sample: Sample, weights: dict[str, int]) -> dict[torch.device, 
         if ref.engine == "server":
             continue  # its weights are on another machine or in another process
         if role == "student":
-            trained = TRAINED if sample.recipe.student.lora is None else FROZEN
-            parts = train.processes if train.sharding == "full" else 1
-            copies = train.processes if device.type == "cpu" else 1  # processes on the CPU share one memory
-            each = max(each, trained * copies / parts)
+            needed = training_need(train, device, weights[role], lora=sample.recipe.student.lora is not None)
+            needs[device] = max(needs.get(device, 0), needed)
         needs[device] = max(needs.get(device, 0), each * weights[role])
     return needs
-
-
-def weights_of(ref: ModelRef) -> int:
-    """The number of weights of a model."""
-    return sum(p.numel() for p in empty_model(ref).parameters())
 
 
 def memory_of(device: torch.device) -> float:

@@ -8,6 +8,7 @@ import pyarrow as pa
 from configs.schema import Recipe
 from tasks.engines.base import Engine
 from tasks.engines.choose import get_engine
+from tasks.engines.names import Use
 from tasks.models.pair import make_markers
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
@@ -37,6 +38,6 @@ class Sample:
         """The recipe's markers, between the student and a teacher."""
         return make_markers(self.recipe, student=side(self.student), teacher=side(teacher))
 
-    def engine(self, ref: ModelRef, batch_tokens: int | None = None) -> Engine:
+    def engine(self, ref: ModelRef, batch_tokens: int | None = None, *, use: Use = "score") -> Engine:
         """A model's engine, with the recipe's batches or with `batch_tokens`."""
-        return get_engine(ref, self.recipe.rollout.batch_size, batch_tokens or self.recipe.score.batch_tokens)
+        return get_engine(ref, self.recipe.rollout.batch_size, batch_tokens or self.recipe.score.batch_tokens, use=use)

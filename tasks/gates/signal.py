@@ -42,11 +42,12 @@ def chance_gate(sample: Sample, role: str, ref: ModelRef) -> Gate:
 
 def teacher_engine_gate(sample: Sample, teacher: ModelRef) -> Gate:
     """The gap between the log-probs of the teacher's samples as drawn and as scored, without stops."""
-    text_side, engine = side(teacher), sample.engine(teacher)
+    text_side = side(teacher)
     prompts = [text_side.render(*prompt) for prompt in sample.asked]
     seeds = [derive_seed(sample.recipe.seed, "preflight teacher", number) for number in range(len(prompts))]
-    completions = engine.generate(prompts, seeds, Sampling(sample.recipe.rollout.max_new_tokens))
-    scores = engine.score(prompts, [completion.ids for completion in completions], make_signal("sampled"))
+    drawer = sample.engine(teacher, use="sample")
+    completions = drawer.generate(prompts, seeds, Sampling(sample.recipe.rollout.max_new_tokens))
+    scores = sample.engine(teacher).score(prompts, [completion.ids for completion in completions], make_signal("sampled"))
     ids = np.concatenate([completion.ids for completion in completions])
     text = ~np.isin(ids, text_side.stop_ids)  # a stop is scored as the event, whichever id it is
     drawn = np.concatenate([completion.logprobs for completion in completions])[text]

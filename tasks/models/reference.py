@@ -4,7 +4,7 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class ModelRef:
     vllm_python: str = ""
     vllm_memory: float = 0.9
     committed: bool = False  # by a run: its content is held against its digest before it is read
+    moves: str = field(default="", compare=False)  # as who its weights change from round to round; empty: they do not
 
     @property
     def local(self) -> str:
@@ -54,6 +55,11 @@ class ModelRef:
         Raises Damaged where a run committed it and it is not what it was.
         """
         return local_folder(Artifact(self.path, self.digest)) if self.committed or "://" in self.path else self.path
+
+    @property
+    def usage(self) -> "ModelRef":
+        """How it is used, without whose weights."""
+        return replace(self, path="", digest="", committed=False)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
+from storage.lineage import digest_json
 from tasks.models.reference import FLASH, ModelRef, dtype_of, explain_load_errors
+
+# Of a config: what may differ between a model and what was trained from it.
+OF_ORIGIN = {"_name_or_path", "transformers_version", "dtype", "use_cache"}
+OF_ORIGIN |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # `side` reads them anew
 
 transformers_logging.disable_progress_bar()  # a bar for every shard of weights would drown ours
 
@@ -80,6 +86,18 @@ def empty_model(ref: ModelRef) -> PreTrainedModel:
         return model
 
 
+@lru_cache(maxsize=64)
+def count_weights(ref: ModelRef) -> int:
+    """The number of weights of a model, from its config alone."""
+    return sum(p.numel() for p in empty_model(ref).parameters())
+
+
+def architecture_of(ref: ModelRef) -> str:
+    """A digest of what shapes a model and how it computes: of its config without what says where it comes from."""
+    config = AutoConfig.from_pretrained(ref.local, trust_remote_code=ref.trust_remote_code).to_dict()
+    return digest_json({name: value for name, value in config.items() if name not in OF_ORIGIN})
+
+
 def check_weights(ref: ModelRef) -> None:
     """Refuse a local folder without weights, with damaged ones, or whose code the recipe does not trust.
 
@@ -99,7 +117,7 @@ def check_weights(ref: ModelRef) -> None:
             raise BadInput(f"{file}: cannot be read as safetensors ({error}); give the whole file") from None
     with explain_load_errors(ref.path):
         config = AutoConfig.from_pretrained(ref.path, trust_remote_code=ref.trust_remote_code)
-    if ref.engine == "transformers" and getattr(config, "quantization_config", None) is None:
+    if ref.engine in ("transformers", "auto") and getattr(config, "quantization_config", None) is None:
         _load(replace(ref, attention="eager") if ref.attention == FLASH else ref, torch.float32, device="meta")
 
 

@@ -1,6 +1,6 @@
 """What passes between the stages of a round: small references, never a table or a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.schema import Recipe
 from storage.artifacts import Artifact
@@ -52,6 +52,15 @@ class Round:
     @property
     def run(self) -> Run:
         return Run(self.recipe.root, self.recipe.name)
+
+    def reader_of(self, ref: ModelRef) -> ModelRef:
+        """A model for its tokenizer alone. A student's is that of the start: what a round has trained may be cleared."""
+        start = self.start
+        return (
+            replace(ref, path=start.path, digest=start.digest, committed=start.committed)
+            if ref.path == self.student.path
+            else ref
+        )
 
     def slot(self, table: str, shard: Shard | None = None) -> str:
         """Where an artifact of the round, or a shard of it, lies in the run's folder: `round=0001/scores/part-00000`."""

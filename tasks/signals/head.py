@@ -26,9 +26,14 @@ class Head:
     scale: LogitScale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `[positions, V]` of hidden states, float16 `[positions, width]`, as `head_logits` gives them."""
+        """Logits `[positions, V]` of hidden states `[positions, width]`, as `head_logits` gives them."""
         states = hidden.to(self.weight.device, self.weight.dtype)
         return scaled_logits(functional.linear(states, self.weight, self.bias), self.scale)
+
+    def on(self, device: torch.device) -> "Head":
+        """The same on a device, in memory of its own: whatever else the model holds may go."""
+        bias = None if self.bias is None else self.bias.to(device, copy=True)
+        return Head(self.weight.to(device, copy=True), bias, self.scale)
 
 
 def head_of(model: PreTrainedModel, size: int) -> Head:

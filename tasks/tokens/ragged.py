@@ -55,3 +55,18 @@ def first_of(offsets: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """bool, flat: the first `counts[r]` elements of each row."""
     mask: np.ndarray = index_in_row(offsets) < np.repeat(counts, np.diff(offsets))
     return mask
+
+
+def length_batches(lengths: list[int], tokens: int | None, rows: int | None = None) -> list[list[int]]:
+    """Rows in batches of like length, the shortest first; each at most `tokens`, padding included, and at most `rows`.
+
+    A longer row is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        more = len(batches[-1]) + 1 if batches else 1
+        if batches and (tokens is None or more * lengths[i] <= tokens) and (rows is None or more <= rows):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,7 +1,8 @@
 """Batches of tensors from committed shards: rows in a seeded order, one shard in memory at a time."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +49,13 @@ def rows_to_train(rollouts: pa.Table, aligned: pa.Table) -> pa.Table:
     return table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["units"], 0)))
 
 
+def row_lengths(table: pa.Table) -> np.ndarray:
+    """Tokens of each row, prompt and completion, int64 `[rows]`."""
+    prompts, tokens = (pc.list_value_length(table[name]).to_numpy() for name in ROLLOUT_COLUMNS)
+    lengths: np.ndarray = prompts.astype(np.int64) + tokens
+    return lengths
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Rows of one forward pass. Positions are the completion tokens of all rows, flat; terms index into them."""
@@ -67,12 +75,34 @@ class MicroBatch:
     behaviour: np.ndarray
     unmatched_counts: np.ndarray
     unmatched_logprobs: np.ndarray
+    split: dict[int, list[tuple[slice, Terms]]] = field(default_factory=dict)  # chunks that are made, by their positions
 
-    def chunks(self, positions: int) -> Iterator[tuple[slice, Terms]]:
+    def chunks(self, positions: int) -> list[tuple[slice, Terms]]:
         """Split the terms into chunks that read at most `positions` positions; a longer term is a chunk of its own.
 
-        Yields the range of positions of each chunk, and its terms.
+        Returns the range of positions of each chunk, and its terms.
         """
+        if positions not in self.split:
+            self.split[positions] = list(self._make_chunks(positions))
+        return self.split[positions]
+
+    def pinned(self) -> "MicroBatch":
+        """The same, with the chunks that are made, where a GPU can copy it from while it computes."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def on(self, device: torch.device) -> "MicroBatch":
+        """The same on a device; the host does not wait for a copy from pinned memory."""
+        return self if device == self.ids.device else self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        def moved(terms: Terms) -> Terms:
+            return Terms(**{part.name: move(getattr(terms, part.name)) for part in fields(terms)})
+
+        whole: dict[str, Any] = {name: move(getattr(self, name)) for name in ("ids", "row", "time", "actual")}
+        chunks = {positions: [(at, moved(terms)) for at, terms in made] for positions, made in self.split.items()}
+        return replace(self, **whole, split=chunks)
+
+    def _make_chunks(self, positions: int) -> Iterator[tuple[slice, Terms]]:
         events, unmatched = offsets_of(self.counts), offsets_of(self.unmatched_counts)
         first = 0
         while first < len(self.starts):

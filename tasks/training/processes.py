@@ -18,10 +18,11 @@ from configs.schema import Recipe
 from tasks.models.reference import device_of
 from tasks.running.attached import SCRIPT as ATTACHED
 from tasks.running.attached import end_attached, start_attached
+from tasks.running.memory import Halved
 from tasks.running.progress import logger
 
 LAST_WORDS = 20  # lines of each process's output that an error quotes
-ENDS = (BadInput, Stopped, Damaged)  # of a process, which the one that started it raises again
+ENDS = (BadInput, Stopped, Damaged, Halved)  # of a process, which the one that started it raises again
 MARK = "potstill| "  # prefix that tells our log lines from what libraries print
 
 
@@ -38,8 +39,11 @@ def check_processes(recipe: Recipe) -> None:
 def launch(job: str, folder: Path, processes: int) -> None:
     """Run `tasks.training.trainer.train` on `job` (JSON) in `processes` processes, and log their lines here.
 
-    Raises BadInput, Stopped or Damaged where one of them does, and RuntimeError with the last output of each where one fails.
+    Raises BadInput, Stopped, Damaged or Halved where one of them does, and RuntimeError with the last output of each where one
+    fails. After Halved, which says that memory ran out, it can be called again with the same folder.
     """
+    for left in ("processes", "torchrun", *(kind.__name__ for kind in ENDS)):
+        (folder / left).unlink(missing_ok=True)
     (folder / "job.json").write_text(job)
     # By default torchrun's processes meet at a port on every interface of the machine. Nobody else can reach a file.
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder}/torchrun", "--rdzv-conf=store_type=file"]

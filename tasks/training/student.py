@@ -1,5 +1,6 @@
 """The student and its objective as one module: a forward pass is a loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -8,17 +9,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from configs.schema import Recipe
 from tasks import objectives
-from tasks.models.reference import ModelRef, device_of, dtype_of
+from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
 from tasks.models.weights import hidden_states, load_weights, logits_of
 from tasks.objectives.base import ObjectiveModule
-from tasks.training.batches import MicroBatch, collate, rows_to_train
+from tasks.running.memory import Room, room_of
+from tasks.tokens.ragged import length_batches
+from tasks.training.batches import MicroBatch, collate, row_lengths, rows_to_train
+from tasks.training.precision import autocasts, keep_in_half
 
 
 class Student(nn.Module):
@@ -34,7 +38,7 @@ class Student(nn.Module):
         Logits exist for one chunk of positions at a time. They are computed again in the backward pass.
         """
         hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
-        chunks = list(batch.chunks(self.chunk_positions))
+        chunks = batch.chunks(self.chunk_positions)
 
         def chunk_loss(at: slice, terms: Any) -> torch.Tensor:
             loss: torch.Tensor = self.objective(logits_of(self.model, hidden[at], self.size), terms).sum()
@@ -61,14 +65,22 @@ def load_for_training(ref: ModelRef, dropout: bool) -> PreTrainedModel:
     return model
 
 
-def shard_module(module: nn.Module, model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+def shard_module(
+    module: nn.Module, model: PreTrainedModel, accelerator: Accelerator, policy: MixedPrecisionPolicy
+) -> nn.Module:
     """FSDP: each process holds a part of the weights, gradients and optimizer state; a layer is gathered while it runs."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     module.to(accelerator.device)
     for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
     return module
+
+
+def training_room(recipe: Recipe) -> Room:
+    """How many tokens of a run's student can be trained on at once."""
+    mend = "lower train.chunk_positions or rollout.max_new_tokens, or set train.gradient_checkpointing = true"
+    return room_of("training", mend, recipe.root, recipe.name)
 
 
 def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student: ModelRef, teacher: ModelRef | None) -> float:
@@ -78,8 +90,15 @@ def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student:
     objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
     model, device = load_for_training(student, config.dropout), device_of(student)
     module, loss = Student(model, objective, len(s_side.beta.values), config.chunk_positions).to(device), 0.0
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype_of(student) == torch.bfloat16):
-        for start in range(0, len(table), config.micro_batch_size):
-            batch = collate(table.slice(start, config.micro_batch_size), s_side.pad_id, device)
-            loss += float(module(batch.ids, batch))
+    if config.param_dtype == "bfloat16":
+        keep_in_half(module.parameters())
+
+    def loss_of(rows: Sequence[int]) -> float:
+        batch = collate(table.take(pa.array(rows)), s_side.pad_id, device)
+        return float(module(batch.ids, batch))
+
+    lengths, room = row_lengths(table).tolist(), training_room(recipe)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config, student)):
+        for batch in length_batches(lengths, config.micro_batch_tokens, config.micro_batch_size):
+            loss += sum(part for _, part in room.run(batch, lengths, loss_of))
     return loss / units if (units := pc.sum(table["units"]).as_py()) else float("nan")

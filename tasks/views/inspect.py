@@ -1,12 +1,14 @@
 """What `potstill inspect` shows, as rows. Everything comes from the run's tables; no model is loaded."""
 
 import posixpath
+import re
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from configs.errors import BadInput
+from storage.manifests import describe_clearing
 from storage.read import scan
 from storage.store import Run
 from tasks.rows.accounts import summarise_account
@@ -32,12 +34,25 @@ def list_tables(run: str) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for slot, manifest in open_run(run).manifests():
         place = posixpath.dirname(slot) if "/part-" in slot else slot
-        row = rows.setdefault(place, {"artifact": place, "files": 0, "rows": 0, "seconds": 0.0, "taken from": ""})
+        row = rows.setdefault(
+            place, {"artifact": place, "files": 0, "rows": 0, "seconds": 0.0, "taken from": "", "cleared": ""}
+        )
         row["files"] += 1
         row["rows"] += manifest["rows"]
         row["seconds"] = round(row["seconds"] + manifest["seconds"], 1)
         row["taken from"] = manifest.get("taken_from", row["taken from"])
-    return list(rows.values())
+        row["cleared"] = describe_clearing(manifest) or row["cleared"]
+    cleared = any(row["cleared"] for row in rows.values())
+    return [{name: value for name, value in row.items() if name != "cleared" or cleared} for row in rows.values()]
+
+
+def list_cleared(run: str, table: str) -> dict[int, str]:
+    """By round, when and why a table of the run was cleared."""
+    found = {}
+    for slot, manifest in open_run(run).manifests():
+        if (place := re.match(rf"round=(\d+)/{table}\b", slot)) and (cleared := describe_clearing(manifest)):
+            found[int(place[1])] = cleared
+    return found
 
 
 def show_prompts(run: str) -> list[dict[str, Any]]:
@@ -61,6 +76,7 @@ def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
         "rollout_id", "source", pl.col("text").str.head(60), "finish_reason", "status",
         units=pl.col("byte_ends").list.len(), log_ratio=log_ratio.cast(pl.Float64).round(3),
     )  # fmt: skip
+    cleared = {table: gone for table in ("rollouts", "scores") if (gone := list_cleared(run, table).get(number))}
     title = f"The first {len(shown)} of {len(rollouts)} rollouts (log_ratio: log P_student − log P_teacher, in nats)"
     return {
         "Bytes of the completions": aligned.group_by("status").agg(pl.len().alias("rollouts"), *counts).to_dicts(),
@@ -74,6 +90,7 @@ def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
             for source, count, share in drift.iter_rows()
         ],
         title: shown.to_dicts(),
+        **({"Cleared": [cleared]} if cleared else {}),
     }
 
 

@@ -8,7 +8,7 @@ import polars as pl
 from configs.errors import BadInput
 from storage.read import scan
 from tasks.tokens.align import Kind
-from tasks.views.inspect import collect_rows, open_run
+from tasks.views.inspect import collect_rows, list_cleared, open_run
 from tasks.views.readers import Readers
 from tasks.views.rounds import name_teacher
 
@@ -22,7 +22,8 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
     if not rollouts:
         some = ", ".join(row["rollout_id"] for row in collect_rows(run, "rollouts", pl.int_range(pl.len()) < 3).to_dicts())
         hint = f"give one of the run's ids, such as {some}" if some else "the run has no rollouts yet"
-        raise BadInput(f"{run}: no rollout '{rollout_id}'; {hint}")
+        gone = "".join(f"; those of round {number} were {why}" for number, why in list_cleared(run, "rollouts").items())
+        raise BadInput(f"{run}: no rollout '{rollout_id}'; {hint}{gone}")
     row = rollouts[0]
     if not (aligned_rows := collect_rows(run, "aligned", selected).to_dicts()):
         raise BadInput(f"{run}: rollout '{rollout_id}' is not aligned yet; continue the run first")
@@ -31,8 +32,8 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
     student = _pieces_of(run, "student", row["token_ids"], row.get("model_logprobs") or row["logprobs"])
     teacher: list[Piece] = []
     if aligned["teacher_logprobs"] is not None:
-        scores = scan(run, "scores").filter(selected).collect().to_dicts()[0]
-        teacher = _pieces_of(run, "teacher", scores["token_ids"], scores["logprobs"])
+        for scores in collect_rows(run, "scores", selected).to_dicts():  # none where they were cleared
+            teacher = _pieces_of(run, "teacher", scores["token_ids"], scores["logprobs"])
     lines: list[dict[str, Any]] = []
     s_start = t_start = 0
     for unit, (s_end, t_end, kind) in enumerate(
@@ -52,6 +53,8 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
         "finish": row["finish_reason"],
         "status": aligned["status"],
     }
+    if cleared := list_cleared(run, "scores").get(row["round"]):
+        about["teacher's tokens"] = f"were {cleared}"
     read = readers.list_texts(row, prompt)
     return {"Rollout": [about], "The prompt, as each side read it": read, "Tokens (log-probs in nats)": lines}
 

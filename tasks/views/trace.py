@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from configs.errors import BadInput
+from storage.manifests import describe_clearing
 from storage.store import Run, round_slot
 from tasks.views.inspect import open_run
 
@@ -45,6 +46,7 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
                 "digest": manifest["digest"][:12],
                 "rows": manifest["rows"],
                 "taken from": manifest.get("taken_from"),
+                "cleared": describe_clearing(manifest),
             }
         )
         earlier = slot.startswith("round=") and not slot.startswith(round_slot(number))
@@ -56,7 +58,8 @@ def trace_lineage(run: str, number: int | None = None) -> dict[str, list[dict[st
                 tree.append({"made from": "  " * (depth + 1) + name, "artifact": artifact, "digest": digest[:12]})
 
     add_to_tree(round_slot(number, "student"), "checkpoint", 0)
-    columns = ("made from", "artifact", "digest", "rows", "taken from")
+    columns = ["made from", "artifact", "digest", "rows", "taken from"]
+    columns += ["cleared"] if any(row.get("cleared") for row in tree) else []
     options: dict[tuple[str, str], dict[str, Any]] = {}
     for slot in sorted(shown):
         inputs, versions = manifests[slot]["inputs"], manifests[slot]["versions"]
@@ -103,9 +106,11 @@ def _describe_damage(run: str, damages: list[dict[str, Any]]) -> BadInput:
     return BadInput(f"{run}: damaged: {named}{more}; the `potstill run` command that made the run makes it again")
 
 
-def count_artifacts(run: str) -> int:
-    """How many artifacts a run has."""
-    return len(open_run(run).slots())
+def count_artifacts(run: str) -> tuple[int, int]:
+    """How many artifacts a run has, and how many more were cleared."""
+    here = open_run(run)
+    cleared = sum(describe_clearing(manifest) is not None for _, manifest in here.manifests())
+    return len(here.slots()) - cleared, cleared
 
 
 def _index_other_runs(here: Run) -> dict[str, str]:

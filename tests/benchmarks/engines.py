@@ -39,7 +39,8 @@ def main(samples: int, tokens: int, python: str) -> None:
     for name, ref in refs.items():
         started = time.monotonic()
         loaded = get_engine(ref)
-        loaded.generate(prompts[:2], seeds[:2], Sampling(2))
+        first = loaded.generate(prompts[:2], seeds[:2], Sampling(2))
+        loaded.score(prompts[:2], [c.ids for c in first], make_signal(k=64))
         rates[name] = {"seconds to start": time.monotonic() - started}
         started = time.monotonic()
         made = loaded.generate(prompts, seeds, Sampling(tokens))

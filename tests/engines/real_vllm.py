@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -119,6 +120,34 @@ def test_engines_agree_on_the_same_tokens(engines, prompts) -> None:
         print(f"{name}, one position off: largest gap {apart.max():.2f}, mean {apart.mean():.2f} nats")
         assert apart.max() > 1000 * LIMIT
         assert apart.mean() > 100 * LIMIT
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_every_signal_from_hidden_states(name: str) -> None:
+    """64 completions: the columns that a vLLM child's states make here are those of the embedded engine.
+
+    Gemma scales its embeddings and norms, and has a head of 262,144 rows.
+    """
+    folder = str(CHECKOUT / "models" / name)
+    own = ModelRef(folder, name, rendering="plain", device="cpu")
+    child = replace(own, engine="vllm", vllm_python=PYTHON)
+    some = [Side(own).render([{"role": "user", "content": f"Write about {topic}."}]) for topic in TOPICS] * 8
+    completions = [c.ids for c in get_engine(own).generate(some, list(range(64)), Sampling(24))]
+    for kind in ("hidden", "bytes", "topk"):
+        signal = make_signal(kind, 16, 0.95)
+        ours, theirs = (get_engine(ref).score(some, completions, signal) for ref in (own, child))
+        apart = gaps(theirs, ours)
+        print(f"\n{name}, {kind}, {len(apart)} tokens: largest gap {apart.max():.2e}, mean {apart.mean():.2e} nats")
+        assert apart.max() < LIMIT
+        for column in ours[0].columns:
+            a, b = (np.concatenate([each.columns[column].reshape(-1) for each in all]).astype(float) for all in (ours, theirs))
+            if len(a) == len(b):  # (where the mass stands just at top_p, one more or less is kept)
+                assert (abs(a - b) <= 1e-2 + 1e-2 * abs(a)).mean() > 0.99, column
+    shifted = [[prompt[-1], *ids[:-1]] for prompt, ids in zip(some, completions, strict=True)]
+    apart = gaps(get_engine(child).score([prompt[:-1] for prompt in some], shifted, signal), ours)
+    print(f"{name}, one position off: largest gap {apart.max():.2f}, mean {apart.mean():.2f} nats")
+    assert apart.mean() > 100 * LIMIT
+    release()
 
 
 @pytest.mark.parametrize("name", ["vllm", "server"])
@@ -244,6 +273,26 @@ def served_answer(run: Path, question: str) -> str:
     assert answer.ids == wanted.ids
     assert chat.strip() == Side(own).tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
     return chat
+
+
+def test_one_start_in_two_rounds(tmp_path, caplog) -> None:
+    """SmolLM2 samples in vLLM: started in round 0, its child takes the weights of rounds 1 and 2. Ended each time: the same."""
+    sampler = f"student={{model='models/smollm2', rendering='plain', engine='vllm', vllm_python='{PYTHON}'}}"
+    rollouts = {}
+    with prefect_test_harness(server_startup_timeout=120):
+        for name in ("kept", "anew"):
+            caplog.clear()
+            for rounds in (2,) if name == "kept" else (1, 2):
+                where = (f"root={tmp_path / name}", "name=run", *SMALL, sampler)
+                distill(str(CHECKOUT / "configs" / "gemma3-to-smollm2.toml"), rounds=rounds, overrides=where)
+                release()
+            started, went_on = (sum(f"vLLM {what} with" in m for m in caplog.messages) for what in ("starts", "goes on"))
+            print(f"\n{name}: vLLM started {started} times, took new weights {went_on} times")
+            assert (started, went_on) == ((1, 2) if name == "kept" else (2, 2))
+            files = sorted((tmp_path / name / "run").glob("round=000*/rollouts/*.parquet"))
+            assert len(files) == 4
+            rollouts[name] = [pl.read_parquet(file)["token_ids"].to_list() for file in files]
+    assert rollouts["kept"] == rollouts["anew"]
 
 
 SMALL = ("rounds=1", "prompts.eval=2", "evaluate.samples=0", "rollout.prompts=8", "rollout.shard_rows=4", "train.batch_size=4")

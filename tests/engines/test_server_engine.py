@@ -342,7 +342,7 @@ def test_check_engine(serve) -> None:
     with pytest.raises(BadInput, match="another vocabulary"):
         check_engine(at(student_ref(), fake))
     check_engine(replace(student_ref(), engine="server", urls=("http://127.0.0.1:9",)))
-    assert engine_name(at(student_ref(), fake)) == "server"
+    assert engine_name(at(student_ref(), fake), "score") == "server"
 
 
 def test_places_are_not_part_of_a_key() -> None:

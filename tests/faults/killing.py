@@ -1,5 +1,6 @@
 """Runs `potstill` as real processes that can be killed, and looks at what they leave."""
 
+import json
 import os
 import random
 import signal
@@ -62,14 +63,33 @@ def runs(root: Path) -> list[Run]:
     return [Run(str(root), path.name) for path in sorted(root.iterdir())] if root.exists() else []
 
 
-def committed(root: Path) -> dict[str, tuple[int, int]]:
-    """`run/slot` of every manifest under a root, with its inode and time of change: what must not be made again."""
-    found = {}
+@dataclass(frozen=True)
+class Stamp:
+    """What changes when a thing is made again, and not when it is cleared."""
+
+    inode: int
+    changed: int  # ns
+    manifest: str
+    cleared: bool
+
+    def is_of(self, before: "Stamp | None") -> bool:
+        return before is not None and (self == before or (self.cleared and self.manifest == before.manifest))
+
+
+def committed(root: Path) -> dict[str, Stamp]:
+    """`run/slot` of every manifest under a root: what must not be made again. A cleared one is known by what else it says."""
+    found: dict[str, Stamp] = {}
     for path in root.glob("*/_manifests/**/*.json"):
-        stat = path.stat()
-        run, slot = str(path.relative_to(root).with_suffix("")).split("/_manifests/")
-        found[f"{run}/{slot}"] = (stat.st_ino, stat.st_mtime_ns)
+        stat, (run, slot) = path.stat(), str(path.relative_to(root).with_suffix("")).split("/_manifests/")
+        manifest = json.loads(path.read_text())
+        cleared = manifest.pop("cleared", None) is not None
+        found[f"{run}/{slot}"] = Stamp(stat.st_ino, stat.st_mtime_ns, json.dumps(manifest), cleared)
     return found
+
+
+def redone(before: dict[str, Stamp], after: dict[str, Stamp]) -> set[str]:
+    """What was made again, or is gone."""
+    return {slot for slot, stamp in before.items() if slot not in after or not after[slot].is_of(stamp)}
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -148,7 +168,9 @@ def unbroken(potstill: Potstill, root: Path, arguments: Callable[[Path], list[st
     status = potstill.run(*arguments(root))
     assert status == 0, potstill.err
     assert damages(root) == {}
-    times = {slot: changed / 1e9 for slot, (_, changed) in committed(root).items()}
+    stamps = committed(root)
+    made = {slot: f"{_piece(slot)}/steps/part-00000" if stamp.cleared else slot for slot, stamp in stamps.items()}
+    times = {slot: stamps[other].changed / 1e9 - (slot != other) * 1e-6 for slot, other in made.items()}
     order = sorted(times, key=lambda slot: times[slot])
     before = dict(zip(order, [started, *(times[slot] for slot in order)]))
     seconds = {slot: times[slot] - before[slot] for slot in order}
@@ -179,7 +201,7 @@ def kill_and_go_on(
     tally: Tally,
 ) -> None:
     """One run, killed at each of `moments`, then left to end; asserts that it lost nothing and ended as it should."""
-    before: dict[str, tuple[int, int]] = {}
+    before: dict[str, Stamp] = {}
     for moment in moments:
         process = os.pidfd_open(potstill.start(*arguments(root)))  # an id may come to be another process's, this does not
         wait_for(moment, potstill, root, reference)
@@ -208,13 +230,13 @@ def kill_and_go_on(
     tally.equal += 1
 
 
-def _compare(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], tally: Tally) -> None:
+def _compare(before: dict[str, Stamp], after: dict[str, Stamp], tally: Tally) -> None:
     """What training makes is one piece of work: killed between its three manifests, it is still in hand."""
     pieces = {slot: (_piece(slot), stage(slot) == "train") for slot in before}
     whole = Counter(piece for piece, trained in pieces.values() if trained)
     finished = [slot for slot, (piece, trained) in pieces.items() if not trained or whole[piece] == 3]
     tally.kept += len(finished)
-    changed = [slot for slot in finished if after.get(slot) != before[slot]]
+    changed = sorted(redone({slot: before[slot] for slot in finished}, after))
     tally.redone += len(changed)
     assert changed == [], "made again although it was committed"
 

@@ -31,7 +31,7 @@ def digests(run: Path) -> dict[str, str]:
 
 def test_rounds_of_a_student_with_adapters(recipe, changes, models, tmp_path):
     """Each checkpoint is the first student plus alpha / rank · B A, as a plain folder; two calls are one."""
-    config, run = str(recipe(**changes)), tmp_path / "runs" / "tiny"
+    config, run = str(recipe(**changes, keep__trainers="all")), tmp_path / "runs" / "tiny"
     assert distill(config, rounds=1)["rounds"] == 1
     assert distill(config)["rounds"] == 2
     distill(config, overrides=(f"root={tmp_path / 'at_once'}",))

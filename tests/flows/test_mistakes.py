@@ -144,7 +144,10 @@ RECIPES = [
         ["student: room: ", "too long: 2 of 2 prompts", "at most 64 tokens", "max_new_tokens"],
     ),
     # signals against engine and objective
-    (["score.signal=hidden", "teacher.engine=vllm"], ["score.signal = 'hidden'", "found 'vllm'", "or score.signal = 'topk'"]),
+    (
+        ["score.signal=hidden", "teacher.engine=server", 'teacher.urls=["http://a:1"]'],
+        ["score.signal = 'hidden'", "found 'server'", "or score.signal = 'topk'"],
+    ),
     (["score.signal=sampled", "objective.name=gkd"], ["score.signal = 'sampled'", "one of topk, hidden"]),
     (["score.signal=bytes", "objective={{name='uld'}}"], ["score.signal = 'bytes'", "'uld'", "one of topk, hidden"]),
     (["score.signal=hidden", "score.k=5000"], ["score.k = 5000", "ids of the teacher's vocabulary", "at most"]),

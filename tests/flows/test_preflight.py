@@ -30,7 +30,7 @@ from tasks.check import read_gates
 from tasks.engines.base import TokenScores
 from tasks.engines.choose import release
 from tasks.engines.transformers import TransformersEngine
-from tasks.gates.cost import memory_needs
+from tasks.gates.cost import disk_need, memory_needs
 from tasks.gates.gate import Gate, require
 from tasks.gates.rendering import judge_of
 from tasks.gates.round import draw_samples, lead_gate, repetition, round_gates
@@ -150,6 +150,21 @@ def test_a_run_on_references_is_measured_on_references(pair):
     mixed = load_recipe(pair(rollout__on_policy=0.5, rollout__off_policy="teacher"))
     sources = roll_out_sample(Sample(mixed, prompts, student, teacher))["source"].to_pylist()
     assert set(sources) == {"student", "teacher"}
+
+
+def test_the_disk_that_a_run_needs_by_hand(pair):
+    """Of five rounds of 32 rows: 10, 20 and 3 bytes a row, 1000 weights in float32 with two moments."""
+
+    def needs(**changes) -> float:
+        return disk_need(load_recipe(pair(rounds=5, **changes)), {"rollouts": 10, "scores": 20, "aligned": 3}, 1000)
+
+    rows = 32 * 5 * (10 + 20 + 3)
+    assert needs() == rows + 5 * 4000 + 2 * 8000  # the newest trainer's state, while the next one is made
+    assert needs(keep__trainers="all") == rows + 5 * 12_000
+    assert needs(keep__students=1, keep__trainers=9) == rows + 2 * 4000 + 5 * 8000
+    assert needs(keep__students="best") == rows + 3 * 4000 + 2 * 8000
+    assert needs(keep__scores=2, keep__rollouts=1) == 32 * (2 * 10 + 3 * 20 + 5 * 3) + 5 * 4000 + 2 * 8000
+    assert needs(train__param_dtype="bfloat16") == rows + 5 * 2000 + 2 * 12_000
 
 
 def test_memory_is_held_against_each_device_that_has_to_hold_it(pair):

@@ -64,7 +64,13 @@ def test_as_in_one_process(recipe, tmp_path, caplog):
     33 rows in batches of 16 by 4: the last batch has one row, and a process without any.
     """
     texts = {"rollout__on_policy": 0.0, "rollout__prompts": 33, "prompts__eval": 2, "evaluate__samples": 0}
-    changes = {**texts, "train__micro_batch_size": 4, "student__device": "cpu", "teacher__device": "cpu"}
+    changes = {
+        **texts,
+        "train__micro_batch_size": 4,
+        "student__device": "cpu",
+        "teacher__device": "cpu",
+        "keep__trainers": "all",
+    }
     config, alone, shared = str(recipe(**changes)), tmp_path / "alone" / "tiny", tmp_path / "shared" / "tiny"
     distill(config, overrides=(f"root={alone.parent}",))
     caplog.set_level(logging.INFO, "potstill")
@@ -92,9 +98,12 @@ def test_as_in_one_process(recipe, tmp_path, caplog):
 
 
 def test_a_failing_process_is_quoted(job, tmp_path):
-    missing = Artifact(str(tmp_path / "missing.parquet"), "", 8)
-    broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((missing, missing),), state=None)
-    with pytest.raises(RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*FileNotFoundError.*missing\.parquet"):
+    tmp_path.joinpath("other.parquet").write_text("no table at all")
+    other = Artifact(str(tmp_path / "other.parquet"), "", 8)
+    broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((other, other),), state=None)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*ArrowInvalid.*Parquet magic bytes"
+    ):
         launch(JOB.dump_json(broken).decode(), tmp_path, 2)
 
 

@@ -17,7 +17,7 @@ from configs.schema import Gates
 from tasks.engines import decoding
 from tasks.engines.base import Completion, Sampling, TokenScores
 from tasks.engines.sampling import Sampler, uniforms, warpers
-from tasks.engines.transformers import TransformersEngine, length_batches
+from tasks.engines.transformers import TransformersEngine
 from tasks.gates.agreement import EDGE, may_keep
 from tasks.gates.round import engine_gates
 from tasks.models.reference import ModelRef
@@ -25,6 +25,7 @@ from tasks.models.text import side
 from tasks.scratch import train_tokenizer
 from tasks.signals import make_signal
 from tasks.signals.base import keep_likeliest
+from tasks.tokens.ragged import length_batches
 
 REFS = [student_ref, teacher_ref, twin_ref]
 NAMES = ["plain", "several-stops", "padded-head"]

@@ -16,7 +16,7 @@ from configs.schema import Score
 from storage.schemas import ALIGNED
 from tasks import objectives
 from tasks.align import align_rollouts
-from tasks.engines import transformers as transformers_engine
+from tasks.engines import states
 from tasks.engines.base import TokenScores
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.text import side
@@ -92,7 +92,7 @@ def test_the_bytes_signal_is_the_law_of_the_definition(seed: int, chunk: int) ->
     text_side, prompt = side(teacher_ref()), side(teacher_ref()).render(PROMPT)
     completions = [random_split(rng, text_side.vocabulary, text.encode()) + text_side.stop_ids[-1:] for text in SHORT]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_engine, "SCORE_CHUNK", chunk)  # laws reach back over the edges of chunks
+        patch.setattr(states, "SCORE_CHUNK", chunk)  # laws reach back over the edges of chunks
         scored = engine().score([prompt] * len(completions), completions, make_signal("bytes", EVERYTHING))
     for ids, got in zip(completions, scored, strict=True):
         table = full_logprobs(engine().model, prompt + ids, engine().size)[len(prompt) - 1 : -1].exp().numpy()

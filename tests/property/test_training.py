@@ -1,5 +1,7 @@
 """Training (MATHS.md §8; properties 1, 4, 13 and 15): what the loss of a step may depend on, and what it may not."""
 
+import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from tasks.models.text import side
 from tasks.models.weights import load_weights
 from tasks.objectives.sft import corrupt_tokens
 from tasks.training.batches import collate
+from tasks.training.steps import Shape, ahead, behind, make_step
 from tasks.training.trainer import Trainer
 
 CUT = ["a naïve 👩", "мир 世界", "ok"]
@@ -146,6 +149,11 @@ def trainer(objective: Objective, **options: Any) -> Trainer:
     return Trainer(recipe, 1, student=student_ref(), teacher=teacher_ref(), state=None)
 
 
+def optimize(made: Trainer, table: pa.Table) -> dict[str, Any]:
+    """One optimizer step over these rows, and its record."""
+    return made._look(made._optimize(made._make_step(table, made.step)))
+
+
 def step(objective: Objective, table: pa.Table, **options: Any) -> tuple[dict[str, Any], torch.Tensor]:
     """One optimizer step's record, and the (clipped) gradient that the optimizer saw."""
     made, seen = trainer(objective, **options), []
@@ -156,7 +164,7 @@ def step(objective: Objective, table: pa.Table, **options: Any) -> tuple[dict[st
         go()
 
     made.optimizer.step = look_and_step
-    return made._optimize(table), seen[0]
+    return optimize(made, table), seen[0]
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, Sft(name="sft", corrupt_rows=0.7)], ids=named)
@@ -179,11 +187,100 @@ def test_accumulation(objective: Objective) -> None:
         assert (other["tokens"], other["units"]) == (record["tokens"], record["units"])
 
 
+@settings(max_examples=8, deadline=None)
+@given(rows=st.integers(1, 8), tokens=st.integers(1, 200), processes=st.integers(1, 3))
+def test_micro_batches(rows: int, tokens: int, processes: int) -> None:
+    """However a step is split by rows, tokens and processes: each row once, limits held, as many passes everywhere, and the
+    gradients of all passes add up to that of one batch."""
+    objective = Bytes(name="bytes")
+    table, module = plain_rows(objective), student_module(objective)
+    wanted = loss_and_gradient(module, collate(table, 0, CPU))
+    shape = Shape(rows=rows, tokens=tokens, process=0, processes=processes, pad_id=0, positions=40, pinned=False)
+    steps = [make_step(table, replace(shape, process=process)) for process in range(processes)]
+    assert len({len(made.passes) for made in steps}) == 1
+    passes = [batch for made in steps for batch, counts in made.passes if counts]
+    assert sum(len(batch.ids) for batch in passes) == len(table)
+    assert sum(batch.tokens for batch in passes) == steps[0].tokens
+    assert all(len(batch.ids) <= rows and (batch.ids.numel() <= tokens or len(batch.ids) == 1) for batch in passes)
+    parts = [loss_and_gradient(module, batch) for batch in passes]
+    assert same(wanted, (sum(loss for loss, _ in parts), torch.stack([gradient for _, gradient in parts]).sum(0)))
+
+
+def test_master_weights_keep_what_bfloat16_rounds_away() -> None:
+    """Many small updates, against a loop by hand: bfloat16 gradients, added in float32, AdamW on float32 weights."""
+    objective = Sft(name="sft")
+    table = plain_rows(objective)
+    options = {"param_dtype": "bfloat16", "learning_rate": 1e-6, "micro_batch_size": 5}
+    made = trainer(objective, **options)
+    module = student_module(objective)
+    masters = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    start = [p.detach().clone() for p in masters]
+    groups = [[p for p in masters if p.ndim >= 2], [p for p in masters if p.ndim < 2]]
+    optimizer = torch.optim.AdamW([{"params": group, "weight_decay": 0.0} for group in groups], lr=1e-6)
+    for p in module.parameters():
+        p.data = p.data.bfloat16()
+    for _ in range(10):
+        for batch, _ in made._make_step(table, 0).passes:
+            module.zero_grad()
+            (module(batch.ids, batch) / sum(table["units"].to_pylist())).backward()
+            for master, p in zip(masters, module.parameters(), strict=True):
+                master.grad = p.grad.float() + (0 if master.grad is None else master.grad)
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for master, p in zip(masters, module.parameters(), strict=True):
+            p.data.copy_(master.data)
+        optimize(made, table)
+    got = [p.detach() for p in made.held.parameters()]
+    moved = torch.cat([(a.detach() - b).flatten() for a, b in zip(masters, start, strict=True)])
+    assert float(moved.abs().max()) < 2e-5  # far less than bfloat16 tells apart
+    assert float(moved.abs().mean()) > 1e-6
+    assert torch.allclose(torch.cat([(a - b).flatten() for a, b in zip(got, start, strict=True)]), moved, atol=1e-6)
+    assert all(p.dtype == torch.bfloat16 for p in made.module.parameters())
+    assert all(torch.equal(p, m.bfloat16()) for p, m in zip(made.module.parameters(), got, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"param_dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_a_restored_trainer_goes_on_as_if_it_had_not_stopped(options: dict[str, Any], tmp_path) -> None:
+    """Bit for bit: weights, masters, moments, rates."""
+    objective = Sft(name="sft")
+    table = plain_rows(objective)
+    through = trainer(objective, learning_rate=1e-3, **options)
+    optimize(through, table)
+    through._save(tmp_path)
+    student = replace(student_ref(), path=str(tmp_path / "student"), digest="other")
+    again = Trainer(through.recipe, 1, student=student, teacher=teacher_ref(), state=str(tmp_path / "trainer"))
+    assert (tmp_path / "trainer/weights.safetensors").exists() == bool(options)
+    for made in (through, again):
+        made.last = [optimize(made, table) for _ in range(2)]
+    for a, b in zip(through.last, again.last, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert all(torch.equal(a, b) for a, b in zip(through.held.parameters(), again.held.parameters(), strict=True))
+
+
+def test_what_a_thread_makes_ahead() -> None:
+    """The same items in order, an error where it stood, and no thread left behind."""
+    assert list(ahead(iter(range(20)))) == list(behind(range(20), 1)) == list(range(20))
+
+    def broken() -> Any:
+        yield 1
+        raise KeyError("gone")
+
+    items = ahead(broken())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="gone"):
+        next(items)
+    endless = ahead(iter(int, 1))
+    next(endless)
+    endless.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
 @pytest.mark.parametrize(("on", "times"), [(False, 1), (True, 2)])
 def test_gradient_checkpointing_computes_layers_again(on: bool, times: int) -> None:
     made, calls = trainer(Bytes(name="bytes"), gradient_checkpointing=on), []
     made.module.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    made._optimize(plain_rows(Bytes(name="bytes")))
+    optimize(made, plain_rows(Bytes(name="bytes")))
     assert len(calls) == times
 
 
@@ -198,7 +295,7 @@ def test_the_loss_is_a_mean_over_units() -> None:
         logits.append(full_logprobs(model, prompt + ids, len(side(student_ref()).beta.values))[len(prompt) - 1 : -1])
         labels += ids
     wanted = float(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(labels)))
-    steps = [made._optimize(table)["loss"] for _ in range(4)]
+    steps = [optimize(made, table)["loss"] for _ in range(4)]
     assert steps[0] == pytest.approx(wanted, rel=1e-4)
     assert steps == sorted(steps, reverse=True)
 

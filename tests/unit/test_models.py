@@ -180,8 +180,8 @@ def test_a_chat_needs_a_template(folder):
     assert Side(ref(folder, "plain")).stop_ids == [2]
 
 
-def test_one_model_at_a_time_stays_loaded_and_is_given_back(folder):
-    """Batch sizes do not load a model again, and training starts with the memory of the last stage's model."""
+def test_a_model_stays_loaded_and_is_given_back(folder):
+    """Batch sizes do not load a model again, and its memory is free after its release."""
     held = get_engine(ref(folder), batch_size=4)
     assert get_engine(ref(folder), batch_tokens=100) is held
     assert (held.batch_size, held.batch_tokens) == (256, 100)

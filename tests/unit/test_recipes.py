@@ -311,9 +311,12 @@ def test_recipes_cannot_be_changed(plain):
         (["teacher.vllm_python=python"], ["vllm_python is for engine = 'vllm'"]),
         (["teacher.vllm_memory=0.5"], ["vllm_memory is for engine = 'vllm'"]),
         (["teacher.engine=vllm", "teacher.vllm_memory=1.5"], ["teacher.vllm_memory", "1.5"]),
-        (["teacher.engine=sglang"], ["teacher.engine", "'transformers', 'vllm' or 'server'"]),
+        (["teacher.engine=sglang"], ["teacher.engine", "'transformers', 'vllm', 'server' or 'auto'"]),
         (["student.engine=server", 'student.urls=["http://a:1"]'], ["student.engine = 'server'", "'vllm' or 'transformers'"]),
-        (["teacher.engine=vllm", "score.signal=bytes"], ["score.signal = 'bytes'", "teacher.engine = 'transformers'"]),
+        (
+            ["teacher.engine=server", 'teacher.urls=["http://a:1"]', "score.signal=bytes"],
+            ["score.signal = 'bytes'", "or 'vllm'"],
+        ),
         (
             ["teacher.engine=server", 'teacher.urls=["http://a:1"]', "score.signal=hidden"],
             ["score.signal = 'hidden'", "(found 'server')"],

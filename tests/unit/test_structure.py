@@ -49,8 +49,8 @@ MAY_OPEN = {
     ("tasks/signals/head.py", "read_head"),
     ("tasks/training/processes.py", "launch"),
     ("tasks/training/processes.py", "main"),
-    ("tasks/training/trainer.py", "_save"),
-    ("tasks/training/trainer.py", "_restore"),
+    ("tasks/training/state.py", "write"),
+    ("tasks/training/state.py", "restore"),
 }
 FROM_STORAGE = {"read_table", "write_parquet"}  # functions of storage.artifacts that carry a library's name
 THROUGH_A_RUN = {

@@ -1,41 +1,112 @@
-"""What the child script uses of vLLM, over a toy model of random bigrams: no torch, starts in a moment.
+"""What the child script uses of vLLM, over a toy model that looks at one token: no torch, starts in a moment.
+
+It samples from random bigrams and reads random states; other weights in the folder give others. Where FAKE_VLLM_LOG names a
+file, a line there says what it did: `start`, `renew`, `sleep` or `wake`, what for, and the model's folder.
 
 A file `fault` in the model's folder breaks it: `start`, `memory` (an exception in a request), `killed`, `slow`.
 Once the file exists that FAKE_VLLM_UNTIL names, every request kills it.
 """
 
-import itertools
 import json
 import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 
-def bigrams(rows: int) -> np.ndarray:
+def chance(folder: Path) -> np.random.Generator:
+    """Numbers of this model's own."""
+    return np.random.default_rng(zlib.crc32((folder / "model.safetensors").read_bytes()))
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    config = json.loads((folder / "config.json").read_text())
+    return config["vocab_size"], config["hidden_size"]
+
+
+def bigrams(folder: Path) -> np.ndarray:
     """Log-probs `[rows, rows]` of the next id after each id; the last few ids are the likeliest."""
-    logits = np.random.default_rng(0).normal(size=(rows, rows)) * 2
+    rows, _ = sizes(folder)
+    logits = chance(folder).normal(size=(rows, rows)) * 2
     logits[:, -4:] += 3
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def states(folder: Path) -> np.ndarray:
+    """Hidden states `[rows, width]` behind each id."""
+    return 20 * chance(folder).normal(size=sizes(folder)).astype(np.float32)
 
 
 class SamplingParams(SimpleNamespace):
     pass
 
 
+class PoolingParams(SimpleNamespace):
+    pass
+
+
+class Tensor:
+    """What is used of torch's."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, part):
+        return Tensor(self.values[part])
+
+    def float(self):
+        return self
+
+    def numpy(self):
+        return self.values
+
+
 class LLM:
     def __init__(self, model, **options):
         assert options["dtype"] == "float32", options
-        assert options["logprobs_mode"] == "processed_logprobs", options
-        self.folder = Path(model)
-        self.law = bigrams(json.loads((self.folder / "config.json").read_text())["vocab_size"])
+        self.work = options.get("runner", "generate")
+        if self.work == "generate":
+            assert options["logprobs_mode"] == "processed_logprobs", options
+        else:
+            assert (options["convert"], options["enable_prefix_caching"]) == ("embed", False), options
+            assert vars(options["pooler_config"]) == {"task": "token_embed", "use_activation": False}, options
+        self.read(model)
+        self.log("start")
         print("vLLM prints on standard output")
         if self.fault() == "start":
             raise RuntimeError("no room for the model")
+
+    def read(self, model):
+        self.folder, self.stale = Path(model), False
+        self.law, self.states = bigrams(self.folder), states(self.folder)
+
+    def log(self, what):
+        if path := os.environ.get("FAKE_VLLM_LOG"):
+            with open(path, "a") as file:
+                print(what, self.work, self.folder, file=file)
+
+    def collective_rpc(self, name, kwargs):
+        assert name == "reload_weights"
+        self.read(kwargs["weights_path"])
+        self.stale = True
+        self.log("renew")
+
+    def reset_prefix_cache(self):
+        self.stale = False
+
+    def sleep(self, level):
+        self.log("sleep")
+
+    def wake_up(self):
+        self.log("wake")
 
     def fault(self):
         path = self.folder / "fault"
@@ -44,6 +115,19 @@ class LLM:
         return path.read_text() if path.exists() else ""
 
     def generate(self, prompts, params, use_tqdm):
+        assert self.work == "generate"
+        self.begin(prompts)
+        outputs = [self.sampled(p["prompt_token_ids"], each) for p, each in zip(prompts, params, strict=True)]
+        return [SimpleNamespace(outputs=[output]) for output in outputs]
+
+    def encode(self, prompts, params, pooling_task, use_tqdm):
+        assert (self.work, pooling_task, params.use_activation) == ("pooling", "token_embed", False)
+        self.begin(prompts)
+        ids = [prompt["prompt_token_ids"] for prompt in prompts]
+        return [SimpleNamespace(prompt_token_ids=p, outputs=SimpleNamespace(data=Tensor(self.states[p]))) for p in ids]
+
+    def begin(self, prompts):
+        assert not self.stale, "the cache is that of other weights"
         if self.fault() == "memory":
             raise RuntimeError("out of memory in the middle of a shard")
         if self.fault() == "slow":
@@ -51,27 +135,8 @@ class LLM:
         if self.fault() == "killed":
             print("the last words before the kill", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        params = params if isinstance(params, list) else [params] * len(prompts)
-        return [self.one(prompt["prompt_token_ids"], each) for prompt, each in zip(prompts, params, strict=True)]
-
-    def one(self, prompt, params):
-        if len(prompt) > 60:
-            raise ValueError(f"the prompt of {len(prompt)} tokens is longer than the context of 60")
-        output = SimpleNamespace(prompt_logprobs=None, outputs=[SimpleNamespace(token_ids=(), logprobs=None)])
-        if (k := getattr(params, "prompt_logprobs", None)) is not None:
-            assert params.flat_logprobs
-            flat = SimpleNamespace(token_ids=[], logprobs=[])
-            for before, actual in itertools.pairwise(prompt):
-                ids = [actual, *np.argsort(-self.law[before])[:k].tolist()]
-                flat.token_ids += ids
-                flat.logprobs += self.law[before][ids].tolist()
-            output.prompt_logprobs = flat
-        elif asked := getattr(params, "logprob_token_ids", None):
-            row = self.law[prompt[-1]]
-            output.outputs[0].logprobs = [{i: SimpleNamespace(logprob=float(row[i])) for i in asked}]
-        else:
-            output.outputs[0] = self.sampled(prompt, params)
-        return output
+        if (longest := max(len(prompt["prompt_token_ids"]) for prompt in prompts)) > 60:
+            raise ValueError(f"the prompt of {longest} tokens is longer than the context of 60")
 
     def sampled(self, prompt, params):
         rng, ids, logprobs = np.random.default_rng(params.seed), [], []

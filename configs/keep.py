@@ -1,0 +1,48 @@
+"""`[keep]` of a recipe: what of a run's complete rounds stays on the disk. It changes no result."""
+
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+from configs.fields import Table
+
+ALL, BEST = "all", "best"
+
+
+def _words(*words: str) -> tuple[Any, Any]:
+    """How a field that is one of `words` or a number of rounds is checked, and what it is in JSON Schema."""
+
+    def check(value: Any) -> Any:
+        if value in words or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"give {' or '.join(map(repr, words))}, or of how many rounds, 1 or more (found {value!r})")
+
+    schema = {"anyOf": [{"enum": list(words)}, {"type": "integer", "minimum": 1}]}
+    return pydantic.PlainValidator(check), pydantic.WithJsonSchema(schema)
+
+
+Kept = Annotated[int | str, *_words(ALL)]
+KeptStudents = Annotated[int | str, *_words(ALL, BEST)]
+
+
+class Keep(Table):
+    """Of which complete rounds what is kept: of all, or of the newest so many. What the next round needs always stays."""
+
+    students: KeptStudents = Field(
+        ALL, description="trained students; best: the round that evaluate.best names. The newest, and the recipe's last, stay"
+    )
+    trainers: Kept = Field(
+        1, description="optimizer states (and float32 weights, of a student in bfloat16): the next round needs the newest alone"
+    )
+    rollouts: Kept = Field(ALL, description="the completions that were trained on; their alignment stays")
+    scores: Kept = Field(ALL, description="what is stored of the teacher at every token; the alignment made of it stays")
+
+
+# What lies in a round's folder, by the field that says how long.
+CLEARED = {
+    "students": ("student",),
+    "trainers": ("trainer",),
+    "rollouts": ("rollouts",),
+    "scores": ("scores", "teacher"),  # with the head of a teacher that moves, which reads hidden states
+}
