@@ -143,7 +143,8 @@ class Folder:
     def lock(self, log: Callable[[str], None] = print, wait: bool = False) -> Iterator[None]:
         """Hold the run's lock. Where another process holds it, raise BadInput, or with `wait` wait for its end.
 
-        Unfinished files of a killed process are removed.
+        Unfinished files of a killed process are removed, and at the end those that a stop has left: it may come where a
+        `workspace` opens or closes.
         """
         if not self.local:
             with remote_lock(self.fs, self._lock_path, self.path):
@@ -153,9 +154,8 @@ class Folder:
         with ExitStack() as held:
             with self.writing():
                 held.enter_context(local_lock(file, self.path, log, wait))
-                for left in file.parent.iterdir():
-                    if left.is_dir():
-                        shutil.rmtree(left)
+                held.callback(_remove_folders, file.parent, ignore_errors=True)
+                _remove_folders(file.parent)
             yield
 
     def check_free(self) -> None:
@@ -168,3 +168,9 @@ class Folder:
     @property
     def _lock_path(self) -> str:
         return posixpath.join(self.path, "_tmp", "lock")
+
+
+def _remove_folders(parent: Path, ignore_errors: bool = False) -> None:
+    for folder in parent.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors)

@@ -101,9 +101,7 @@ def test_a_failing_process_is_quoted(job, tmp_path):
     tmp_path.joinpath("other.parquet").write_text("no table at all")
     other = Artifact(str(tmp_path / "other.parquet"), "", 8)
     broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((other, other),), state=None)
-    with pytest.raises(
-        RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*ArrowInvalid.*Parquet magic bytes"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*ArrowInvalid.*Parquet magic bytes"):
         launch(JOB.dump_json(broken).decode(), tmp_path, 2)
 
 

@@ -1,5 +1,6 @@
 """One process at a time works on a run: real processes, real kills."""
 
+import itertools
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import fsspec
 import pytest
@@ -55,6 +58,45 @@ def test_the_second_is_told_who_holds_it(root):
             pass
     finally:
         end(process)
+
+
+def stop_at(moment: int) -> Callable:
+    """A trace that raises KeyboardInterrupt, once, at the n-th line of `workspace` or call below it."""
+    moments, inside = 0, 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable | None:
+        nonlocal moments, inside
+        here = frame.f_code.co_name == "workspace"
+        if not here and not inside:
+            return None
+        inside += here and (event == "call") - (event == "return")
+        moments += event == ("line" if here else "call")
+        if moments == moment and event == ("line" if here else "call"):
+            raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one is raised in a destructor
+def test_a_stop_at_any_moment_leaves_nothing_half_made(root):
+    """Such as between the making of a folder and the `try` that removes it, or while it is being removed."""
+    for moment in itertools.count(1):
+        stopped = False
+        try:
+            with Run(root, "a").lock(print):
+                before = sys.gettrace()
+                sys.settrace(stop_at(moment))
+                try:
+                    Run(root, "a").write_text("note", "all of it")
+                finally:
+                    sys.settrace(before)
+        except KeyboardInterrupt:
+            stopped = True
+        assert {path.name for path in Path(root).glob("a/*")} <= {"note"}, moment
+        if not stopped:
+            break
+    assert moment > 30
 
 
 def test_a_killed_holders_run_is_free_at_once_and_its_leftovers_go(root):
