@@ -11,7 +11,7 @@ from configs.load import load_recipe
 from configs.schema import Recipe
 from flows.compute import keep_loaded
 from flows.distill import distill
-from flows.ending import stoppable
+from flows.ending import starting, stoppable
 from flows.publish import named, slug
 from flows.refuse import check_recipe
 from storage.store import Run
@@ -40,7 +40,7 @@ def compare(
     number = recipe.rounds if rounds is None else rounds
     with keep_loaded():  # they share a teacher
         for variant in (variant for runs in variants.values() for variant in runs):
-            with stoppable():
+            with stoppable(), starting():
                 distill(config, rounds=number, overrides=variant)
     rows = compare_runs({name: [_open_run(config, v).address for v in runs] for name, runs in variants.items()}, number)
     units = "difference: of accuracy; divergence: nats per byte; seconds: of training"

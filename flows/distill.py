@@ -11,7 +11,7 @@ from configs.models import Model
 from configs.schema import Compute, Recipe
 from configs.signals import SIGNALS
 from flows.compute import hold_accelerators, keep_loaded, run_in_time, shard_runner
-from flows.ending import stoppable
+from flows.ending import starting, stoppable
 from flows.keep import clear_rounds, stays
 from flows.publish import Publication, name_rounds, named
 from flows.refuse import check_pair, check_recipe, check_weights_unchanged
@@ -182,7 +182,8 @@ def make_model(recipe: Recipe, config: Model) -> ModelRef:
     overrides = inherit_overrides(recipe, config.recipe)
     maker = load_recipe(config.recipe, overrides)
     if (count_settled(maker) or 0) < maker.rounds:
-        distill(config.recipe, overrides=overrides)
+        with starting():
+            distill(config.recipe, overrides=overrides)
     checkpoint = Run(maker.root, maker.name).find(round_slot(maker.rounds, "student"))
     assert checkpoint is not None
     return refer_to(config, checkpoint)

@@ -27,6 +27,7 @@ PATIENCE = 3.5  # seconds from the signal until the process is ended whatever it
 SHOW_CURSOR = "\r\x1b[2K\x1b[?25h"  # a progress bar hides it
 
 _told: int | None = None  # the signal that ends this command
+_starting = False  # Prefect makes a flow run
 _over = False  # the command has ended, and the process is about to
 _status = 1
 _said = threading.Lock()  # taken by the thread that says the last line
@@ -36,7 +37,16 @@ _line = ""
 
 
 class Told(KeyboardInterrupt):
-    """The command was told to end by a signal."""
+    """The command was told to end by a signal. It is raised again where something has swallowed it.
+
+    Destructors, callbacks of weak references and libraries that catch everything do; it then goes before the command has ended.
+    """
+
+    def __del__(self) -> None:
+        global _told
+        if _told is not None and not _over:
+            number, _told = _told, None
+            _start_timer(0.05, os.kill, os.getpid(), number)
 
 
 @contextmanager
@@ -44,15 +54,17 @@ def ending() -> Iterator[None]:
     """End the process after a command, with the status that it ended with; a stop with one line."""
     global _over, _status
     try:
-        _catch_stops()
-        yield
+        try:
+            _catch_stops()
+            yield
+        finally:
+            _over = True
         _status = 0
     except SystemExit as ended:
         _status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:  # what a stop breaks need not be Told: imports make other errors of it
         if _told is None:
             traceback.print_exc()
-    _over = True
     if _told is not None:
         _status = _status_of(_told)
         _say(_describe_stop())
@@ -80,18 +92,36 @@ def work_on(recipe: "Recipe", rounds: int | None) -> None:
 
 
 @contextmanager
+def starting() -> Iterator[None]:
+    """The call of a flow: a stop waits for the flow's `stoppable`. A flow run would stay pending that is stopped before."""
+    global _starting
+    _starting = True
+    try:
+        yield
+    finally:
+        _let_stops()
+
+
+@contextmanager
 def stoppable(recipe: "Recipe | None" = None, rounds: int | None = None) -> Iterator[None]:
     """What a flow does, on a recipe's run if it works on one.
 
+    What a stop breaks (in Prefect's own code, an import, a library) is a stop too, and the flow run crashed, not failed.
     In a command SIGTERM is taken back from Prefect, whose own handler breaks off what ends the flow if the signal comes twice.
     """
     global _committed
+    _let_stops()
     before = _committed
     if recipe is not None:
         work_on(recipe, rounds)
     if signal.getsignal(signal.SIGINT) is _stop:  # this process is a command, not a worker's
         signal.signal(signal.SIGTERM, _stop)
-    yield
+    try:
+        yield
+    except Exception as broken:
+        if _told is None:
+            raise
+        raise Told from broken
     _committed = before  # but not where a stop goes through
 
 
@@ -102,7 +132,7 @@ def _catch_stops() -> None:
     os.set_blocking(mark, False)
     signal.set_wakeup_fd(mark, warn_on_full_buffer=False)
     on_stops(_stop)
-    sys.unraisablehook = _raise_again
+    sys.unraisablehook = _report_unraisable
     threading.Thread(target=_wait_for_stop, args=(seen,), daemon=True).start()
 
 
@@ -110,17 +140,21 @@ def _stop(number: int, _: Any) -> None:
     global _told
     if _told is None and not _over:
         _told = number
-        raise Told
+        if not _starting:
+            raise Told
 
 
-def _raise_again(swallowed: Any) -> None:
-    """Python swallows what is raised in a destructor or a weak reference's callback: a stop is then raised a moment later."""
-    global _told
+def _let_stops() -> None:
+    global _starting
+    if _starting:
+        _starting = False
+        if _told is not None:
+            raise Told
+
+
+def _report_unraisable(swallowed: Any) -> None:
     if not isinstance(swallowed.exc_value, Told):
         sys.__unraisablehook__(swallowed)
-    elif _told is not None:
-        number, _told = _told, None
-        _start_timer(0.05, os.kill, os.getpid(), number)
 
 
 def _wait_for_stop(seen: int) -> None:

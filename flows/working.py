@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from configs.errors import BadInput, Stopped
-from flows.ending import work_on
+from flows.ending import starting, work_on
 from flows.options import ROUNDS, Set, Whole
 from flows.terminal import log_plainly, print_line, print_table
 
@@ -51,7 +51,8 @@ def run(
         from flows.distill import distill
 
         wait_for_server()
-        result = distill(str(config), rounds=rounds, overrides=set_)
+        with starting():
+            result = distill(str(config), rounds=rounds, overrides=set_)
     print_table(ROUNDS, result["table"])
     print_line(f"The run is in {result['run']}, its last student in {result['student']}")
 
@@ -87,7 +88,8 @@ def preflight(
 
     check_recipe(recipe, rendering=False)
     wait_for_server()
-    rows = run_preflight(str(config), prompts=prompts, overrides=set_)
+    with starting():
+        rows = run_preflight(str(config), prompts=prompts, overrides=set_)
     print_table("Preflight", [{key: row[key] for key in ("gate", "value", "limit", "result", "detail")} for row in rows])
     if breached := [f"{row['gate']}: {row['advice']}" for row in rows if row["result"] == "BREACHED"]:
         raise Stopped("\n  ".join([f"{config}: {len(breached)} of {len(rows)} gates breached", *breached]))
@@ -130,7 +132,8 @@ def compare(
     names, numbers = tuple(objectives.split(",")), tuple(int(seed) for seed in seeds.split(",") if seeds)
     plan_runs(str(config), names, numbers, set_)
     wait_for_server()
-    rows = run_comparison(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_)
+    with starting():
+        rows = run_comparison(str(config), objectives=names, seeds=numbers, rounds=rounds, overrides=set_)
     print_table("Objectives (difference: of accuracy; divergence: nats per byte; seconds: of training)", rows)
 
 

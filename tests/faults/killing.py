@@ -189,6 +189,8 @@ def wait_for(moment: tuple[str, float], potstill: Potstill, root: Path, referenc
             if "The run is in" in potstill.out:
                 break
         amount *= reference.seconds[slot]
+        while not potstill.err and time.monotonic() < deadline:  # its first line: what it is about to make
+            time.sleep(0.002)
     time.sleep(amount)
 
 

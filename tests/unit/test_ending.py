@@ -75,6 +75,50 @@ def test_a_stop_ends_a_command_with_one_line(body: str, number: int) -> None:
     assert ended.stdout == ""
 
 
+@pytest.mark.parametrize("swallowed", ["except BaseException: pass", "finally: continue"])
+def test_a_stop_that_is_swallowed_is_raised_again(swallowed: str) -> None:
+    """Long before the command would be ended whatever it does."""
+    body = f"""
+    for _ in range(1):
+        try: stop(); time.sleep(20)
+        {swallowed}
+    time.sleep(20)
+    """
+    ended = run(COMMAND.replace("{body}", body.strip()).replace("PATIENCE = 0.5", "PATIENCE = 30"), 15)
+    assert (ended.returncode, ended.stdout) == (128 + 15, "")
+    assert ended.stderr == "potstill: stopped; `potstill 15` starts again\n"
+
+
+def test_what_a_stop_breaks_in_a_flow_is_a_stop() -> None:
+    """Prefect calls a flow run crashed that ends in one, and failed what ends in any other exception."""
+    body = """
+    try:
+        with ending.stoppable():
+            try: stop(); time.sleep(20)
+            except BaseException: raise ValueError("Task run is not set")
+    except ending.Told: print("told"); raise
+    """
+    ended = run(COMMAND.replace("{body}", body.strip()), 15)
+    assert (ended.returncode, ended.stdout) == (128 + 15, "told\n")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_stop_waits_for_the_flow_to_begin(nested: bool) -> None:
+    """Prefect would leave a flow run pending that is stopped while it is made."""
+    body = f"""
+    def flow():
+        with ending.starting():
+            stop(); time.sleep(0.1); print("made")
+            with ending.stoppable(): print("begun")
+    if {nested}:
+        with ending.starting():
+            with ending.stoppable(): flow()
+    flow()
+    """
+    ended = run(COMMAND.replace("{body}", body.strip()), 15)
+    assert (ended.returncode, ended.stdout) == (128 + 15, "made\n")
+
+
 # The entry point, which says when it is ready for a stop; before that Python starts, and ends as Python does.
 BEGINS = """
 import sys
