@@ -9,7 +9,8 @@ from rich.text import Text
 
 from configs.errors import BadInput
 from flows.options import ROUNDS, Flag, Whole
-from flows.terminal import out, print_line, print_table
+from flows.terminal import log_plainly, out, print_line, print_table
+from tasks.running.progress import logger
 from tasks.views.escapes import escape_controls
 
 
@@ -76,11 +77,14 @@ def report(run: str) -> None:
         A run's folder or URI, such as runs/quickstart.
     """
     from tasks.views import inspect as show
-    from tasks.views.report import write_report
     from tasks.views.trace import refuse_damage
 
     show.check_run(run)
+    log_plainly()
     with refuse_damage(run, sizes_first=True):
+        logger.info("%s: reading its tables, and prompts as both sides' tokenizers give them", run)
+        from tasks.views.report import write_report
+
         print_line(write_report(show.open_run(run)))
 
 

@@ -11,6 +11,7 @@ from configs import describe
 from configs.errors import BadInput
 from configs.load import may_change
 from flows.terminal import log_plainly, print_line, print_table
+from tasks.running.progress import logger
 
 QUESTIONS = {
     "student": "Student (hub id, folder or .gguf file)",
@@ -56,6 +57,7 @@ def recipe(
         given = {"student": student, "teacher": teacher, "prompts": prompts}
         answers = {name: answer or ask(name) for name, answer in given.items()}
         log_plainly()
+        logger.info("%s: looking at both models and the prompts", out)
         from flows.starter import write_recipe
 
         write_recipe(out, **answers)

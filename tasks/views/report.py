@@ -23,10 +23,14 @@ from tasks.views.rounds import format_rounds, summarise_rounds
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
 FULL = 5.0  # nats per unit from which the shade is full
+LONGEST = 20_000  # characters of a text, and units of a sample, that are shown
 
 
 def _escape(value: Any) -> Any:
-    return escape_controls(value) if type(value) is str else value  # markup of our own stays as it is
+    if type(value) is not str:
+        return value  # markup of our own stays as it is
+    cut = f"… ({len(value) - LONGEST:,} more characters)" if len(value) > LONGEST else ""
+    return escape_controls(value[:LONGEST]) + cut
 
 
 TEMPLATES = jinja2.Environment(
@@ -144,11 +148,11 @@ def _pick_rollouts(run: str, number: int, readers: Readers) -> dict[str, list[di
 def split_units(text: str, aligned: dict[str, Any]) -> list[dict[str, Any]]:
     """The pieces of a completion between boundaries that both tokenizations share, each with both models' log-probs.
 
-    Log-probs are in nats. `shade` is (log P_student − log P_teacher) / `FULL`, cut to −1 … 1. Text behind the last unit is
-    one more piece without log-probs and shade.
+    Log-probs are in nats. `shade` is (log P_student − log P_teacher) / `FULL`, cut to −1 … 1. Text behind the last unit, or
+    behind the first `LONGEST` ones, is one more piece without log-probs and shade.
     """
     data, start, pieces = text.encode(), 0, []
-    columns = (aligned[name] for name in ("byte_ends", "kind", "student_logprobs", "teacher_logprobs"))
+    columns = (aligned[name][:LONGEST] for name in ("byte_ends", "kind", "student_logprobs", "teacher_logprobs"))
     for end, kind, student, teacher in zip(*columns, strict=True):
         piece = data[start:end].decode(errors="backslashreplace")
         pieces.append(
@@ -162,5 +166,6 @@ def split_units(text: str, aligned: dict[str, Any]) -> list[dict[str, Any]]:
         )
         start = end
     if rest := data[start:].decode(errors="backslashreplace"):
-        pieces.append({"piece": rest, "kind": "not aligned", "student": None, "teacher": None, "shade": None})
+        kind = "not shown by unit" if len(aligned["kind"]) > LONGEST else "not aligned"
+        pieces.append({"piece": rest, "kind": kind, "student": None, "teacher": None, "shade": None})
     return pieces
