@@ -26,7 +26,7 @@ def draw_charts(run: Run, rounds: pl.DataFrame) -> dict[str, dict[str, Any]]:
         "Accuracy on held-out prompts": _draw_accuracy(rounds),
         "Divergence from the teacher": _draw_divergence(rounds),
         "Length of answers": _draw_line(rounds, "tokens", "mean tokens per sampled answer"),
-        "Answers cut at the length limit": _draw_line(rounds, "truncated", "share of sampled answers", ".0%"),
+        "Answers cut at the length limit": _draw_line(rounds, "truncated", "share of sampled answers", ".2~%"),
         "Completion bytes covered by the loss": _draw_coverage(sum_bytes(run.address)),
         "Loss": _draw_loss(run.address),
         "Time by stage": _draw_time(seconds),

@@ -14,7 +14,7 @@ from helpers import refused
 
 from storage.read import scan
 from storage.store import Run
-from tasks.views.report import FULL, LONGEST, split_units, write_report
+from tasks.views.report import FULL, LONGEST, render_report, split_units, write_report
 
 
 class Page(HTMLParser):
@@ -168,6 +168,13 @@ def test_texts_of_any_length(tiny, tmp_path, text, shown):
     report = (run / "report.html").read_text()
     assert shown in Page(report).text
     assert len(report) < before + 10**6
+
+
+def test_counts_are_whole(tiny, monkeypatch):
+    monkeypatch.setattr("tasks.views.report.show_prompts", lambda _: [{"rows": 15773, "share": 0.123456}])
+    text = Page(render_report(Run(str(tiny.parent), tiny.name))).text
+    assert "15,773" in text
+    assert "0.1235" in text
 
 
 def test_a_sample_of_many_units_is_cut():
