@@ -2,7 +2,8 @@
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
-RUN apt-get update && apt-get install --yes --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+# A compiler: one package of reasoning-gym's, pycosat, comes as C.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev make && rm -rf /var/lib/apt/lists/*
 
 # Packages first: a change of the code does not install them again. pip reads its index from these arguments.
 WORKDIR /potstill

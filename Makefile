@@ -1,4 +1,4 @@
-# Everything sets itself up: `make demo` and `make test` need Python 3.11+ and a package registry, nothing else.
+# Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C compiler and a package registry, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
