@@ -18,9 +18,10 @@ RUN mkdir configs flows storage tasks && touch configs/__init__.py flows/__init_
 ARG VLLM
 RUN if [ -n "${VLLM}" ]; then make vllm VLLM="${VLLM}"; fi
 
-# Any user may run it, with a home that cannot be written: runs/ and the cache of models are open to all.
+# Any user may run it, with a home that cannot be written: runs/ and the cache of models are open to all. What was installed is
+# newer than what was copied, so that `make demo` installs nothing.
 COPY . .
-RUN mkdir --mode=1777 runs /cache && .venv/bin/python -m compileall -q configs flows storage tasks
+RUN mkdir --mode=1777 runs /cache && touch .venv/.installed && .venv/bin/python -m compileall -q configs flows storage tasks
 ENV PATH=/potstill/.venv/bin:${PATH} HF_HOME=/cache
 USER 1000
 CMD ["make", "demo"]
