@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.views.escapes import escape_controls
+from tasks.views.escapes import escape_controls, shorten
 
 out = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -46,7 +46,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         numeric = all(isinstance(row[column], int | float | None) for row in rows)
         table.add_column(_plain(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_plain("" if value is None else str(value)) for value in row.values()))
+        table.add_row(*(_plain("" if value is None else shorten(str(value))) for value in row.values()))
     out.print(table)
 
 

@@ -15,7 +15,7 @@ from storage.store import Run
 from tasks.gates.gate import limit_figure
 from tasks.tokens.align import Kind
 from tasks.views.charts import draw_charts
-from tasks.views.escapes import escape_controls
+from tasks.views.escapes import LONGEST, escape_controls, shorten
 from tasks.views.inspect import collect_rows, show_prompts
 from tasks.views.readers import Readers
 from tasks.views.rounds import format_rounds, summarise_rounds
@@ -23,14 +23,10 @@ from tasks.views.rounds import format_rounds, summarise_rounds
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
 FULL = 5.0  # nats per unit from which the shade is full
-LONGEST = 20_000  # characters of a text, and units of a sample, that are shown
 
 
 def _escape(value: Any) -> Any:
-    if type(value) is not str:
-        return value  # markup of our own stays as it is
-    cut = f"… ({len(value) - LONGEST:,} more characters)" if len(value) > LONGEST else ""
-    return escape_controls(value[:LONGEST]) + cut
+    return escape_controls(shorten(value)) if type(value) is str else value  # markup of our own stays as it is
 
 
 TEMPLATES = jinja2.Environment(

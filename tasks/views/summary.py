@@ -9,6 +9,7 @@ import vl_convert
 from configs.schema import Recipe
 from storage.store import Run
 from tasks.views.charts import draw_charts
+from tasks.views.escapes import shorten
 from tasks.views.markdown import MEANING, format_table, quote
 from tasks.views.report import collect_answers
 from tasks.views.rounds import format_rounds, summarise_rounds
@@ -51,4 +52,4 @@ def _format_answers(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _cut(text: str) -> str:
-    return "(empty)" if not text else quote(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+    return quote(shorten(text, LONGEST)) if text else "(empty)"

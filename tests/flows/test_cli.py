@@ -233,6 +233,13 @@ def test_texts_are_shown_as_they_are(capsys):
     shown = capsys.readouterr().out
     assert "[/INST] [red]x[/red] [b]" in shown
     assert r"\x1b[2J\x1b]0;title\x07\x9b31m bell\x0d" in shown
+
+
+def test_a_text_of_any_length_is_shown_as_far_as_it_can_be_read(capsys):
+    print_table("Texts", [{"text": "a" * 1_000_000}])
+    shown = capsys.readouterr().out
+    assert 20_000 <= shown.count("a") < 20_100
+    assert "980,000 more characters" in shown
     assert not set(shown) & set(map(chr, CONTROLS))
 
 

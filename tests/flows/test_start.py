@@ -78,6 +78,16 @@ def test_report_does_not_import_prefect(tiny, tmp_path):
     assert "prefect" not in imported
 
 
+@pytest.mark.parametrize("name", ["report", "recipe"])
+def test_what_takes_a_while_is_said_before_model_libraries_are_imported(tiny, tmp_path, name):
+    given = {"report": [tiny], "recipe": ["--student=s", "--teacher=t", "--prompts=p.jsonl", f"--out={tmp_path / 'r.toml'}"]}
+    code = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers')))\n" + READ.format(HEAVY)
+    done = subprocess.run([sys.executable, "-c", code, name, *given[name]], capture_output=True, text=True, cwd=CHECKOUT)
+    said = done.stderr.splitlines()
+    assert {"report": "reading", "recipe": "looking at"}[name] in said[0]
+    assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
+
+
 # -- a complete run --------------------------------------------------------------------------------------------------------
 
 

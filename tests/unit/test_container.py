@@ -81,6 +81,12 @@ def test_targets_are_those_of_the_makefile():
                 assert re.search(rf"^{re.escape(target)}:", MAKEFILE.replace("$(VENV)", ".venv"), re.MULTILINE), target
 
 
+def test_packages_that_come_as_source_can_be_built():
+    """pycosat has no wheel for Linux: a slim image lacks the compiler."""
+    assert "pycosat==" in (CHECKOUT / "constraints.txt").read_text()
+    assert {"gcc", "libc6-dev"} <= set(of("RUN")[0].split())
+
+
 def test_what_is_copied_is_there():
     """Everything that an install needs, and nothing that git ignores or that a run leaves."""
     kept = {pattern[1:] for pattern in IGNORED if pattern.startswith("!")}
