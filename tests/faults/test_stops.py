@@ -3,14 +3,12 @@
 import itertools
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from killing import Potstill, Reference, arguments, committed, damages, digests, halves, redone, steps, wait_for
+from killing import Potstill, Reference, arguments, committed, damages, digests, halves, redone, resize, steps, wait_for
 from stopping import Stop, one_message
 
 
@@ -101,28 +99,11 @@ def test_two_processes_on_one_run(potstill, forks, tmp_path):
     assert potstill.run(*arguments(root), "--rounds", "0") == 0, potstill.err
 
 
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
-    """A small disk of its own: a tmpfs, which a superuser alone can mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", place], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def remount(disk: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
-
-
 @pytest.mark.slow
 def test_a_full_disk(potstill, reference, disk):
     """A real one, that grows a little after each failure: every stage meets its end."""
     root, size, messages = disk / "runs", 300, []
+    resize(disk, size)
     while (status := potstill.run(*arguments(root))) != 0:
         assert status in (1, 2), potstill.err
         message = one_message(potstill.err)
@@ -134,7 +115,7 @@ def test_a_full_disk(potstill, reference, disk):
         assert halves(root) == []
         size += 450
         assert size < 20_000
-        remount(disk, f"size={size}k")
+        resize(disk, size)
         assert redone(before, committed(root)) == set()
     assert len(messages) > 3
     assert digests(root) == reference.digests
