@@ -12,6 +12,21 @@ Float = Annotated[float, pydantic.Strict()]
 Bool = Annotated[bool, pydantic.Strict()]
 
 
+def words_or_count(*words: str, counted: str) -> tuple[Any, Any]:
+    """How a field that is one of `words` or a number from 1 is checked, and what it is in JSON Schema.
+
+    `counted` says in the message what the number counts.
+    """
+
+    def check(value: Any) -> Any:
+        if value in words or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"give {' or '.join(map(repr, words))}, or {counted}, 1 or more (found {value!r})")
+
+    schema = {"anyOf": [{"enum": list(words)}, {"type": "integer", "minimum": 1}]}
+    return pydantic.PlainValidator(check), pydantic.WithJsonSchema(schema)
+
+
 def _check_address(url: str) -> str:
     if "@" in url or "?" in url:  # the recipe is written to disk, and the message must not repeat a secret either
         raise ValueError("a user or key in an address would be written to disk; set VLLM_API_KEY in the environment instead")

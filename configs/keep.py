@@ -1,29 +1,17 @@
 """`[keep]` of a recipe: what of a run's complete rounds stays on the disk. It changes no result."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import pydantic
 from pydantic import Field
 
-from configs.fields import Table
+from configs.fields import Table, words_or_count
 
 ALL, BEST = "all", "best"
 
+ROUNDS = "of how many rounds"
 
-def _words(*words: str) -> tuple[Any, Any]:
-    """How a field that is one of `words` or a number of rounds is checked, and what it is in JSON Schema."""
-
-    def check(value: Any) -> Any:
-        if value in words or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            return value
-        raise ValueError(f"give {' or '.join(map(repr, words))}, or of how many rounds, 1 or more (found {value!r})")
-
-    schema = {"anyOf": [{"enum": list(words)}, {"type": "integer", "minimum": 1}]}
-    return pydantic.PlainValidator(check), pydantic.WithJsonSchema(schema)
-
-
-Kept = Annotated[int | str, *_words(ALL)]
-KeptStudents = Annotated[int | str, *_words(ALL, BEST)]
+Kept = Annotated[int | str, *words_or_count(ALL, counted=ROUNDS)]
+KeptStudents = Annotated[int | str, *words_or_count(ALL, BEST, counted=ROUNDS)]
 
 
 class Keep(Table):

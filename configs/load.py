@@ -23,6 +23,9 @@ FREE = {"root", "gates", "keep", "compute", "track"}  # no part of what a run is
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
 LATER = {"train.dropout", "train.param_dtype", "prompts.unusable"}
 
+# Fields that the key of one later stage holds: what they choose from is the same whatever they say.
+OF_A_LATER_STAGE = {"rollout.keep"}
+
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Load the recipe at `path` and apply `overrides` (each `a.b=value`, the value in TOML's notation).
@@ -86,8 +89,8 @@ def dump_content(recipe: Recipe) -> str:
 def select_content(recipe: Recipe, name: str) -> dict[str, Any]:
     """The fields of one table of the recipe that go into keys: those that can change a result beyond its rounding."""
     table = getattr(recipe, name)
-    machinery = {field.removeprefix(f"{name}.") for field in MACHINERY if field.startswith(f"{name}.")}
-    fields: dict[str, Any] = table.model_dump(mode="json", exclude=machinery)
+    others = {field.removeprefix(f"{name}.") for field in MACHINERY | OF_A_LATER_STAGE if field.startswith(f"{name}.")}
+    fields: dict[str, Any] = table.model_dump(mode="json", exclude=others)
     defaults = {key: type(table).model_fields[key].default for key in fields if f"{name}.{key}" in LATER}
     return {key: value for key, value in fields.items() if key not in defaults or value != defaults[key]}
 

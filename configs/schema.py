@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.fields import Bool, Float, Int, Table
+from configs.fields import Bool, Float, Int, Table, words_or_count
 from configs.keep import Keep
 from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
@@ -16,6 +16,8 @@ from configs.track import Track
 MOST = 32_767  # events per token in a scores file
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
+Chosen = Annotated[int | str, *words_or_count("all", "right", "wrong", counted="how many samples a prompt")]
+
 
 class Rollout(Table):
     """Completions: sampled by the current student, or taken from elsewhere by λ."""
@@ -24,6 +26,11 @@ class Rollout(Table):
     off_policy: Literal["reference", "teacher"] = Field("reference", description="where the other rows come from")
     prompts: Int = Field(1024, ge=1, description="prompts per round")
     samples: Int = Field(1, ge=1, le=1024, description="completions per prompt")
+    keep: Chosen = Field(
+        "all",
+        description="which of the student's samples go on to scoring and training, by evaluate.scorer: all; right; wrong; or "
+        "a number: so many a prompt, those of the best score",
+    )
     shard_rows: Int = Field(4096, ge=1, description="rollouts per file, which is the unit of work and of resuming")
     max_new_tokens: Int = Field(256, ge=1, description="longest completion, in student tokens, stop included")
     temperature: Float = Field(1.0, gt=0, le=10, description="divides the logits before the softmax")
@@ -230,6 +237,11 @@ class Recipe(Table):
             raise ValueError(
                 f"objective.name = '{self.objective.name}' learns from given text: set rollout.on_policy = 0 "
                 f"(found {self.rollout.on_policy})"
+            )
+        if self.rollout.keep != "all" and self.rollout.on_policy == 0:
+            raise ValueError(
+                f"rollout.keep = {self.rollout.keep!r} chooses among the student's own samples, and "
+                "rollout.on_policy = 0 makes none; leave rollout.keep out, or raise rollout.on_policy"
             )
         if self.rollout.off_policy == "teacher" and self.rollout.on_policy < 1 and self.teacher is None:
             raise ValueError("rollout.off_policy = 'teacher' needs a [teacher]")

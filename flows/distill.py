@@ -27,6 +27,7 @@ from tasks.evaluate import evaluate_model
 from tasks.gates.rendering import refuse_rendering
 from tasks.models.reference import ModelRef, make_reference, refer_as_used
 from tasks.prompts import make_prompts
+from tasks.rewards import reward_rows
 from tasks.rollout import roll_out
 from tasks.rows.plan import count_shards, teacher_writes
 from tasks.rows.round import Round, Shard, Trained
@@ -131,13 +132,15 @@ def plan_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> tupl
 
 
 def run_round(round: Round, compute: Compute) -> Trained:
-    """Run one round: rollouts, scores, alignment, training. Each stage does all shards, so one model works at a time."""
+    """Run one round: rollouts, rewards (if asked for), scores, alignment, training. One model works at a time on all shards."""
     recipe, teacher = round.recipe, round.teacher
     shards = tuple(Shard(number) for number in range(count_shards(recipe.rollout)))
     with shard_runner(compute) as run_shards:
         if teacher is not None and teacher_writes(recipe.rollout):
             shards = run_shards(complete_shard, round, shards)
         shards = run_shards(roll_out, round, shards)
+        if recipe.rollout.keep != "all":
+            round = replace(round, rewards=reward_rows(round, shards))
         if teacher is not None and recipe.objective.needs_teacher:
             shards = run_shards(score_shard, round, shards)
             if SIGNALS[recipe.score.signal].needs_head:

@@ -2,6 +2,8 @@
 
 import pyarrow as pa
 
+LEFT_OUT = "left_out"  # the status of a row that rollout.keep does not let go on
+
 _ids = pa.list_(pa.int32())
 _logprobs = pa.list_(pa.float32())
 
@@ -71,6 +73,15 @@ ROLLOUTS = pa.schema(
         "finish_reason": pa.string(),  # stop, length
         "seed": pa.int64(),
         "engine": pa.string(),
+    }
+)
+
+REWARDS = pa.schema(
+    {
+        "rollout_id": pa.string(),  # of the student's own samples
+        "score": pa.float64(),  # by evaluate.scorer, 1: right; null where there is nothing to grade by
+        "advantage": pa.float32(),  # among the samples of the same prompt; 0 where all are equal or nothing is graded
+        "kept": pa.bool_(),  # whether the row goes on to scoring and training
     }
 )
 
@@ -174,6 +185,7 @@ SCHEMAS = {
     "accounts": ACCOUNTS,
     "completions": COMPLETIONS,
     "rollouts": ROLLOUTS,
+    "rewards": REWARDS,
     "scores": SCORES,
     "aligned": ALIGNED,
     "steps": STEPS,

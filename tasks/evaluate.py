@@ -20,7 +20,7 @@ from tasks.models.pair import find_answers, make_markers, marker_inputs, teacher
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import Prompt, load_prompts
-from tasks.rows.scorers import is_graded, make_scorer
+from tasks.rows.scorers import is_graded, make_grader
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.running.seeds import derive_seed
@@ -86,7 +86,7 @@ def evaluate_prompts(
 ) -> list[dict[str, Any]]:
     """One greedy and `evaluate.samples` sampled completions of every prompt with their scores, as rows of `evals`."""
     config, text_side = recipe.rollout, side(model)
-    stops, score = set(text_side.stop_ids), make_scorer(recipe.evaluate.scorer)
+    stops, grade = set(text_side.stop_ids), make_grader(recipe.evaluate.scorer)
     rendered = [text_side.render(*prompt) for prompt in load_prompts(rows)]
     generator = get_engine(model, config.batch_size, recipe.score.batch_tokens, use="sample")
     records = []
@@ -100,8 +100,7 @@ def evaluate_prompts(
                 for row, ids, completion in zip(rows, rendered, completions, strict=True):
                     whole = split_completion(text_side.beta, completion.ids, stops)[1]
                     text, answer = spell_answer(text_side.beta, completion.ids, stops)
-                    graded = is_graded(recipe.evaluate.scorer, row)
-                    value = max(score(text, row), score(answer, row)) if graded else None
+                    value = grade((text, answer), row)
                     records.append(
                         {
                             "model": role,

@@ -1,6 +1,6 @@
 """The scoring stage: the teacher's log-probs of every token of a shard, under its own rendering of the prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from configs.schema import Recipe
 from configs.signals import SIGNALS
 from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
-from storage.schemas import SCORES
+from storage.schemas import LEFT_OUT, SCORES
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
 from tasks.engines.choose import get_engine, get_head
@@ -25,7 +25,7 @@ from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import Prompt, prompts_of
-from tasks.rows.round import Round, Shard
+from tasks.rows.round import Round, Shard, left_out
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
@@ -69,6 +69,7 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         "recipe": _stored_fields(recipe),
         "as_sampled": markers.same,
         **(said if with_ids and not markers.same else {}),
+        **({"rewards": round.rewards.digest} if round.rewards else {}),
     }
 
     def make() -> pa.Table:
@@ -78,7 +79,9 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         engine = get_engine(teacher, recipe.rollout.batch_size, config.batch_tokens)
         signal = make_signal(config.signal, config.k, config.top_p)
         with progress(f"round {round.number} scores", len(rows)) as advance:
-            return score_rows(rows, prompts, engine, signal, markers, advance, student=student, teacher=side(teacher))
+            return score_rows(
+                rows, prompts, engine, signal, markers, advance, left_out(round), student=student, teacher=side(teacher)
+            )
 
     return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
 
@@ -120,20 +123,21 @@ def score_rows(
     signal: Signal,
     markers: Markers,
     advance: Advance = ignore_progress,
+    unwanted: Collection[str] = (),
     *,
     student: Side,
     teacher: Side,
 ) -> pa.Table:
     """Scores of `rows` (rollouts with prompt_id, text, finish_reason, and token_ids where they are more than the text).
 
-    One row of `SCORES` each, in order. `prompts` are by `prompt_id`.
+    One row of `SCORES` each, in order. `prompts` are by `prompt_id`. Rollouts whose ids are `unwanted` are not scored.
     """
     completions = teacher_ids(rows, student=student, teacher=teacher, markers=markers)
     context = context_of(teacher.ref)
     scored: list[dict[str, Any]] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = range(start, min(start + ROWS_AT_ONCE, len(rows)))
-        scorable = [i for i in batch if completions[i]]
+        scorable = [i for i in batch if completions[i] and rows[i]["rollout_id"] not in unwanted]
         rendered = [teacher.render(*prompts[rows[i]["prompt_id"]]) for i in scorable]
         lengths = [len(ids) + len(completions[i] or []) for i, ids in zip(scorable, rendered, strict=True)]
         if context and max(lengths, default=0) > context:
@@ -146,7 +150,8 @@ def score_rows(
         for i in batch:
             common = {"rollout_id": rows[i]["rollout_id"], "teacher": teacher.ref.digest}
             if (scores := by_row.get(i)) is None:
-                scored.append({**common, "status": "lossy_text" if completions[i] is None else "empty"})
+                unscored = "lossy_text" if completions[i] is None else "empty"
+                scored.append({**common, "status": LEFT_OUT if common["rollout_id"] in unwanted else unscored})
                 continue
             columns = {name: values.reshape(-1) for name, values in scores.columns.items()}
             scored.append({**common, "token_ids": completions[i], "logprobs": scores.logprobs, **columns, "status": "ok"})

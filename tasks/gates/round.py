@@ -8,6 +8,7 @@ import torch
 
 from configs.schema import Gates
 from storage.artifacts import Artifact, read_table
+from storage.schemas import LEFT_OUT
 from tasks.engines.base import Sampling
 from tasks.gates.agreement import Gap, trainer_logprobs
 from tasks.gates.gate import Gate, limit_figure
@@ -50,7 +51,7 @@ def _shares_correct_of(evals: pa.Table) -> np.ndarray:
 def round_gates(
     rollouts: list[Artifact], aligned: list[Artifact], size: int, limits: Gates, tokens_before: float | None
 ) -> list[Gate]:
-    """Coverage of all rows; truncation, repetition and length of the student's samples. One shard is read at a time.
+    """Coverage of rows that went on; truncation, repetition and length of the student's samples. One shard is read at a time.
 
     `size` is the size of the student's vocabulary, `tokens_before` the mean length of the first round's samples in tokens.
     """
@@ -60,6 +61,7 @@ def round_gates(
     for artifact in aligned:
         table = pl.from_arrow(read_table(artifact, ["status", *counts]))
         assert isinstance(table, pl.DataFrame)
+        table = table.filter(pl.col("status") != LEFT_OUT)
         supervised += int(table[counts[0]].sum())
         total += sum(int(table[name].sum()) for name in counts)
         dropped += int((table["status"] != "ok").sum())

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+import pyarrow.compute as pc
+
 from configs.schema import Recipe
-from storage.artifacts import Artifact
+from storage.artifacts import Artifact, read_table
 from storage.store import Run, part, round_slot
 from tasks.models.reference import ModelRef
 
@@ -47,6 +49,7 @@ class Round:
     prompts: Artifact  # prompts/train
     vocabularies: Vocabularies
     trainer: Artifact | None = None  # what the last round's trainer left: optimizer, step, adapters
+    rewards: Artifact | None = None  # of the student's samples, where some of them are chosen by it
     head: Artifact | None = None  # the teacher's, where the signal needs it
 
     @property
@@ -73,3 +76,11 @@ class Trained:
 
     student: Artifact
     trainer: Artifact
+
+
+def left_out(round: Round) -> set[str]:
+    """The ids of the round's rollouts that do not go on to scoring and training (`rollout.keep`)."""
+    if round.rewards is None:
+        return set()
+    table = read_table(round.rewards, ["rollout_id", "kept"])
+    return set(table.filter(pc.invert(table["kept"]))["rollout_id"].to_pylist())

@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import BadInput
@@ -24,6 +24,12 @@ def check_scorer(config: Evaluate) -> None:
 def make_scorer(kind: str) -> Scorer:
     """`score(text, prompt row) -> float`, of a kind that `evaluate.scorer` names."""
     return {"task": _task, "exact": lambda: score_exact, "math": _math}[kind]()
+
+
+def make_grader(kind: str) -> Callable[[Sequence[str], dict[str, Any]], float | None]:
+    """`grade(spellings, prompt row)`: the best score of an answer's spellings; None where there is nothing to grade by."""
+    score = make_scorer(kind)
+    return lambda texts, row: max(score(text, row) for text in texts) if is_graded(kind, row) else None
 
 
 def is_graded(kind: str, row: dict[str, Any]) -> bool:

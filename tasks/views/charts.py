@@ -11,7 +11,7 @@ from storage.read import scan
 from storage.store import Run
 from tasks.views.rounds import sum_bytes
 
-STAGES = ("completions", "rollouts", "scores", "aligned", "gates", "training", "evals")
+STAGES = ("completions", "rollouts", "rewards", "scores", "aligned", "gates", "training", "evals")
 BYTES = ("supervised", "unmatched", "dropped", "tail")
 SIZE = {"width": 420, "height": 220}
 

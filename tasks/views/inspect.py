@@ -90,8 +90,22 @@ def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
             for source, count, share in drift.iter_rows()
         ],
         title: shown.to_dicts(),
+        **({"Samples that went on to training (rollout.keep)": rewards} if (rewards := count_kept(run, number)) else {}),
         **({"Cleared": [cleared]} if cleared else {}),
     }
+
+
+def count_kept(run: str, number: int) -> list[dict[str, Any]]:
+    """How many samples of a round went on and were left out, with their mean score; none where all went on unasked."""
+    rewards = collect_rows(run, "rewards", pl.col("round") == number)
+    if not len(rewards):
+        return []
+    score, graded = pl.col("score").mean().round(3).alias("mean score"), pl.col("score").count().alias("graded")
+    rows = rewards.group_by("kept").agg(pl.len().alias("samples"), graded, score).sort("kept", descending=True)
+    return [
+        {"samples": "went on" if kept else "left out", "count": n, **rest}
+        for kept, n, rest in ((row.pop("kept"), row.pop("samples"), row) for row in rows.to_dicts())
+    ]
 
 
 def _measure_matches(run: str, number: int, rollouts: pl.DataFrame) -> list[dict[str, Any]]:

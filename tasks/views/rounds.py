@@ -6,6 +6,7 @@ import polars as pl
 
 from configs.schema import Recipe
 from storage.read import scan
+from storage.schemas import LEFT_OUT
 from tasks.views.estimates import Estimate, estimate_accuracy
 from tasks.views.inspect import open_run
 
@@ -74,11 +75,18 @@ def _divergence_of(evals: pl.DataFrame) -> float | None:
 
 
 def sum_bytes(run: str) -> pl.DataFrame:
-    """One row per round: the shares of its completions' bytes that are supervised, unmatched, dropped, and in the tail."""
+    """One row per round: shares of the bytes of completions that went on: supervised, unmatched, dropped, in the tail."""
     names = ["supervised", "unmatched", "dropped", "tail"]
     sums = [pl.col(f"{name}_bytes").cast(pl.Int64).sum().alias(name) for name in names]
     try:
-        table = scan(run, "aligned").group_by("round").agg(sums).sort("round").collect(engine="streaming")
+        table = (
+            scan(run, "aligned")
+            .filter(pl.col("status") != LEFT_OUT)
+            .group_by("round")
+            .agg(sums)
+            .sort("round")
+            .collect(engine="streaming")
+        )
     except (pl.exceptions.ComputeError, FileNotFoundError):  # before the first round
         return pl.DataFrame(schema={"round": pl.Int32, **dict.fromkeys(names, pl.Float64)})
     return table.with_columns(pl.col(names) / pl.max_horizontal(pl.sum_horizontal(names), 1))
