@@ -137,6 +137,15 @@ class Sft(ObjectiveConfig):
     given_text = True
 
 
+class RewardAlone(ObjectiveConfig):
+    """No teacher: rewards alone ([reward], MATHS.md §10)."""
+
+    name: Literal["reward"]
+
+    reads = PATH
+    needs_teacher = False
+
+
 if TYPE_CHECKING:
     Objective = ObjectiveConfig
 else:

@@ -10,6 +10,7 @@ from configs.keep import Keep
 from configs.models import STUDENT, Model, check_contexts, teach_itself
 from configs.objectives import Objective
 from configs.prompts import Prompts
+from configs.reward import Reward
 from configs.signals import SIGNALS, SignalName, signals_for
 from configs.track import Track
 
@@ -176,6 +177,7 @@ class Recipe(Table):
     rollout: Rollout = Rollout()
     score: Score = Score()
     objective: Objective = Field(description="what training makes small")
+    reward: Reward = Reward()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     gates: Gates = Gates()
@@ -198,6 +200,11 @@ class Recipe(Table):
         if isinstance(student, dict) and isinstance(teacher, dict) and teacher.get("model") == STUDENT:
             return data | {"teacher": teach_itself(student, teacher)}
         return data
+
+    @property
+    def graded(self) -> bool:
+        """Whether the student's samples are graded in each round: they are chosen by it, or it teaches."""
+        return self.rollout.keep != "all" or self.reward.weight > 0
 
     @property
     def self_taught(self) -> bool:
@@ -242,6 +249,21 @@ class Recipe(Table):
             raise ValueError(
                 f"rollout.keep = {self.rollout.keep!r} chooses among the student's own samples, and "
                 "rollout.on_policy = 0 makes none; leave rollout.keep out, or raise rollout.on_policy"
+            )
+        if self.objective.name == "reward" and (not self.reward.weight or self.rollout.on_policy < 1):
+            raise ValueError(
+                "objective.name = 'reward' trains on rewards alone: set reward.weight above 0 and rollout.on_policy = 1 (found "
+                f"{self.reward.weight} and {self.rollout.on_policy})"
+            )
+        if self.reward.weight and self.rollout.on_policy == 0:
+            raise ValueError(
+                f"reward.weight = {self.reward.weight} teaches by the student's own samples, and rollout.on_policy = 0 makes "
+                "none; leave reward.weight out, or raise rollout.on_policy"
+            )
+        if self.reward.weight and self.rollout.samples < 2:
+            raise ValueError(
+                f"reward.weight = {self.reward.weight} compares the samples of a prompt: set rollout.samples to 2 or more "
+                f"(found {self.rollout.samples})"
             )
         if self.rollout.off_policy == "teacher" and self.rollout.on_policy < 1 and self.teacher is None:
             raise ValueError("rollout.off_policy = 'teacher' needs a [teacher]")

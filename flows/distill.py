@@ -139,7 +139,7 @@ def run_round(round: Round, compute: Compute) -> Trained:
         if teacher is not None and teacher_writes(recipe.rollout):
             shards = run_shards(complete_shard, round, shards)
         shards = run_shards(roll_out, round, shards)
-        if recipe.rollout.keep != "all":
+        if recipe.graded:
             round = replace(round, rewards=reward_rows(round, shards))
         if teacher is not None and recipe.objective.needs_teacher:
             shards = run_shards(score_shard, round, shards)

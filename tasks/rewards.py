@@ -46,14 +46,17 @@ def reward_rows(round: Round, shards: Sequence[Shard]) -> Artifact:
         scores = grade_samples(samples, read_table(round.prompts), side(round.student), recipe.evaluate.scorer, round.number)
         groups = samples["prompt_id"].to_numpy()
         kept = choose_rows(scores, groups, recipe.rollout.keep)
+        worth = advantages(scores, groups)
         logger.info(
-            "round %d: rollout.keep = %r: %d of %d samples go on, %d are left out (%d cannot be graded)",
-            round.number, recipe.rollout.keep, kept.sum(), len(kept), (~kept).sum(), np.isnan(scores).sum(),
+            "round %d: %d of %d samples go on (rollout.keep = %r), %d are left out; mean score %.3f, %d cannot be graded, "
+            "%d have an advantage",
+            round.number, kept.sum(), len(kept), recipe.rollout.keep, (~kept).sum(), np.nan_to_num(scores).mean(),
+            np.isnan(scores).sum(), np.count_nonzero(worth),
         )  # fmt: skip
         columns_made = {
             "rollout_id": samples["rollout_id"],
             "score": pa.array(scores, from_pandas=True),
-            "advantage": advantages(scores, groups),
+            "advantage": worth,
             "kept": kept,
         }
         return pa.table(columns_made).cast(REWARDS)

@@ -69,7 +69,7 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         "recipe": _stored_fields(recipe),
         "as_sampled": markers.same,
         **(said if with_ids and not markers.same else {}),
-        **({"rewards": round.rewards.digest} if round.rewards else {}),
+        **({"rewards": round.rewards.digest} if round.rewards and recipe.rollout.keep != "all" else {}),
     }
 
     def make() -> pa.Table:

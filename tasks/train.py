@@ -42,6 +42,9 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
         "seed": recipe.seed,
         "round": round.number,
     }
+    rewards = round.rewards if recipe.reward.weight else None
+    if rewards is not None:
+        inputs |= {"reward": recipe.reward.model_dump(), "rewards": rewards.digest}
     if lora is not None:
         inputs |= {"lora": lora.model_dump(), "base": round.start.identity}
     slots = {
@@ -59,6 +62,7 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
             student=round.student if lora is None else round.start,
             teacher=round.teacher,
             shards=pairs,
+            rewards=rewards,
             state=local_folder(round.trainer) if round.trainer else None,
             most_tokens=room.limit,
         )

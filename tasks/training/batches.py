@@ -12,6 +12,8 @@ import torch
 from storage.artifacts import Artifact, read_table
 from tasks.objectives.base import Terms
 from tasks.tokens.ragged import expand, flat, offsets_of, rows_of
+from tasks.training import rewarded
+from tasks.training.rewarded import Rewarded, read_kept
 
 ROLLOUT_COLUMNS = ["prompt_token_ids", "token_ids"]
 ALIGNED_COLUMNS = [
@@ -20,16 +22,21 @@ ALIGNED_COLUMNS = [
 ]  # fmt: skip
 
 
-def optimizer_batches(shards: Sequence[tuple[Artifact, Artifact]], size: int, seed: int) -> Iterator[pa.Table]:
+def optimizer_batches(
+    shards: Sequence[tuple[Artifact, Artifact]], size: int, seed: int, rewards: Artifact | None = None
+) -> Iterator[pa.Table]:
     """Batches of `size` supervised rows (the last may be smaller) from (rollouts, aligned) shards.
 
-    Shards come in a random order, and so do the rows within each. Rows without a term of the loss are left out.
+    Shards come in a random order, and so do the rows within each. Rows without a term of the loss are left out; where `rewards`
+    teach, an advantage is one.
     """
+    worth = read_kept(rewards) if rewards else None
+    columns = ROLLOUT_COLUMNS + (rewarded.COLUMNS if rewards else [])
     random = np.random.default_rng(seed)
     left: pa.Table | None = None
     for index in random.permutation(len(shards)):
         rollouts, aligned = shards[index]
-        table = rows_to_train(read_table(rollouts, ROLLOUT_COLUMNS), read_table(aligned, ALIGNED_COLUMNS))
+        table = rows_to_train(read_table(rollouts, columns), read_table(aligned, ALIGNED_COLUMNS), worth)
         table = table.take(random.permutation(len(table)))
         if left is not None:
             table = pa.concat_tables([left, table])
@@ -41,12 +48,16 @@ def optimizer_batches(shards: Sequence[tuple[Artifact, Artifact]], size: int, se
         yield left
 
 
-def rows_to_train(rollouts: pa.Table, aligned: pa.Table) -> pa.Table:
-    """The rows of a shard that have a term of the loss, with the columns that `collate` reads."""
+def rows_to_train(rollouts: pa.Table, aligned: pa.Table, rewards: pa.Table | None = None) -> pa.Table:
+    """The rows of a shard that have a term of the loss, or an advantage by `rewards`, with the columns that `collate` reads."""
     table = aligned.select(ALIGNED_COLUMNS)
     for name in ROLLOUT_COLUMNS:
         table = table.append_column(name, rollouts[name])
-    return table.filter(pc.and_(pc.equal(table["status"], "ok"), pc.greater(table["units"], 0)))
+    taught = pc.greater(table["units"], 0)
+    if rewards is not None:
+        table = rewarded.add_advantages(table, rollouts, rewards)
+        taught = pc.or_(taught, pc.not_equal(table["advantage"], 0))
+    return table.filter(pc.and_(pc.equal(table["status"], "ok"), taught))
 
 
 def row_lengths(table: pa.Table) -> np.ndarray:
@@ -75,6 +86,7 @@ class MicroBatch:
     behaviour: np.ndarray
     unmatched_counts: np.ndarray
     unmatched_logprobs: np.ndarray
+    rewarded: Rewarded | None = None
     split: dict[int, list[tuple[slice, Terms]]] = field(default_factory=dict)  # chunks that are made, by their positions
 
     def chunks(self, positions: int) -> list[tuple[slice, Terms]]:
@@ -100,7 +112,7 @@ class MicroBatch:
 
         whole: dict[str, Any] = {name: move(getattr(self, name)) for name in ("ids", "row", "time", "actual")}
         chunks = {positions: [(at, moved(terms)) for at, terms in made] for positions, made in self.split.items()}
-        return replace(self, **whole, split=chunks)
+        return replace(self, **whole, split=chunks, rewarded=self.rewarded.moved(move) if self.rewarded else None)
 
     def _make_chunks(self, positions: int) -> Iterator[tuple[slice, Terms]]:
         events, unmatched = offsets_of(self.counts), offsets_of(self.unmatched_counts)
@@ -170,4 +182,5 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
         behaviour=flat(behaviour)[0] if behaviour.null_count == 0 else np.zeros(len(starts), np.float32),
         unmatched_counts=flat(table["unmatched_counts"])[0].astype(np.int64) if has_unmatched else zeros,
         unmatched_logprobs=flat(table["unmatched_logprobs"])[0] if has_unmatched else none,
+        rewarded=rewarded.collate_rewarded(table, device),
     )

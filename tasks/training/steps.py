@@ -14,6 +14,7 @@ import torch
 
 from tasks.tokens.ragged import length_batches
 from tasks.training.batches import MicroBatch, collate, row_lengths
+from tasks.training.rewarded import share_advantages
 
 T = TypeVar("T")
 HOST = torch.device("cpu")
@@ -53,12 +54,14 @@ def make_step(table: pa.Table, shape: Shape) -> Step:
     shares = [order[process :: shape.processes] for process in range(shape.processes)]
     splits = [_split(lengths[share].tolist(), shape) for share in shares]
     own, split = shares[shape.process], splits[shape.process]
-    passes = [(table.take(own[batch]), True) for batch in split]
-    passes += [(table.slice(0, 1), False)] * (max(map(len, splits)) - len(split))
+    units = pc.sum(table["units"]).as_py()
+    rows = share_advantages(table, units)
+    passes = [(rows.take(own[batch]), True) for batch in split]
+    passes += [(rows.slice(0, 1), False)] * (max(map(len, splits)) - len(split))
     return Step(
         table=table,
         shape=shape,
-        units=pc.sum(table["units"]).as_py(),
+        units=units,
         tokens=int(lengths.sum()),
         passes=tuple((_ready(rows, shape), counts) for rows, counts in passes),
     )

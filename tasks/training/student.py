@@ -1,7 +1,7 @@
 """The student and its objective as one module: a forward pass is a loss."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,41 +13,56 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from configs.reward import Reward
 from configs.schema import Recipe
 from tasks import objectives
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
 from tasks.models.weights import hidden_states, load_weights, logits_of
-from tasks.objectives.base import ObjectiveModule
+from tasks.objectives.base import ObjectiveModule, Terms
 from tasks.running.memory import Room, room_of
 from tasks.tokens.ragged import length_batches
 from tasks.training.batches import MicroBatch, collate, row_lengths, rows_to_train
 from tasks.training.precision import autocasts, keep_in_half
+from tasks.training.rewarded import Rewarded, reward_losses
 
 
 class Student(nn.Module):
     """The student and the objective as one module, so that wrappers (DDP, FSDP, autocast) see one forward pass."""
 
-    def __init__(self, model: PreTrainedModel, objective: ObjectiveModule, size: int, chunk_positions: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: ObjectiveModule,
+        size: int,
+        chunk_positions: int,
+        reward: Reward | None = None,
+    ):
         super().__init__()
         self.model, self.objective, self.size, self.chunk_positions = model, objective, size, chunk_positions
+        self.reward = reward or Reward()
 
     def forward(self, ids: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Sum of the batch's terms in nats, a scalar. `ids`, int64 `[rows, time]`, are the batch's.
+        """Sum of the batch's terms in nats, and of what rewards add, a scalar. `ids`, int64 `[rows, time]`, are the batch's.
 
         Logits exist for one chunk of positions at a time. They are computed again in the backward pass.
         """
         hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
-        chunks = batch.chunks(self.chunk_positions)
 
-        def chunk_loss(at: slice, terms: Any) -> torch.Tensor:
+        def terms_loss(at: slice, terms: Terms) -> torch.Tensor:
             loss: torch.Tensor = self.objective(logits_of(self.model, hidden[at], self.size), terms).sum()
             return loss
 
-        if len(chunks) == 1:
-            return chunk_loss(*chunks[0])
-        losses = [checkpoint(chunk_loss, at, terms, use_reentrant=False) for at, terms in chunks]
-        return torch.stack(losses).sum()
+        def reward_loss(tokens: Rewarded) -> torch.Tensor:
+            logits = logits_of(self.model, hidden[tokens.at], self.size)
+            return reward_losses(logits, batch.actual[tokens.at], tokens, self.reward.clip).sum() * self.reward.weight
+
+        parts: list[Callable[[], torch.Tensor]] = [partial(terms_loss, *chunk) for chunk in batch.chunks(self.chunk_positions)]
+        if batch.rewarded is not None:
+            parts += [partial(reward_loss, tokens) for tokens in batch.rewarded.split(self.chunk_positions)]
+        if len(parts) == 1:
+            return parts[0]()
+        return torch.stack([checkpoint(part, use_reentrant=False) for part in parts]).sum()
 
 
 def load_for_training(ref: ModelRef, dropout: bool) -> PreTrainedModel:

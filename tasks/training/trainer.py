@@ -48,6 +48,7 @@ class Job:
     student: ModelRef
     teacher: ModelRef | None
     shards: tuple[tuple[Artifact, Artifact], ...]  # rollouts and aligned
+    rewards: Artifact | None = None  # where they teach
     state: str | None  # folder of what the last round's trainer left
     most_tokens: int | None = None  # at once, as far as is known from running out of memory
 
@@ -59,7 +60,7 @@ def train(job: Job, folder: Path) -> None:
     """Write `student`, `trainer` and `steps.parquet` under `folder`; where several processes run this, their first does."""
     training_room(job.recipe).limit = job.most_tokens
     trainer = Trainer(job.recipe, job.number, student=job.student, teacher=job.teacher, state=job.state)
-    steps = trainer.run(job.shards, folder)
+    steps = trainer.run(job.shards, folder, job.rewards)
     if trainer.accelerator.is_main_process:
         write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
     trainer.accelerator.end_training()
@@ -110,7 +111,7 @@ class Trainer:
         self.adapters = add_adapters(model, recipe.student.lora) if recipe.student.lora is not None else None
         s_side, t_side = side(student), side(teacher or student)
         self.objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
-        module: nn.Module = Student(model, self.objective, len(s_side.beta.values), config.chunk_positions)
+        module: nn.Module = Student(model, self.objective, len(s_side.beta.values), config.chunk_positions, recipe.reward)
         if config.sharding == "full":
             module = shard_module(module, model, self.accelerator, policy_of(config))
         else:
@@ -140,7 +141,9 @@ class Trainer:
         self.step = self._restore(Path(state)) if state else 0
         self.looked = time.monotonic()  # at the last step's figures
 
-    def run(self, shards: Sequence[tuple[Artifact, Artifact]], folder: Path) -> list[dict[str, Any]]:
+    def run(
+        self, shards: Sequence[tuple[Artifact, Artifact]], folder: Path, rewards: Artifact | None = None
+    ) -> list[dict[str, Any]]:
         """Train over the shards, write `student` and `trainer` under `folder`, return one record a step."""
         config, steps = self.recipe.train, []
         rows = sum(aligned.rows for _, aligned in shards)
@@ -148,7 +151,7 @@ class Trainer:
         with (
             progress(f"round {self.number} train", config.epochs * -(-rows // config.batch_size)) as advance,
             fast_products(autocasts(config, self.ref) or config.param_dtype == "bfloat16"),
-            closing(self._steps(shards)) as made,
+            closing(self._steps(shards, rewards)) as made,
             closing(ahead(made) if waits else made) as ready,
         ):
             self.looked = time.monotonic()
@@ -159,16 +162,17 @@ class Trainer:
             raise BadInput(
                 f"round {self.number}: no row of {rows} can be trained on; "
                 "the `status` column of the aligned table says why each was dropped"
+                + ("; advantages are 0 where all samples of a prompt have one score" if rewards else "")
             )
         self._save(folder)
         return steps
 
-    def _steps(self, shards: Sequence[tuple[Artifact, Artifact]]) -> Generator[Step, None, None]:
+    def _steps(self, shards: Sequence[tuple[Artifact, Artifact]], rewards: Artifact | None) -> Generator[Step, None, None]:
         """The steps of the round. A thread may be ahead here: of what training changes, only the room's limit is read."""
         config, number = self.recipe.train, self.step
         for epoch in range(config.epochs):
             seed = derive_seed(self.recipe.seed, "batches", self.number, epoch)
-            for table in optimizer_batches(shards, config.batch_size, seed):
+            for table in optimizer_batches(shards, config.batch_size, seed, rewards):
                 yield self._make_step(table, number)
                 number += 1
 
@@ -232,7 +236,7 @@ class Trainer:
         loss = torch.zeros((), device=accelerator.device)
         for index, (made, counts) in enumerate(step.passes):
             # Gradients are averaged over processes: the loss is a sum over all their terms. A row that stands in counts 0.
-            scale = processes / step.units if counts else 0.0
+            scale = processes / max(step.units, 1) if counts else 0.0
             with self.room.taking(*made.ids.shape), self._sync_gradients(index + 1 == len(step.passes)), accelerator.autocast():
                 batch = made.on(accelerator.device)
                 part_loss = self.module(batch.ids, batch) * scale

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,7 +43,12 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def children(potstill: Potstill, words: str) -> list[psutil.Process]:
     """Those of the command whose command line has these words."""
-    return [each for each in psutil.Process(potstill.pid).children(recursive=True) if words in " ".join(each.cmdline())]
+    found = []
+    for each in psutil.Process(potstill.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if words in " ".join(each.cmdline()):
+                found.append(each)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -40,3 +40,26 @@ def test_rows_are_chosen_by_their_score(recipe, tmp_path):
     before = {slot: manifest["digest"] for slot, manifest in manifests.items()}
     distill(str(recipe(name="some", rollout__keep=1, **changes)), rounds=1)
     assert {slot: manifest["digest"] for slot, manifest in run.manifests()} == before
+
+
+def test_rewards_teach_beside_the_objective_and_alone(recipe, tmp_path):
+    root = tmp_path / "runs"
+    changes = {"rollout__samples": 4, "rollout__prompts": 16, "rollout__shard_rows": 30}
+    distill(str(recipe(name="plain", **changes)), rounds=1)
+    distill(str(recipe(name="both", reward__weight=0.5, **changes)), rounds=1)
+    distill(
+        str(recipe(name="alone", reward__weight=0.5, rollout__on_policy=1.0, objective={"name": "reward"}, **changes)), rounds=1
+    )
+    manifests = {name: dict(Run(str(root), name).manifests()) for name in ("plain", "both", "alone")}
+    assert "taken_from" in manifests["both"]["round=0001/scores/part-00000"]  # the teacher's signal is the same
+    assert not any("/scores" in slot for slot in manifests["alone"])
+
+    rewards = scan(str(root / "both"), "rewards").collect()
+    assert rewards["kept"].all()
+    assert (rewards["advantage"] != 0).any()
+    steps = {name: scan(str(root / name), "steps").collect() for name in manifests}
+    assert steps["both"]["loss"].to_list() != steps["plain"]["loss"].to_list()
+    aligned = scan(str(root / "alone"), "aligned").collect()
+    worth = scan(str(root / "alone"), "rewards").collect().filter(pl.col("advantage") != 0)
+    assert steps["alone"]["rows"].sum() == len(aligned.filter(status="ok").join(worth, on="rollout_id")) > 0
+    assert steps["alone"]["units"].sum() == 0
