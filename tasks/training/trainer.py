@@ -1,7 +1,7 @@
 """The trainer: optimizer steps of one round, and its state between rounds."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from tasks.training.steps import Shape, Step, ahead, behind, make_step
 from tasks.training.student import Student, load_for_training, shard_module, training_room
 
 ADAMW_NEEDS = "train adapters alone ([student.lora]), or part the student among GPUs (train.processes, train.sharding = 'full')"
+Shards = tuple[tuple[Artifact, Artifact], ...]  # rollouts and aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Job:
     number: int
     student: ModelRef
     teacher: ModelRef | None
-    shards: tuple[tuple[Artifact, Artifact], ...]  # rollouts and aligned
+    shards: Shards
     rewards: Artifact | None = None  # where they teach
     state: str | None  # folder of what the last round's trainer left
     most_tokens: int | None = None  # at once, as far as is known from running out of memory
@@ -141,9 +142,7 @@ class Trainer:
         self.step = self._restore(Path(state)) if state else 0
         self.looked = time.monotonic()  # at the last step's figures
 
-    def run(
-        self, shards: Sequence[tuple[Artifact, Artifact]], folder: Path, rewards: Artifact | None = None
-    ) -> list[dict[str, Any]]:
+    def run(self, shards: Shards, folder: Path, rewards: Artifact | None = None) -> list[dict[str, Any]]:
         """Train over the shards, write `student` and `trainer` under `folder`, return one record a step."""
         config, steps = self.recipe.train, []
         rows = sum(aligned.rows for _, aligned in shards)
@@ -161,13 +160,12 @@ class Trainer:
         if not steps:
             raise BadInput(
                 f"round {self.number}: no row of {rows} can be trained on; "
-                "the `status` column of the aligned table says why each was dropped"
-                + ("; advantages are 0 where all samples of a prompt have one score" if rewards else "")
+                "the aligned table's `status` says why each was dropped, and `advantage` in rewards what a sample is worth"
             )
         self._save(folder)
         return steps
 
-    def _steps(self, shards: Sequence[tuple[Artifact, Artifact]], rewards: Artifact | None) -> Generator[Step, None, None]:
+    def _steps(self, shards: Shards, rewards: Artifact | None) -> Generator[Step, None, None]:
         """The steps of the round. A thread may be ahead here: of what training changes, only the room's limit is read."""
         config, number = self.recipe.train, self.step
         for epoch in range(config.epochs):

@@ -8,12 +8,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
@@ -23,7 +24,7 @@ from configs.schema import Recipe
 from configs.signals import SIGNALS, signals_for
 from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_file
-from tasks import align, check, completions, evaluate, prompts, rollout, score, scratch, train, vocab
+from tasks import align, check, completions, evaluate, prompts, rewards, rollout, score, scratch, train, vocab
 from tasks.models.reference import ModelRef, make_reference
 from tasks.rows.round import Round, Shard, Vocabularies
 
@@ -55,7 +56,7 @@ class Case:
 
 MODULES = {
     f"tasks/{module.__name__.split('.')[-1]}.py": module
-    for module in (align, check, completions, evaluate, prompts, rollout, score, scratch, train, vocab)
+    for module in (align, check, completions, evaluate, prompts, rewards, rollout, score, scratch, train, vocab)
 }
 
 
@@ -77,6 +78,8 @@ def recipe(root: Path, objective: str = "bytes", signal: str = "topk", **tables:
         data["teacher"] = {"model": str(STUDENT)}
     if OBJECTIVES[objective].given_text:
         data["rollout"] |= {"on_policy": 0.0}
+    if objective == "reward":
+        data |= {"rollout": {"prompts": 8, "samples": 2, "max_new_tokens": 8}, "reward": {"weight": 0.5}}
     return validate_recipe(data | {name: data[name] | table for name, table in tables.items()}, "golden")
 
 
@@ -171,6 +174,24 @@ def score_rollouts(signal: str, one_tokenizer: bool = False) -> Callable[[Path],
     return make
 
 
+def reward_rollouts(root: Path) -> pa.Table:
+    """The samples as if all were of one prompt, whose reference is what the first of them says."""
+    rows, asked = read_table(kept("rollouts")), read_table(kept("prompts-train"))
+    own = rows.filter(pc.field("source") == "student").slice(0, 1)
+    same_prompt = pa.array(own["prompt_id"].to_pylist() * len(rows))
+    rows = rows.set_column(rows.column_names.index("prompt_id"), "prompt_id", same_prompt)
+    answer = pa.array(own["text"].to_pylist() * len(asked))
+    asked = asked.set_column(asked.column_names.index("reference"), "reference", answer)
+    given = replace(round_of(recipe(root, rollout={"keep": 2})), prompts=written(asked, root / "prompts.parquet"))
+    return read_table(rewards.reward_rows.fn(given, [Shard(0, rollouts=written(rows, root / "rollouts.parquet"))]))
+
+
+def written(table: pa.Table, path: Path) -> Artifact:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return Artifact(str(path), digest_file(path), len(table))
+
+
 def keep_head(root: Path) -> pa.Table:
     given = recipe(root, "bytes", "hidden")
     folder = Path(score.keep_head.fn(given, reference_to(given, "teacher")).path)
@@ -201,7 +222,8 @@ def train_round(objective: str) -> Callable[[Path], pa.Table]:
     def make(root: Path) -> pa.Table:
         given = recipe(root, objective, signal_of(objective))
         shard = Shard(0, rollouts=kept("rollouts"), aligned=kept(f"aligned-{objective}-{signal_of(objective)}"))
-        made = train.train_round.fn(round_of(given), (shard,))
+        worth = kept("rewards") if given.graded else None
+        made = train.train_round.fn(round_of(given, rewards=worth), (shard,))
         table = weights(Path(made.student.path))
         steps = read_table(Artifact(made.student.path.replace("/student", "/steps/part-00000.parquet"), ""))
         figures = {name: steps[name].to_pylist() for name in ("loss", "grad_norm", "learning_rate", "units", "tokens")}
@@ -235,6 +257,7 @@ def cases() -> Iterator[Case]:
     for signal in SIGNALS:
         yield Case(f"scores-{signal}", "tasks/score.py CODE", score_rollouts(signal))
     yield Case("scores-topk-same", "tasks/score.py CODE", score_rollouts("topk", one_tokenizer=True))
+    yield Case("rewards", "tasks/rewards.py CODE", reward_rollouts)
     yield Case("head", "tasks/score.py HEAD_CODE", keep_head)
     for objective, config in OBJECTIVES.items():
         signals = signals_for(config.reads) if not config.one_tokenizer else [signal_of(objective)]
