@@ -73,7 +73,7 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
     gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
     tables, scores = [rollouts], None
-    if teacher is not None:
+    if teacher is not None and recipe.objective.needs_teacher:
         scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
         seconds += more
     expected = {}
@@ -94,6 +94,7 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
         aligned, loss = align_sample(sample, rollouts, scores, teacher)
         tables += [scores, aligned]
         gates += objective_gates(sample, rollouts, aligned, loss, teacher)
+    if teacher is not None:
         gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
     release()
     return [*gates, *cost_gates(sample, tables, seconds)]

@@ -134,6 +134,21 @@ def test_a_sound_recipe_passes(pair):
     assert measured >= {"student: template", "teacher: room", "engine, largest", "teacher's engine", "disk", "cpu: memory"}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective__name": "reward", "reward__weight": 1.0, "rollout__samples": 2},
+        {"objective__name": "sft", "rollout__on_policy": 0.0},
+    ],
+    ids=lambda changes: changes["objective__name"],
+)
+def test_a_teacher_that_no_objective_reads_is_measured_by_its_answers_alone(pair, changes):
+    gates = found(pair(**changes))
+    assert breached(gates) == set()
+    assert gates["lead"].ok
+    assert not gates.keys() & {"own teacher", "noise", "supervised", "teacher's engine"}
+
+
 def test_a_run_on_references_is_measured_on_references(pair):
     """And a run on both sources on both."""
     recipe = load_recipe(pair(rollout__on_policy=0.0, rollout__off_policy="reference"))
