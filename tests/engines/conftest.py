@@ -1,8 +1,10 @@
 """Toy models from the property tests, served over real sockets."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,3 +30,12 @@ def serve(monkeypatch) -> Iterator[Callable[..., FakeServer]]:
     yield start
     for one in started:
         one.stop()
+
+
+@pytest.fixture
+def pauses(serve, monkeypatch) -> list[float]:
+    """The seconds between attempts, noted and not waited for. Other modules, such as Prefect's threads, sleep on."""
+    noted: list[float] = []
+    monkeypatch.setattr(http, "time", SimpleNamespace(**{**vars(time), "sleep": noted.append}))
+    monkeypatch.setattr(http, "PAUSE", 1.0)
+    return noted

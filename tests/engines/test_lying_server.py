@@ -44,6 +44,10 @@ class Liar:
 
             do_POST = do_GET
 
+            def end_headers(self) -> None:
+                self.send_header("Connection", "close")  # or the client may send its next request into the closing one
+                super().end_headers()
+
             def log_message(self, *_: Any) -> None:
                 pass
 
@@ -238,11 +242,8 @@ def test_a_dropped_connection_is_tried_again(lie):
     ],
     ids=["seconds", "too long", "negative", "a word", "nothing", "a date", "huge"],
 )
-def test_a_server_may_ask_for_a_pause(lie, monkeypatch, header, longest):
+def test_a_server_may_ask_for_a_pause(lie, pauses, header, longest):
     """In seconds or with a date, up to a minute; what it asks is not less than the pauses that double."""
-    pauses: list[float] = []
-    monkeypatch.setattr(http.time, "sleep", lambda seconds: pauses.append(seconds))
-    monkeypatch.setattr(http, "PAUSE", 1.0)
     value = header() if callable(header) else header
     liar = lie(answer(b'{"error": "busy"}', 429, Retry_After=value))
     assert "no answer in 6 attempts (status 429 for /v1/models: busy)" in refusal(liar.url, Unavailable)

@@ -198,10 +198,7 @@ def test_a_dead_server_is_named_and_may_come_back(serve) -> None:
         never.score([[9]], [[8]], make_signal())
 
 
-def test_the_pauses_double(serve, monkeypatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(http.time, "sleep", pauses.append)
-    monkeypatch.setattr(http, "PAUSE", 1.0)
+def test_the_pauses_double(serve, pauses) -> None:
     fake = serve(student_ref())
     fake.faults.extend([500] * 6)
     with pytest.raises(Unavailable):

@@ -1,9 +1,11 @@
 """Rows chosen by reward, in a run: what is left out is not scored and not trained on, and everything says so."""
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from flows.distill import distill
 from storage.read import scan
+from storage.schemas import REWARDS
 from storage.store import Run
 from tasks.views.inspect import show_round
 
@@ -23,6 +25,7 @@ def test_rows_are_chosen_by_their_score(recipe, tmp_path):
         scan(str(root / "some"), table).collect() for table in ("rewards", "rollouts", "scores", "aligned")
     )
     own = rollouts.filter(source="student")
+    assert pq.read_schema(next((root / "some").glob("**/rewards/*.parquet"))).equals(REWARDS)
     assert rewards["rollout_id"].to_list() == own["rollout_id"].to_list()
     kept = own.join(rewards, on="rollout_id").filter("kept")
     assert (kept.group_by("prompt_id").len()["len"] == 1).all()
