@@ -11,6 +11,7 @@ from prefect.task_engine import TaskRunTimeoutError
 
 from configs.errors import BadInput, Unavailable
 from configs.schema import Compute, Recipe
+from flows.ending import take_sigterm_back
 from storage.lock import device_lock
 from tasks.engines.choose import release
 from tasks.models.reference import accelerator_names
@@ -62,6 +63,7 @@ def shard_runner(compute: Compute) -> Iterator[RunShards]:
 
     started_here = {} if compute.address else {"include_dashboard": False}
     with RayTaskRunner(address=compute.address, init_kwargs=started_here) as runner:
+        take_sigterm_back()
 
         def run_shards(task: Task[[Round, Shard], Shard], round: Round, shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
             limited = task.with_options(timeout_seconds=compute.task_timeout)

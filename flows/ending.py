@@ -107,15 +107,13 @@ def stoppable(recipe: "Recipe | None" = None, rounds: int | None = None) -> Iter
     """What a flow does, on a recipe's run if it works on one.
 
     What a stop breaks (in Prefect's own code, an import, a library) is a stop too, and the flow run crashed, not failed.
-    In a command SIGTERM is taken back from Prefect, whose own handler breaks off what ends the flow if the signal comes twice.
     """
     global _committed
     _let_stops()
     before = _committed
     if recipe is not None:
         work_on(recipe, rounds)
-    if signal.getsignal(signal.SIGINT) is _stop:  # this process is a command, not a worker's
-        signal.signal(signal.SIGTERM, _stop)
+    take_sigterm_back()
     try:
         yield
     except Exception as broken:
@@ -123,6 +121,15 @@ def stoppable(recipe: "Recipe | None" = None, rounds: int | None = None) -> Iter
             raise
         raise Told from broken
     _committed = before  # but not where a stop goes through
+
+
+def take_sigterm_back() -> None:
+    """In a command: from Prefect, whose own handler breaks off what ends the flow if the signal comes twice, or from Ray.
+
+    Ray's aborts the process with a trace of C functions.
+    """
+    if signal.getsignal(signal.SIGINT) is _stop:  # this process is a command, not a worker's
+        signal.signal(signal.SIGTERM, _stop)
 
 
 def _catch_stops() -> None:

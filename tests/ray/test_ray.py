@@ -1,10 +1,14 @@
 """Shards on the workers of a real Ray cluster: two nodes with a worker each, on this machine."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -86,3 +90,27 @@ def test_a_run_is_the_same_as_without_ray(address, tmp_path):
 def test_no_cluster(where):
     with pytest.raises(BadInput, match=rf"^compute\.address = '{where}': nothing answers there .*leave it out"):
         check_compute(Compute(runner="ray", address=where))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop(number, tmp_path):
+    """Ray has a handler of its own for SIGTERM, which would abort the command."""
+    command = [sys.executable, "-m", "flows.cli", "run", str(TINY)]
+    command += [word for field in (f"root={tmp_path / 'runs'}", "compute.runner=ray") for word in ("--set", field)]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while "(rollouts pid=" not in log.read_text():  # while Ray starts, the handler is its own
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert tree
+    os.killpg(process.pid, number)
+    assert process.wait(10) == 128 + number, log.read_text()
+    assert psutil.wait_procs(tree, timeout=10)[1] == []
+    *_, last = log.read_text().splitlines()
+    assert last.startswith("potstill: stopped in round 1 of 2 of tiny; ")
+    assert last.endswith(" goes on")
+    assert subprocess.run(command, capture_output=True, timeout=300, check=False).returncode == 0
