@@ -7,6 +7,8 @@ import time
 import psutil
 from killing import Potstill
 
+from flows import ending
+
 PATIENCE = 10.0  # seconds until a command has ended; on a quiet machine it takes half of them at most
 
 
@@ -40,6 +42,7 @@ class Stop:
         assert potstill.out == ""
         self.line = one_message(potstill.err)
         self.command = f"potstill {shlex.join(potstill.arguments)}"
+        self.forced = self.seconds > ending.PATIENCE  # a disk or a library did not let go: it was ended as it was
 
     def goes_on(self, *parts: str) -> None:
         """The line says what is committed, if it is not all of it, and the command that goes on."""

@@ -47,25 +47,34 @@ STAGES = {
     "training": "tiny/round=0002/student",
     "report": "tiny/round=0002/evals/student",
 }
+MOST_FORCED = 2  # stops of one run that may take longer than a command waits for itself
 TOLD = [(number, group) for group in (True, False) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 def stop_in(stages: list[str], told: list[tuple[int, bool]], potstill: Potstill, root: Path, reference: Reference) -> None:
     """One run, stopped in each of these stages, then left to end as if nothing had been."""
+    forced: list[str] = []
+    states: list[str] = []
     for name, (number, group) in zip(stages, itertools.cycle(told)):
         before, others = committed(root), flow_runs(potstill.forks.server)
         potstill.start(*arguments(root))
         wait_for((STAGES[name], 0.5), potstill, root, reference)
         stop = Stop(potstill, number, group)
         print(f"{name} | {signal.Signals(number).name}{' to the group' if group else ''} | {stop.seconds:.1f} s | {stop.line}")
+        if stop.forced:  # on a machine that stands still; what is half-made then goes with the next start
+            forced.append(stop.line)
+            assert len(forced) <= MOST_FORCED, forced
+            assert damages(root) == {}
+            assert redone(before, committed(root)) == set()
+            continue
         stop.goes_on()
         assert halves(root) == []
         assert list(root.glob("*/_tmp")) == []
         assert damages(root) == {}
         assert redone(before, committed(root)) == set()
-        states = [state for run, state in flow_runs(potstill.forks.server).items() if run not in others]
-        assert states
+        states += [state for run, state in flow_runs(potstill.forks.server).items() if run not in others]
         assert set(states) <= {"CRASHED", "COMPLETED"}  # the runs of its models have completed, where it made them
+    assert states.count("CRASHED") >= len(stages) // 2  # some have none yet
     ended_as_unbroken(potstill, root, reference)
 
 
