@@ -50,7 +50,7 @@ def reward_rows(round: Round, shards: Sequence[Shard]) -> Artifact:
         logger.info(
             "round %d: %d of %d samples go on (rollout.keep = %r), %d are left out; mean score %.3f, %d cannot be graded, "
             "%d have an advantage",
-            round.number, kept.sum(), len(kept), recipe.rollout.keep, (~kept).sum(), np.nan_to_num(scores).mean(),
+            round.number, kept.sum(), len(kept), recipe.rollout.keep, (~kept).sum(), mean_score(scores),
             np.isnan(scores).sum(), np.count_nonzero(worth),
         )  # fmt: skip
         columns_made = {
@@ -77,6 +77,12 @@ def grade_samples(samples: pa.Table, prompts: pa.Table, student: Side, scorer: s
             scores[at] = np.nan if score is None else score
             advance(1)
     return scores
+
+
+def mean_score(scores: np.ndarray) -> float:
+    """Of the graded rows; NaN where there are none."""
+    graded = scores[~np.isnan(scores)]
+    return float(graded.mean()) if len(graded) else float("nan")
 
 
 def advantages(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:

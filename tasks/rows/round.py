@@ -49,7 +49,7 @@ class Round:
     prompts: Artifact  # prompts/train
     vocabularies: Vocabularies
     trainer: Artifact | None = None  # what the last round's trainer left: optimizer, step, adapters
-    rewards: Artifact | None = None  # of the student's samples, where some of them are chosen by it
+    rewards: Artifact | None = None  # of the student's samples, where they choose some of them, or teach
     head: Artifact | None = None  # the teacher's, where the signal needs it
 
     @property

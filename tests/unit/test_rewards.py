@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import BadInput
 from configs.load import load_recipe, select_content
-from tasks.rewards import advantages, choose_rows
+from tasks.rewards import advantages, choose_rows, mean_score
 from tests.flows.helpers import TINY
 
 RANDOM = np.random.default_rng(5)
@@ -40,6 +40,13 @@ def test_advantages_are_standard_scores_of_a_prompt():
 def test_equal_scores_have_no_advantage_whatever_their_mean_rounds_to():
     assert not advantages(np.full(7, 0.1), np.array(["p"] * 7, dtype=object)).any()
     assert len(advantages(np.zeros(0), np.zeros(0, dtype=object))) == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_mean_score_is_of_what_was_graded():
+    assert mean_score(SCORES) == pytest.approx(statistics.fmean(score for score in SCORES if not math.isnan(score)))
+    assert math.isnan(mean_score(np.full(3, math.nan)))
+    assert math.isnan(mean_score(np.zeros(0)))
 
 
 def test_right_and_wrong_leave_out_what_cannot_be_graded():
