@@ -109,7 +109,9 @@ def suggest_field(location: Sequence[str]) -> str | None:
     names = {place: place.rpartition(".")[2] for place in list_places()}
     near = nearest(name, names.values())
     mine = field_of(location)  # which another variant of its table may have
-    return " or ".join(place for place, other in names.items() if other == near and place != mine) or None
+    places = [place for place, other in names.items() if other == near and place != mine]
+    plain = [place for place in places if not place.startswith("teachers.")]  # whose fields are [teacher]'s and [score]'s
+    return " or ".join(plain or places) or None
 
 
 def meaning_of(table: Node, name: str) -> str:

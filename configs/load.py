@@ -83,6 +83,7 @@ def dump_content(recipe: Recipe) -> str:
     for field in MACHINERY:
         table, key = field.split(".")
         nested.setdefault(table, {})[key] = True
+    nested["teachers"] = {"__all__": {**nested["teacher"], "score": nested["score"]}}
     return tomli_w.dumps(shorten(recipe.model_dump(mode="json", exclude_none=True, exclude=nested)))
 
 
@@ -105,13 +106,17 @@ def list_differences(old: Recipe, new: Recipe) -> list[str]:
     return [
         f"{key} is {left.get(key, 'absent')!r} in the run, {right.get(key, 'absent')!r} in this recipe"
         for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key) and key not in MACHINERY
+        if left.get(key) != right.get(key) and not may_change(key)
     ]
 
 
 def may_change(field: str) -> bool:
     """Whether a run goes on where this field of its recipe has another value."""
-    return field in MACHINERY or field.partition(".")[0] in FREE
+    table, _, key = field.partition(".")
+    if table == "teachers":  # one of several, whose name comes first: a field of [teacher], or of [score]
+        key = key.partition(".")[2]
+        return bool({f"teacher.{key}", key} & MACHINERY)
+    return field in MACHINERY or table in FREE
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -120,8 +125,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise BadInput(f"--set {override}: expected field=value, such as --set train.learning_rate=1e-4")
     table = data
-    for part in parts[:-1]:
+    for at, part in enumerate(parts[:-1]):
         table = table.setdefault(part, {})
+        if isinstance(table, list):
+            table = {entry["name"]: entry for entry in table if isinstance(entry, dict) and "name" in entry}
+            if part == "teachers" and parts[at + 1] not in table:
+                known = ", ".join(table) or "none"
+                raise BadInput(f"--set {override}: no teacher is called '{parts[at + 1]}'; known: {known}")
         if not isinstance(table, dict):
             raise BadInput(f"--set {override}: {part} is a value in this recipe, not a table; set {part} itself")
     table[parts[-1]] = _parse_value(value.strip())
@@ -146,8 +156,8 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
         full, here = (folder / path).resolve(), Path.cwd().resolve()
         return str(full.relative_to(here) if full.is_relative_to(here) else full)
 
-    for role in ("student", "teacher"):
-        model = data.get(role)
+    several = data.get("teachers")
+    for model in (data.get("student"), data.get("teacher"), *(several if isinstance(several, list) else [])):
         for key in ("recipe", "chat_template"):
             if isinstance(model, dict) and model.get(key) and isinstance(model[key], str):
                 model[key] = resolve(model[key])
@@ -160,9 +170,12 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of nested tables by their dotted names."""
+    """The fields of nested tables by their dotted names; of a list's tables behind the name of each, if they have one."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
+            flat[prefix + key] = [entry["name"] for entry in value]
+            value = {entry["name"]: entry for entry in value}
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

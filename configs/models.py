@@ -153,12 +153,12 @@ def teach_itself(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, 
     return {"weights": "start", **own, **teacher}
 
 
-def check_contexts(student: Model, teacher: Model | None) -> None:
+def check_contexts(student: Model, teacher: Model | None, role: str = "teacher") -> None:
     """Raise ValueError where what both sides read, or whose weights teach, cannot be meant so."""
     if "reference" in names_in(student.template or ""):
         raise ValueError(
             "student.template names {reference}: the student would read the answer that it is graded by; "
-            "name it in teacher.template alone"
+            f"name it in {role}.template alone"
         )
     if student.weights is not None:
         raise ValueError("student.weights: which weights of the student teach is said by teacher.weights; leave it out")
@@ -166,15 +166,15 @@ def check_contexts(student: Model, teacher: Model | None) -> None:
         return
     if teacher.weights is not None and teacher.model != STUDENT:
         found = teacher.model or teacher.recipe
-        raise ValueError(f"teacher.weights is for teacher.model = 'student', and the teacher is '{found}'; leave it out")
+        raise ValueError(f"{role}.weights is for {role}.model = 'student', and the teacher is '{found}'; leave it out")
     if teacher.model == STUDENT and teacher.engine == "server":
         raise ValueError(
-            "teacher.engine = 'server': this teacher is the student, which no server has; "
-            "set teacher.engine to 'transformers' or 'vllm'"
+            f"{role}.engine = 'server': this teacher is the student, which no server has; "
+            f"set {role}.engine to 'transformers' or 'vllm'"
         )
     if student.prefix and teacher.prefix and student.prefix != teacher.prefix:
         raise ValueError(
-            f"student.prefix is {student.prefix!r}, teacher.prefix {teacher.prefix!r}: an answer begins in one way; "
+            f"student.prefix is {student.prefix!r}, {role}.prefix {teacher.prefix!r}: an answer begins in one way; "
             "give both the same, or leave one of them out"
         )
 

@@ -48,6 +48,11 @@ class WeightedPath(Table):
 
     path: LocalPath = Field(description="as prompts.path")
     weight: Float | None = Field(None, gt=0, description="its share of the training prompts, relative to the others'")
+    add: dict[str, Any] = Field(
+        {},
+        description="columns that each of its rows gets, as { task = 'sums' }, for teachers.where or a template to name",
+        exclude_if=lambda columns: not columns,
+    )
 
 
 class FilePrompts(TablePrompts):

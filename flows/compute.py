@@ -9,8 +9,9 @@ from typing import ParamSpec, Protocol, TypeVar
 from prefect import Task
 from prefect.task_engine import TaskRunTimeoutError
 
+from configs.compute import Compute
 from configs.errors import BadInput, Unavailable
-from configs.schema import Compute, Recipe
+from configs.schema import Recipe
 from flows.ending import take_sigterm_back
 from storage.lock import device_lock
 from tasks.engines.choose import release
@@ -123,6 +124,7 @@ def keep_loaded() -> Iterator[None]:
 def accelerators_of(recipe: Recipe) -> set[str]:
     """Names of the accelerators of this machine that a recipe computes on. They are the same in every process."""
     used = accelerator_names(recipe.student, recipe.train.processes)
-    if recipe.teacher is not None and recipe.teacher.engine != "server":
-        used |= accelerator_names(recipe.teacher)
+    for view in recipe.by_teacher().values():
+        if view.teacher is not None and view.teacher.engine != "server":
+            used |= accelerator_names(view.teacher)
     return used

@@ -1,20 +1,23 @@
 """The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
 from prefect import flow, runtime
 from pydantic import Field
 
+from configs.compute import Compute
 from configs.load import inherit_overrides, load_recipe
 from configs.models import Model
-from configs.schema import Compute, Recipe
+from configs.schema import Recipe
 from configs.signals import SIGNALS
+from configs.teachers import role_of, suffix_of
 from flows.compute import hold_accelerators, keep_loaded, run_in_time, shard_runner
 from flows.ending import starting, stoppable
 from flows.keep import clear_rounds, stays
 from flows.publish import Publication, name_rounds, named
-from flows.refuse import check_pair, check_recipe, check_weights_unchanged
+from flows.refuse import check_pairs, check_recipe, check_weights_unchanged
 from flows.start import count_settled, settle
 from flows.track import Trackers, follow
 from storage.artifacts import Artifact
@@ -30,7 +33,7 @@ from tasks.prompts import make_prompts
 from tasks.rewards import reward_rows
 from tasks.rollout import roll_out
 from tasks.rows.plan import count_shards, teacher_writes
-from tasks.rows.round import Round, Shard, Trained
+from tasks.rows.round import Pair, Round, Shard, Teachers, Trained, sides_of
 from tasks.running.progress import logger
 from tasks.score import keep_head, score_shard
 from tasks.scratch import make_scratch
@@ -69,10 +72,10 @@ def distill(
 def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Trackers) -> dict[str, Any]:
     """Make prompts, models and vocabularies, evaluate before any training, then run the rounds one after another."""
     run = Run(recipe.root, recipe.name)
-    existing, teacher = make_models(recipe)
-    check_pair(recipe, student=existing, teacher=teacher)
-    check_weights_unchanged(run, student=existing, teacher=teacher)
-    sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None}
+    existing, teachers = make_models(recipe)
+    check_pairs(recipe, student=existing, teachers=teachers)
+    check_weights_unchanged(run, student=existing, teachers=teachers)
+    sides = sides_of(recipe, existing, teachers)
     refuse_rendering(recipe, sides)
     run.freeze(recipe)
 
@@ -80,9 +83,11 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     prompts = make_prompts(recipe, sides)
     start = existing or refer_to(recipe.student, make_scratch(recipe, prompts.train))
     student = replace(start, moves="student")
-    teacher = teacher or teacher_of(recipe, start)
-    vocabularies = match_vocabularies(recipe, student=start, teacher=teacher)
-    evaluate_start(recipe, prompts.eval, student=student, teacher=teacher)
+    pairs = tuple(
+        make_pair(name, view, start=start, teacher=teachers.get(name) or teacher_of(view, start))
+        for name, view in recipe.by_teacher().items()
+    )
+    evaluate_start(recipe, prompts.eval, student=student, teachers=teachers_of(pairs))
 
     trackers.send(done)
     settled = min(count_settled(recipe) or 0, target)  # rounds that need not be looked up again
@@ -91,7 +96,7 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     published, trainer = Publication(run, recipe, done=done, target=target), run.find(round_slot(settled, "trainer"))
     if checkpoint := run.find(round_slot(settled, "student")):
         student = replace(refer_to(recipe.student, checkpoint), moves="student")
-        teacher = renew_teacher(recipe, teacher, student=student)
+        pairs = renew_teachers(pairs, student=student)
     for number in range(settled + 1, target + 1):
         compute = recipe.compute if number > done else Compute()  # a committed round is only looked up
         trained = run_round(
@@ -99,19 +104,19 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
                 recipe=recipe,
                 number=number,
                 student=student,
-                teacher=teacher,
+                pairs=pairs,
                 start=start,
                 prompts=prompts.train,
-                vocabularies=vocabularies,
                 trainer=trainer,
             ),
             compute,
         )
         student = replace(refer_to(recipe.student, trained.student), moves="student")
         trainer = trained.trainer
-        teacher = renew_teacher(recipe, teacher, student=student)
+        pairs = renew_teachers(pairs, student=student)
         if not stays(run, round_slot(number, "evals", "student"), round_slot(number, "student")):
-            run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
+            teachers = teachers_of(pairs)
+            run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teachers=teachers)
         if number > done:
             published.add_round(number)
             trackers.send(number)
@@ -133,19 +138,21 @@ def plan_rounds(recipe: Recipe, rounds: int | None, at_most: int | None) -> tupl
 
 def run_round(round: Round, compute: Compute) -> Trained:
     """Run one round: rollouts, rewards (if asked for), scores, alignment, training. One model works at a time on all shards."""
-    recipe, teacher = round.recipe, round.teacher
+    recipe = round.recipe
     shards = tuple(Shard(number) for number in range(count_shards(recipe.rollout)))
     with shard_runner(compute) as run_shards:
-        if teacher is not None and teacher_writes(recipe.rollout):
-            shards = run_shards(complete_shard, round, shards)
+        if round.teachers and teacher_writes(recipe.rollout):
+            for one in round.by_teacher():
+                shards = run_shards(complete_shard, one, shards)
         shards = run_shards(roll_out, round, shards)
         if recipe.graded:
             round = replace(round, rewards=reward_rows(round, shards))
-        if teacher is not None and recipe.objective.needs_teacher:
-            shards = run_shards(score_shard, round, shards)
-            if SIGNALS[recipe.score.signal].needs_head:
-                own = round.slot("teacher") if recipe.teacher and recipe.teacher.weights == "round" else "teacher"
-                round = replace(round, head=keep_head(recipe, teacher, own))
+        if round.teachers and recipe.objective.needs_teacher:
+            pairs = []
+            for one in round.by_teacher():
+                shards = run_shards(score_shard, one, shards)
+                pairs.append(add_head(one))
+            round = replace(round, pairs=tuple(pairs))
         shards = run_shards(align_shard, round, shards)
     if not stays(
         round.run, round.slot("gates", shards[0]), round_slot(round.number - 1, "student"), round.slot("rollouts", shards[0])
@@ -154,26 +161,52 @@ def run_round(round: Round, compute: Compute) -> Trained:
     return run_in_time(compute, train_round, round, shards)
 
 
-def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teacher: ModelRef | None) -> None:
-    """Round 0: evaluate the student before any training, and the teacher. Raises Stopped where the teacher is no better."""
-    student_evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "student", prompts, model=student, teacher=teacher)
-    if teacher is not None:
-        evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "teacher", prompts, model=teacher, teacher=teacher)
-        check_lead(recipe, teacher=evals, student=student_evals)
+def make_pair(name: str, view: Recipe, *, start: ModelRef, teacher: ModelRef | None) -> Pair:
+    """The student and a teacher, whose only teacher `view` has, with their vocabularies matched."""
+    vocabularies = match_vocabularies(view, name, student=start, teacher=teacher)
+    return Pair(name=name, recipe=view, teacher=teacher, vocabularies=vocabularies)
 
 
-def make_models(recipe: Recipe) -> tuple[ModelRef | None, ModelRef | None]:
-    """The student and the teacher. None stands for a new student, its own teacher with it, and for no teacher."""
-    teacher = make_model(recipe, recipe.teacher) if recipe.teacher and not recipe.self_taught else None
+def add_head(round: Round) -> Pair:
+    """The only pair of a round, with its teacher's head where the signal needs it."""
+    pair, config = round.pair, round.pair.recipe.teacher
+    if pair.teacher is None or not SIGNALS[pair.recipe.score.signal].needs_head:
+        return pair
+    slot = "teacher" + suffix_of(pair.name)
+    moves = config is not None and config.weights == "round"
+    return replace(pair, head=keep_head(pair.recipe, pair.teacher, round.slot(slot) if moves else slot))
+
+
+def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teachers: Teachers) -> None:
+    """Round 0: evaluate the student before any training, and the teachers. Raises Stopped where a teacher is no better."""
+    limit, evals = recipe.compute, dict[str, Artifact]()
+    student_evals = run_in_time(limit, evaluate_model, recipe, 0, "student", prompts, model=student, teachers=teachers)
+    for name, teacher in teachers.items():
+        own = {name: teacher}
+        evals[name] = run_in_time(limit, evaluate_model, recipe, 0, "teacher", prompts, name, model=teacher, teachers=own)
+    if evals:
+        check_lead(recipe, teachers=evals, student=student_evals)
+
+
+def make_models(recipe: Recipe) -> tuple[ModelRef | None, dict[str, ModelRef]]:
+    """The student and its teachers by name. A new student is None, and has no teacher that is itself yet."""
+    views = recipe.by_teacher()
+    teachers = {name: make_model(view, view.teacher) for name, view in views.items() if view.teacher and not view.self_taught}
     student = None if recipe.student.scratch else make_model(recipe, recipe.student)
-    return student, teacher or (teacher_of(recipe, student) if student else None)
+    own = {name: ref for name, view in views.items() if student and (ref := teacher_of(view, student)) is not None}
+    return student, {name: (teachers | own)[name] for name in views if name in teachers | own}
+
+
+def teachers_of(pairs: Sequence[Pair]) -> dict[str, ModelRef]:
+    """The teachers of pairs by name."""
+    return {pair.name: pair.teacher for pair in pairs if pair.teacher is not None}
 
 
 def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
     """The student as its own teacher, in the teacher's context; None where the recipe has another teacher, or none."""
     if recipe.teacher is None or not recipe.self_taught:
         return None
-    moves = "teacher" if recipe.teacher.weights == "round" else ""
+    moves = role_of(recipe.teacher) if recipe.teacher.weights == "round" else ""
     return replace(refer_as_used(recipe.teacher, student.path, student.digest, committed=student.committed), moves=moves)
 
 
@@ -197,6 +230,10 @@ def refer_to(config: Model, checkpoint: Artifact) -> ModelRef:
     return refer_as_used(config, checkpoint.path, checkpoint.digest, committed=True)
 
 
-def renew_teacher(recipe: Recipe, teacher: ModelRef | None, *, student: ModelRef) -> ModelRef | None:
-    """The next round's teacher: the student as it is now where `teacher.weights` says so, else the same as before."""
-    return teacher_of(recipe, student) if recipe.teacher and recipe.teacher.weights == "round" else teacher
+def renew_teachers(pairs: Sequence[Pair], *, student: ModelRef) -> tuple[Pair, ...]:
+    """The next round's pairs: a teacher is the student as it is now where its `weights` say so, else the same as before."""
+    moves = [pair.recipe.teacher is not None and pair.recipe.teacher.weights == "round" for pair in pairs]
+    return tuple(
+        replace(pair, teacher=teacher_of(pair.recipe, student)) if moved else pair
+        for pair, moved in zip(pairs, moves, strict=True)
+    )

@@ -55,7 +55,8 @@ def find_named(run: Run) -> set[int]:
     """The rounds whose students the recipes of other runs under the root name as a model by their folders."""
     here, found = Path(run.path).resolve(), set[int]()
     for recipe in recipes_beside(run):
-        for model in (recipe.student.model, recipe.teacher and recipe.teacher.model):
+        teachers = [view.teacher and view.teacher.model for view in recipe.by_teacher().values()]
+        for model in (recipe.student.model, *teachers):
             place = Path(model or "").resolve()
             if place.is_relative_to(here) and (number := re.match(r"round=(\d+)", str(place.relative_to(here)))):
                 found.add(int(number[1]))

@@ -40,7 +40,7 @@ def inspect(
     """
     from tasks.views import inspect as show
     from tasks.views import trace
-    from tasks.views.rounds import format_rounds, summarise_rounds
+    from tasks.views.rounds import tabulate_rounds
 
     show.check_run(run)
     if verify:
@@ -60,7 +60,7 @@ def inspect(
         elif round is not None:
             tables = show.show_round(run, round)
         else:
-            rounds, prompts = format_rounds(summarise_rounds(run)), show.show_prompts(run)
+            rounds, prompts = tabulate_rounds(run), show.show_prompts(run)
             tables = {ROUNDS: rounds, "Prompts": prompts, "Tables": show.list_tables(run)}
     if damages := trace.find_damage(run, read=False):
         print_table("Damaged artifacts; the same `potstill run` command makes them again", damages)

@@ -11,7 +11,7 @@ from flows.compute import hold_accelerators
 from flows.distill import make_models
 from flows.ending import stoppable
 from flows.publish import named, slug
-from flows.refuse import check_pair, check_recipe
+from flows.refuse import check_pairs, check_recipe
 from tasks.preflight import try_recipe
 
 
@@ -28,8 +28,8 @@ def preflight(
     recipe = load_recipe(config, overrides)
     check_recipe(recipe, rendering=False)
     with stoppable(), hold_accelerators(recipe):
-        student, teacher = make_models(recipe)
-        check_pair(recipe, student=student, teacher=teacher)
-        rows = try_recipe(recipe, prompts, student=student, teacher=teacher)
+        student, teachers = make_models(recipe)
+        check_pairs(recipe, student=student, teachers=teachers)
+        rows = try_recipe(recipe, prompts, student=student, teachers=teachers)
     create_table_artifact(rows, key=slug(recipe.name, "preflight"))
     return rows

@@ -21,7 +21,7 @@ from storage.artifacts import Artifact
 from storage.store import Run, round_slot
 from tasks.running.progress import logger
 from tasks.views.card import FILE, write_card
-from tasks.views.rounds import format_rounds, summarise_rounds
+from tasks.views.rounds import tabulate_rounds
 
 HEADLINE = {"sampled": "", "greedy": "", "recovered": "", "divergence": " nats per byte"}  # figures and their units
 
@@ -39,7 +39,7 @@ class Publication:
 
     def add_round(self, number: int) -> None:
         """Publish a finished round: the table of rounds, the progress, one line in the log."""
-        rows = format_rounds(summarise_rounds(self.run.address))
+        rows = tabulate_rounds(self.run.address)
         description = f"after round {number} (accuracies with 95% intervals; divergence: nats per byte)"
         create_table_artifact(rows, key=slug(self.run.name, "rounds"), description=description)
         update_progress_artifact(self.bar, 100 * number / self.target)  # type: ignore[arg-type]

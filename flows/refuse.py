@@ -2,8 +2,10 @@
 
 from configs.errors import BadInput
 from configs.load import inherit_overrides, load_recipe
+from configs.models import STUDENT
 from configs.schema import Recipe
 from configs.signals import SIGNALS
+from configs.teachers import role_of, suffix_of
 from flows.compute import check_compute
 from flows.start import check_data, models_of
 from flows.track import check_trackers
@@ -15,6 +17,7 @@ from tasks.models.pair import make_markers
 from tasks.models.reference import ModelRef, check_machine, make_reference, read_template
 from tasks.models.text import side
 from tasks.models.weights import check_weights
+from tasks.rows.round import Teachers
 from tasks.training.adapters import check_lora
 from tasks.training.processes import check_processes
 
@@ -42,20 +45,28 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
             maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
             check_recipe(maker, (*above, config.recipe), rendering=rendering)
-        source = recipe.student.model if role == "teacher" and recipe.self_taught else config.model
+        source = recipe.student.model if config.model == STUDENT and role != "student" else config.model
         if source is not None:
             refs[role] = ref = make_reference(config, source)
             if config.engine != "server":
                 check_weights(ref)
             if config.lora is not None:
                 check_lora(ref, config.lora)
-    check_pair(recipe, student=refs.get("student"), teacher=refs.get("teacher"))
+    views = recipe.by_teacher()
+    teachers = {name: refs[role_of(view.teacher)] for name, view in views.items() if role_of(view.teacher) in refs}
+    check_pairs(recipe, student=refs.get("student"), teachers=teachers)
     if rendering:
         refuse_rendering(recipe, refs)
 
 
+def check_pairs(recipe: Recipe, *, student: ModelRef | None, teachers: Teachers) -> None:
+    """Refuse models that do not fit the recipe or each other. None, or no name, stands for a model that is still to be made."""
+    for name, view in recipe.by_teacher().items():
+        check_pair(view, student=student, teacher=teachers.get(name))
+
+
 def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
-    """Refuse models that do not fit the recipe or each other. None stands for a model that is still to be made."""
+    """The same of a recipe with one teacher, or none."""
     for ref in (student, teacher):
         if ref is not None:
             side(ref).check()
@@ -71,9 +82,10 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
     same = make_markers(recipe, student=side(student), teacher=side(teacher)).same
     config = recipe.teacher
     if same and config is not None and (config.markers or config.unpaired != "end"):
+        field = f"{role_of(config)}.{'markers' if config.markers else 'unpaired'}"
         raise BadInput(
-            f"teacher.{'markers' if config.markers else 'unpaired'} is about what two tokenizers write; {student.path} and "
-            f"{teacher.path} have one, so their control tokens are tokens like any other; leave it out"
+            f"{field} is about what two tokenizers write; {student.path} and {teacher.path} have one, "
+            "so their control tokens are tokens like any other; leave it out"
         )
     if recipe.objective.one_tokenizer and not same:
         raise BadInput(
@@ -82,9 +94,10 @@ def check_pair(recipe: Recipe, *, student: ModelRef | None, teacher: ModelRef | 
         )
 
 
-def check_weights_unchanged(run: Run, *, student: ModelRef | None, teacher: ModelRef | None) -> None:
+def check_weights_unchanged(run: Run, *, student: ModelRef | None, teachers: Teachers) -> None:
     """Refuse to go on with a run whose models were replaced: what is committed would be made anew over it."""
-    for role, ref in (("student", student), ("teacher", teacher)):
+    refs = {"student": student} | {"teacher" + suffix_of(name): ref for name, ref in teachers.items()}
+    for role, ref in refs.items():
         manifest = run.manifest(round_slot(0, "evals", role))
         before = manifest["inputs"]["model"]["digest"] if manifest else None
         if ref is not None and before not in (None, ref.digest):

@@ -2,12 +2,13 @@
 
 import posixpath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from configs.load import inherit_overrides, load_recipe
 from configs.models import STUDENT, Model
 from configs.prompts import FilePrompts
 from configs.schema import Recipe
+from configs.teachers import role_of
 from flows.track import Trackers
 from storage.artifacts import Artifact
 from storage.lineage import digest_code, digest_json, versions
@@ -20,14 +21,13 @@ from tasks.rows.files import find_files
 from tasks.rows.scorers import check_scorer
 from tasks.rows.sources import check_prompts, field_of
 from tasks.running.progress import logger
-from tasks.views.rounds import format_rounds, summarise_rounds
-
-ROLES: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+from tasks.views.rounds import tabulate_rounds
 
 
 def models_of(recipe: Recipe) -> dict[str, Model]:
-    """The models of a recipe by role."""
-    return {role: config for role in ROLES if (config := getattr(recipe, role)) is not None}
+    """The models of a recipe by role: `student`, `teacher`, or each of several as `teachers.math`."""
+    teachers = [view.teacher for view in recipe.by_teacher().values()]
+    return {"student": recipe.student} | {role_of(teacher): teacher for teacher in teachers if teacher is not None}
 
 
 def check_data(recipe: Recipe) -> None:
@@ -37,7 +37,7 @@ def check_data(recipe: Recipe) -> None:
     scratch = recipe.student.scratch
     needed = scratch is not None and scratch.tokenizer_text == "references"
     templates = {f"{role}.template": config.template for role, config in models_of(recipe).items() if config.template}
-    check_prompts(recipe.prompts, recipe.seed, references=needed, templates=templates)
+    check_prompts(recipe.prompts, recipe.seed, references=needed, templates=templates, teachers=recipe.teachers)
 
 
 def announce(config: Path, recipe: Recipe, rounds: int | None) -> None:
@@ -60,7 +60,7 @@ def find_result(recipe: Recipe, rounds: int | None) -> dict[str, Any] | None:
 
 def describe_result(run: Run, student: Artifact) -> dict[str, Any]:
     """What the flow returns: the run, its rounds, the last student and the table of rounds."""
-    table = format_rounds(summarise_rounds(run.address))
+    table = tabulate_rounds(run.address)
     cleared = describe_clearing(run.manifest(posixpath.relpath(student.path, run.address)))
     described = f"{student.path}, which was {cleared}" if cleared else student.path
     return {"run": run.address, "rounds": run.rounds_done(), "student": described, "table": table}

@@ -15,7 +15,8 @@ FOLDERS = {"vocab", "prompts", "accounts"}
 def scan(run: str, table: str) -> pl.LazyFrame:
     """Scan a table of a run, or of several (`runs/*`), as a LazyFrame.
 
-    `run` is a run's folder or URI. Tables of rounds get a `round` column, and `vocab` gets a `side` column. With a pattern
+    `run` is a run's folder or URI. Tables of rounds get a `round` column, and `vocab` gets a `side` column (and `teacher_name`,
+    which is empty where a recipe has one teacher). With a pattern
     for `run`, a `run` column names each row's run; a folder of that very name is no pattern. Raises ValueError for an unknown
     table.
     """
@@ -43,7 +44,10 @@ def scan(run: str, table: str) -> pl.LazyFrame:
         levels = 4 if per_round else 3
         frame = frame.with_columns(run=pl.col("file").str.split("/").list.get(-levels))
     if table == "vocab":
-        frame = frame.with_columns(side=pl.col("file").str.extract(r"([^/]+)\.parquet$"))
+        parts = pl.col("file").str.extract_groups(r"/(?<side>[^/-]+)(?:-(?<teacher_name>[^/]+))?\.parquet$")
+        frame = frame.with_columns(
+            side=parts.struct.field("side"), teacher_name=parts.struct.field("teacher_name").fill_null("")
+        )
     return frame.drop("file")
 
 

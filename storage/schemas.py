@@ -88,7 +88,8 @@ REWARDS = pa.schema(
 SCORES = pa.schema(
     {
         "rollout_id": pa.string(),
-        "teacher": pa.string(),
+        "teacher": pa.string(),  # digest
+        "teacher_name": pa.string(),  # only where there are several: as `teachers` names it
         "token_ids": _ids,  # the teacher's own, stop included
         "logprobs": _logprobs,
         # The signal: the columns of the recipe's score.signal; the others are null. `sampled` has none.
@@ -107,6 +108,7 @@ SCORES = pa.schema(
 ALIGNED = pa.schema(
     {
         "rollout_id": pa.string(),
+        "teacher_name": pa.string(),  # only where there are several
         "student_ends": _ids,  # exclusive ends in student tokens, one per unit (and per skipped token), the stop unit last
         "teacher_ends": _ids,
         "byte_ends": _ids,
@@ -153,6 +155,7 @@ STEPS = pa.schema(
 EVALS = pa.schema(
     {
         "model": pa.string(),  # student, teacher
+        "teacher_name": pa.string(),  # only where there are several: the one that the prompt belongs to
         "round": pa.int32(),
         "decoding": pa.string(),  # greedy, sampled
         "prompt_id": pa.string(),
@@ -178,6 +181,14 @@ GATES = pa.schema(
         "detail": pa.string(),
     }
 )
+
+TEACHER = "teacher_name"
+
+
+def without_teacher(schema: pa.Schema) -> pa.Schema:
+    """The columns of a table where a recipe has one teacher, or none: no name is needed."""
+    return schema.remove(schema.get_field_index(TEACHER))
+
 
 SCHEMAS = {
     "vocab": VOCAB,

@@ -1,6 +1,8 @@
 """The alignment stage: it cuts both token sequences into common units and turns scores into the objective's targets."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,14 +11,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from storage.artifacts import read_table
-from storage.schemas import ALIGNED
+from storage.schemas import ALIGNED, TEACHER, without_teacher
 from tasks import objectives
 from tasks.models.pair import make_markers, marker_inputs
 from tasks.models.text import Side, side
 from tasks.objectives.base import ObjectiveModule
 from tasks.objectives.pairing import last_of, pair_rows, show_skipped, sum_units
 from tasks.objectives.sampled import read_rollouts
-from tasks.rows.round import Round, Shard
+from tasks.rows.round import Pair, Round, Shard, own_rows
 from tasks.running.progress import logger
 from tasks.signals import make_signal
 from tasks.signals.base import Signal
@@ -31,30 +33,58 @@ CODE = 4
 @task(name="aligned", task_run_name="round {round.number} · align · shard {shard.number}", cache_policy=NO_CACHE)
 def align_shard(round: Round, shard: Shard) -> Shard:
     """Make `round=…/aligned/part-…`: units, targets and byte accounts of one shard, in the rollouts' order."""
-    recipe, rollouts, scores = round.recipe, shard.rollouts, shard.scores
+    recipe, rollouts = round.recipe, shard.rollouts
     assert rollouts is not None
+    of_pairs = [_inputs_of(pair) for pair in round.pairs]
+    scores = [scored.digest for scored in shard.scores]
     inputs = {
         "stage": "aligned",
         "code": CODE,
-        "vocab": {"student": round.vocabularies.student.digest, "teacher": round.vocabularies.teacher.digest},
         "rollouts": rollouts.digest,
-        "scores": scores.digest if scores else None,
         "recipe": recipe.objective.model_dump(),
-        # Hidden states are cut to the likeliest events here; other signals were cut when they were stored.
-        "hidden": [round.head.digest, recipe.score.k, recipe.score.top_p] if round.head else None,
         **marker_inputs(recipe),
+        **({"pairs": of_pairs, "scores": scores} if recipe.teachers else {**of_pairs[0], "scores": next(iter(scores), None)}),
     }
 
     def make() -> pa.Table:
-        student, teacher = side(round.student), side(round.teacher or round.student)
-        objective = objectives.build(recipe.objective, student=student.vocabulary, teacher=teacher.vocabulary)
-        signal = make_signal(recipe.score.signal, recipe.score.k, recipe.score.top_p)
-        head = read_head(round.head, round.teacher) if round.head and round.teacher else None
-        scored = read_table(scores) if scores else None
-        markers = make_markers(recipe, student=student, teacher=teacher)
-        return align_rollouts(read_table(rollouts), scored, objective, signal, head, markers, student=student, teacher=teacher)
+        table = read_table(rollouts)
+        if not recipe.teachers:
+            return align_pair(round, table, read_table(shard.scores[0]) if shard.scores else None)
+        return align_pairs(round, table, [read_table(scored) for scored in shard.scores])
 
     return replace(shard, aligned=round.run.build_table(round.slot("aligned", shard), inputs, make, logger.info))
+
+
+def _inputs_of(pair: Pair) -> dict[str, Any]:
+    score = pair.recipe.score
+    return {
+        "vocab": {"student": pair.vocabularies.student.digest, "teacher": pair.vocabularies.teacher.digest},
+        # Hidden states are cut to the likeliest events here; other signals were cut when they were stored.
+        "hidden": [pair.head.digest, score.k, score.top_p] if pair.head else None,
+    }
+
+
+def align_pairs(round: Round, rollouts: pa.Table, scores: Sequence[pa.Table]) -> pa.Table:
+    """Align each teacher's rows with its `scores`, if there are any, in the order of the rollouts."""
+    parts = []
+    for n, one in enumerate(round.by_teacher()):
+        own = own_rows(one, rollouts)
+        aligned = align_pair(one, own, scores[n] if scores else None)
+        names = pa.array([one.pair.name] * len(own), pa.string())
+        parts.append(aligned.add_column(1, TEACHER, names))
+    table = pa.concat_tables(parts)
+    return table.take(pc.index_in(rollouts["rollout_id"], table["rollout_id"].combine_chunks()))
+
+
+def align_pair(round: Round, rollouts: pa.Table, scores: pa.Table | None) -> pa.Table:
+    """Align rollouts with the scores of the only pair's teacher."""
+    pair, student = round.pair, side(round.student)
+    teacher, score = side(pair.teacher or round.student), pair.recipe.score
+    objective = objectives.build(round.recipe.objective, student=student.vocabulary, teacher=teacher.vocabulary)
+    signal = make_signal(score.signal, score.k, score.top_p)
+    head = read_head(pair.head, pair.teacher) if pair.head and pair.teacher else None
+    markers = make_markers(pair.recipe, student=student, teacher=teacher)
+    return align_rollouts(rollouts, scores, objective, signal, head, markers, student=student, teacher=teacher)
 
 
 def align_rollouts(
@@ -68,7 +98,7 @@ def align_rollouts(
     student: Side,
     teacher: Side,
 ) -> pa.Table:
-    """Align a shard of rollouts with its scores: a table with the columns of `storage.schemas.ALIGNED`, in the same order.
+    """Align rollouts with one teacher's scores: a table with the columns of `storage.schemas.ALIGNED`, in the same order.
 
     Without `scores` the student's side stands for both, and there is no signal. `signal` is the signal of the scores
     (default: `topk`). `head` is the teacher's head, for a signal that needs it. `markers` are those that the teacher's texts
@@ -113,8 +143,9 @@ def align_rollouts(
         "canonical": _check_canonical(rollouts, student),
         **projection.columns(),
     }
-    unused = {field.name: pa.nulls(pairing.rows, field.type) for field in ALIGNED if field.name not in columns}
-    return pa.table(columns | unused).select(ALIGNED.names).cast(ALIGNED)
+    schema = without_teacher(ALIGNED)
+    unused = {field.name: pa.nulls(pairing.rows, field.type) for field in schema if field.name not in columns}
+    return pa.table(columns | unused).select(schema.names).cast(schema)
 
 
 def _sum_rows(lengths: np.ndarray, column: pa.ChunkedArray) -> np.ndarray:

@@ -1,20 +1,23 @@
 """The check stage: a round's figures against their limits before it is trained on; the teacher's lead before any training."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from configs.gates import Gates
 from configs.models import describe_teacher
-from configs.schema import Gates, Recipe
+from configs.schema import Recipe
 from storage.artifacts import Artifact, read_table
-from storage.schemas import GATES
+from storage.schemas import GATES, TEACHER
 from storage.store import Run, part, round_slot
 from tasks.engines.base import Sampling
 from tasks.engines.pool import make_room
-from tasks.gates.gate import Gate, limit_figure, require
+from tasks.gates.gate import Gate, limit_figure, prefix_name, require
 from tasks.gates.round import draw_samples, engine_gates, lead_gate, round_gates
 from tasks.models.reference import device_of
 from tasks.models.text import side
@@ -45,7 +48,8 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
 
     def make() -> pa.Table:
         before = dict(zip(*(read_table(first, ["gate", "value"]).to_pydict().values()), strict=True)) if first else {}
-        gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"))
+        names = [teacher.name for teacher in recipe.teachers]
+        gates = round_gates(rollouts, aligned, side(round.student).vocabulary.size, limits, before.get("tokens"), names)
         for device in {CPU, device_of(round.student)}:
             make_room(device, 4 * count_weights(round.student))  # for the trainer's model, in float32
         gates += engine_gates(round.student, draw_samples(rollouts), Sampling.of(recipe.rollout), limits)
@@ -56,11 +60,18 @@ def check_round(round: Round, shards: tuple[Shard, ...]) -> Artifact:
     return artifact
 
 
-def check_lead(recipe: Recipe, *, teacher: Artifact, student: Artifact) -> None:
-    """Raise Stopped where, by the evaluations before any training, the teacher is surely below the lead that is required."""
-    tables = {"teacher": read_table(teacher), "student": read_table(student)}
-    gate = lead_gate(recipe.gates, **tables, about=describe_teacher(recipe.student, recipe.teacher))
-    require([gate], f"{Run(recipe.root, recipe.name).path}, round 0")
+def check_lead(recipe: Recipe, *, teachers: Mapping[str, Artifact], student: Artifact) -> None:
+    """Raise Stopped where, by the evaluations before any training, a teacher is surely below the lead that is required.
+
+    Each of several `teachers` is held against the student on its own rows.
+    """
+    gates, students = [], read_table(student)
+    for name, view in recipe.by_teacher().items():
+        own = students.filter(pc.equal(students[TEACHER], name)) if name else students
+        about = describe_teacher(recipe.student, view.teacher)
+        gate = lead_gate(recipe.gates, teacher=read_table(teachers[name]), student=own, about=about)
+        gates.append(replace(gate, name=prefix_name(name, gate.name)))
+    require(gates, f"{Run(recipe.root, recipe.name).path}, round 0")
 
 
 def read_gates(table: pa.Table, limits: Gates) -> list[Gate]:

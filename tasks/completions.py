@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from storage.artifacts import read_table
 from storage.schemas import COMPLETIONS
 from tasks.engines.base import Advance, Sampling, ignore_progress
@@ -19,7 +19,7 @@ from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import prompts_of
 from tasks.rows.plan import Row, plan_rows
-from tasks.rows.round import Round, Shard
+from tasks.rows.round import Round, Shard, teacher_inputs
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.tokens.token_bytes import split_completion
@@ -34,8 +34,11 @@ CODE = 4
     **RETRIES,
 )
 def complete_shard(round: Round, shard: Shard) -> Shard:
-    """Make `round=…/completions/part-…`: the teacher's completions for those rows of a shard whose source is the teacher."""
-    recipe, config, teacher = round.recipe, round.recipe.rollout, round.teacher
+    """Make `round=…/completions/part-…`: the teacher's completions for those rows of a shard whose source is the teacher.
+
+    Of one of several teachers they are those of its rows, in a table of its own.
+    """
+    recipe, config, teacher = round.recipe, round.recipe.rollout, round.pair.teacher
     assert teacher is not None
     inputs = {
         "stage": "completions",
@@ -47,16 +50,20 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
         "seed": recipe.seed,
         "round": round.number,
         "part": shard.number,
+        **teacher_inputs(round),
     }
 
     def make() -> pa.Table:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
-        total = sum(row.source == "teacher" for row in rows)
+        own = set(round.own_prompts().tolist())
+        rows = [row for row in rows if row.source == "teacher" and row.prompt in own]
+        total = len(rows)
         with progress(f"round {round.number} teacher's completions", total) as advance:
             return make_completions(rows, prompts, config, teacher, advance)
 
-    return replace(shard, completions=round.run.build_table(round.slot("completions", shard), inputs, make, logger.info))
+    made = round.run.build_table(round.own_slot("completions", shard), inputs, make, logger.info)
+    return replace(shard, completions=(*shard.completions, made))
 
 
 def make_completions(

@@ -10,8 +10,10 @@ from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
 from configs.schema import Recipe
+from configs.teachers import suffix_of
 from storage.artifacts import Artifact, read_table
-from storage.schemas import EVALS
+from storage.lineage import digest_json
+from storage.schemas import EVALS, TEACHER, without_teacher
 from storage.store import Run, round_slot
 from tasks.engines.base import Sampling
 from tasks.engines.choose import get_engine
@@ -20,7 +22,9 @@ from tasks.models.pair import find_answers, make_markers, marker_inputs, teacher
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.rows.messages import Prompt, load_prompts
+from tasks.rows.round import Teachers
 from tasks.rows.scorers import is_graded, make_grader
+from tasks.rows.teachers import assign_teachers
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.running.seeds import derive_seed
@@ -36,19 +40,23 @@ def evaluate_model(
     number: int,
     role: Literal["student", "teacher"],
     prompts: Artifact,
+    name: str = "",
     *,
     model: ModelRef,
-    teacher: ModelRef | None,
+    teachers: Teachers,
 ) -> Artifact:
-    """Make `round=…/evals/student` (or `teacher`): completions of the eval prompts, their scores and their divergence."""
+    """Make `round=…/evals/student` (or `teacher`): completions of the eval prompts, their scores and their divergence.
+
+    One of several teachers, by its `name`, answers the prompts of its own rows (`evals/teacher-math`). The student's answers
+    are held against the teacher that each prompt belongs to.
+    """
     run = Run(recipe.root, recipe.name)
     inputs = {
         "stage": "evals",
         "code": CODE,
         "engine": engine_name(model, "sample"),
-        "teacher_engine": engine_name(teacher, "score") if teacher else None,
+        **_inputs_of(recipe, prompts, teachers),
         "model": model.identity,
-        "teacher": teacher.identity if teacher else None,
         "prompts": prompts.digest,
         "recipe": select_content(recipe, "evaluate"),
         "rollout": select_content(recipe, "rollout"),
@@ -56,22 +64,48 @@ def evaluate_model(
         "role": role,
         "round": number,
     }
-    if teacher is not None and needs_rescoring(recipe, model):
+    if teachers and needs_rescoring(recipe, model):
         inputs["divergence"] = "both at temperature 1"
-    if teacher is not None and model != teacher:
+    if teachers and list(teachers.values()) != [model]:
         inputs |= marker_inputs(recipe)
     if not all(is_graded(recipe.evaluate.scorer, row) for row in read_table(prompts, ["reference", "metadata"]).to_pylist()):
         inputs["graded"] = "what has a reference"
 
     def make() -> pa.Table:
-        rows = read_table(prompts).to_pylist()
+        rows, whose = read_table(prompts).to_pylist(), _owners(recipe, prompts, teachers)
+        if name:
+            rows = [row for row in rows if row["prompt_id"] in whose]
         records = evaluate_prompts(recipe, number, role, model, rows)
-        if teacher is not None:
-            by_id = dict(zip([row["prompt_id"] for row in rows], load_prompts(rows), strict=True))
-            _add_teacher_logprobs(recipe, records, by_id, model=model, teacher=teacher)
-        return pa.Table.from_pylist(records, EVALS)
+        by_id = dict(zip([row["prompt_id"] for row in rows], load_prompts(rows), strict=True))
+        for record in records:
+            record[TEACHER] = whose.get(record["prompt_id"], "")
+        for other, teacher in teachers.items():
+            own = [record for record in records if record[TEACHER] == other]
+            _add_teacher_logprobs(recipe.by_teacher()[other], own, by_id, model=model, teacher=teacher)
+        return pa.Table.from_pylist(records, EVALS if recipe.teachers else without_teacher(EVALS))
 
-    return run.build_table(round_slot(number, "evals", role), inputs, make, logger.info)
+    return run.build_table(round_slot(number, "evals", role) + suffix_of(name), inputs, make, logger.info)
+
+
+def _inputs_of(recipe: Recipe, prompts: Artifact, teachers: Teachers) -> dict[str, Any]:
+    """What of the teachers goes into a key: each with its engine; of several also which prompts are whose."""
+    if recipe.teachers:
+        told = {name: [ref.identity, engine_name(ref, "score")] for name, ref in teachers.items()}
+        return {"teachers": told, "whose": digest_json(_owners(recipe, prompts, teachers))}
+    teacher = teachers.get("")
+    return {
+        "teacher_engine": engine_name(teacher, "score") if teacher else None,
+        "teacher": teacher.identity if teacher else None,
+    }
+
+
+def _owners(recipe: Recipe, prompts: Artifact, teachers: Teachers) -> dict[str, str]:
+    """The name of the teacher of each prompt that one of `teachers` grades, where the recipe has several."""
+    if not recipe.teachers:
+        return {}
+    ids, names = read_table(prompts, ["prompt_id"])["prompt_id"].to_pylist(), [teacher.name for teacher in recipe.teachers]
+    owners = {prompt_id: names[at] for prompt_id, at in zip(ids, assign_teachers(recipe.teachers, prompts), strict=True)}
+    return {prompt_id: name for prompt_id, name in owners.items() if name in teachers}
 
 
 def needs_rescoring(recipe: Recipe, model: ModelRef) -> bool:

@@ -1,8 +1,8 @@
 """The preflight stage: a small round in memory, on a few prompts. It finds what would make a run fail or waste its time."""
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ from tasks.engines.names import Use
 from tasks.evaluate import evaluate_prompts
 from tasks.gates.cost import cost_gates
 from tasks.gates.expected import expect, expected_gate
-from tasks.gates.gate import Gate
+from tasks.gates.gate import Gate, prefix_name
 from tasks.gates.rendering import judge_of, rendering_gates
 from tasks.gates.round import engine_gates, lead_gate, truncation_gate
 from tasks.gates.sample import Sample
@@ -33,7 +33,9 @@ from tasks.models.text import side
 from tasks.rollout import make_rollouts, translate_completions
 from tasks.rows.accounts import describe_account
 from tasks.rows.plan import Row, draw_source
+from tasks.rows.round import Teachers, sides_of
 from tasks.rows.sources import deal_prompts, field_of
+from tasks.rows.teachers import find_rows
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 from tasks.score import score_rows
@@ -44,31 +46,59 @@ SHOWN = 2  # prompts, as each side reads them
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
-def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[dict[str, Any]]:
+def try_recipe(recipe: Recipe, count: int, *, student: ModelRef | None, teachers: Teachers) -> list[dict[str, Any]]:
     """The gates of a recipe on `count` of its prompts, as rows for people. Nothing is written into the run's folder."""
-    return [gate.record() for gate in examine(recipe, count, student=student, teacher=teacher)]
+    return [gate.record() for gate in examine(recipe, count, student=student, teachers=teachers)]
 
 
-def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: ModelRef | None) -> list[Gate]:
-    """The gates of a recipe on `count` of its prompts. A new student (None) is not made yet and has no gates."""
-    sides = {role: ref for role, ref in (("student", student), ("teacher", teacher)) if ref is not None}
-    split = deal_prompts(recipe.prompts, recipe.seed, judge_of(recipe, sides))
+def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teachers: Teachers) -> list[Gate]:
+    """The gates of a recipe on `count` of its prompts. A new student (None) is not made yet and has no gates.
+
+    Each of several teachers is tried on its own of these prompts: its gates, and the student's beside it, have its name.
+    """
+    split = deal_prompts(recipe.prompts, recipe.seed, judge_of(recipe, sides_of(recipe, student, teachers)))
     prompts = split.tables()
     gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
     if student is None:
         return gates
-    sample = Sample(recipe, prompts["train"].slice(0, count), student, teacher)
+    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
+        logger.info(line)
+    trials = []
+    for name, view in recipe.by_teacher().items():
+        own = {split: table.filter(find_rows(recipe.teachers, table, name)) for split, table in prompts.items()}
+        some = max(1, round(count * len(own["train"]) / len(prompts["train"])))
+        sample = Sample(view, own["train"].slice(0, some), student, teachers.get(name))
+        trial = try_pair(sample, own, count)
+        gates += [replace(gate, name=prefix_name(name, gate.name)) for gate in trial.gates]
+        trials.append(trial)
+    if all(trial.tables for trial in trials):
+        gates += cost_gates(recipe, [(trial.sample, trial.tables) for trial in trials], sum(trial.seconds for trial in trials))
+    return gates
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was tried with the student and one teacher."""
+
+    sample: Sample
+    gates: list[Gate]
+    tables: list[pa.Table]  # rollouts, scores, aligned; none where the models cannot be run on such prompts
+    seconds: float  # that these took
+
+
+def try_pair(sample: Sample, prompts: Mapping[str, pa.Table], count: int) -> Trial:
+    """Make a small round of a sample, whose `prompts` of both splits are all that its teacher grades."""
+    recipe, student, teacher = sample.recipe, sample.student, sample.teacher
+    gates: list[Gate] = []
     every = [row for table in prompts.values() for row in table.to_pylist()]
     for role, ref in sample.sides().items():
         gates += rendering_gates(role, ref, every, recipe.rollout.max_new_tokens)
-    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
-        logger.info(line)
     for prompt in sample.asked[:SHOWN]:
         for role, ref in sample.sides().items():
             logger.info("what the %s reads:\n%s", role, side(ref).show(*prompt))
     gates += text_gates(sample)
     if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
-        return gates  # the models cannot be run on such prompts
+        return Trial(sample, gates, [], 0.0)
     rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample), use="sample")
     ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
     gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
@@ -97,7 +127,7 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teacher: Mo
     if teacher is not None:
         gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
     release()
-    return [*gates, *cost_gates(sample, tables, seconds)]
+    return Trial(sample, gates, tables, seconds)
 
 
 def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table], use: Use = "score") -> tuple[pa.Table, float]:

@@ -31,6 +31,8 @@ def make_prompts(recipe: Recipe, sides: Mapping[str, ModelRef] = MappingProxyTyp
     if leaves_out(recipe):
         inputs["sides"] = {role: ref.identity for role, ref in sides.items()}
         inputs["max_new_tokens"] = recipe.rollout.max_new_tokens
+        if recipe.teachers:
+            inputs["teachers"] = [[teacher.name, teacher.where] for teacher in recipe.teachers]
     dealt: list[Split] = []
 
     def deal() -> Split:

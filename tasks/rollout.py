@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.load import select_content
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from storage.artifacts import read_table
 from storage.schemas import ROLLOUTS
 from tasks.engines.base import Completion, Sampling
@@ -40,7 +40,7 @@ def roll_out(round: Round, shard: Shard) -> Shard:
         "code": CODE,
         "engine": engine_name(round.student, "sample"),
         "policy": round.student.identity,
-        "completions": shard.completions.digest if shard.completions else None,
+        "completions": _digests_of(shard),
         "prompts": round.prompts.digest,
         "recipe": select_content(recipe, "rollout"),
         "seed": recipe.seed,
@@ -53,14 +53,20 @@ def roll_out(round: Round, shard: Shard) -> Shard:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
         completions = []
-        if shard.completions and round.teacher:
-            own, other = side(round.student), side(round.teacher)
-            markers = make_markers(recipe, student=own, teacher=other)
-            written = read_table(shard.completions).to_pylist()
-            completions = translate_completions(written, student=own, teacher=other, markers=markers)
+        for pair, written in zip(round.pairs, shard.completions):
+            assert pair.teacher is not None
+            own, other = side(round.student), side(pair.teacher)
+            markers = make_markers(pair.recipe, student=own, teacher=other)
+            completions += translate_completions(read_table(written).to_pylist(), student=own, teacher=other, markers=markers)
         return make_rollouts(rows, prompts, config, round.number, round.student, completions)
 
     return replace(shard, rollouts=round.run.build_table(round.slot("rollouts", shard), inputs, make, logger.info))
+
+
+def _digests_of(shard: Shard) -> Any:
+    """The digest of the teacher's completions; of several teachers a list, and None where there are none."""
+    digests = [written.digest for written in shard.completions]
+    return digests if len(digests) > 1 else next(iter(digests), None)
 
 
 def translate_completions(

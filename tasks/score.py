@@ -15,7 +15,7 @@ from configs.schema import Recipe
 from configs.signals import SIGNALS
 from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
-from storage.schemas import LEFT_OUT, SCORES
+from storage.schemas import LEFT_OUT, SCORES, TEACHER, without_teacher
 from storage.store import Run
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
 from tasks.engines.choose import get_engine, get_head
@@ -25,7 +25,7 @@ from tasks.models.pair import hide_ids, make_markers, marker_inputs, teacher_ids
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side, side
 from tasks.rows.messages import Prompt, prompts_of
-from tasks.rows.round import Round, Shard, left_out
+from tasks.rows.round import Round, Shard, left_out, own_rows
 from tasks.running.progress import logger, progress
 from tasks.running.retries import RETRIES
 from tasks.signals import make_signal
@@ -40,16 +40,20 @@ ROWS_AT_ONCE = 1024  # rows between two steps of the progress bar
 
 @task(name="scores", task_run_name="round {round.number} · scores · shard {shard.number}", cache_policy=NO_CACHE, **RETRIES)
 def score_shard(round: Round, shard: Shard) -> Shard:
-    """Make `round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order."""
-    recipe, config, teacher = round.recipe, round.recipe.score, round.teacher
+    """Make `round=…/scores/part-…`: the teacher's scores of one shard of rollouts, in the same order.
+
+    Of one of several teachers they are those of its rows, in a table of its own.
+    """
+    recipe, teacher = round.pair.recipe, round.pair.teacher
     assert teacher is not None
+    config = recipe.score
     assert shard.rollouts is not None
     student, own = side(round.reader_of(round.student)), side(round.reader_of(teacher))
     markers = make_markers(recipe, student=student, teacher=own)
 
     def read() -> pa.Table:
         assert shard.rollouts is not None
-        table = read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"])
+        table = own_rows(round, read_table(shard.rollouts, ["rollout_id", "prompt_id", "text", "finish_reason", "token_ids"]))
         # The key holds what is scored: other rollouts with the same texts need no new scores. Ids count where they are more.
         return table if markers.same else hide_ids(table, student, markers)
 
@@ -80,20 +84,32 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         signal = make_signal(config.signal, config.k, config.top_p)
         with progress(f"round {round.number} scores", len(rows)) as advance:
             return score_rows(
-                rows, prompts, engine, signal, markers, advance, left_out(round), student=student, teacher=side(teacher)
+                rows,
+                prompts,
+                engine,
+                signal,
+                markers,
+                advance,
+                left_out(round),
+                student=student,
+                teacher=side(teacher),
+                name=round.pair.name,
             )
 
-    return replace(shard, scores=round.run.build_table(round.slot("scores", shard), inputs, make, logger.info))
+    made = round.run.build_table(round.own_slot("scores", shard), inputs, make, logger.info)
+    return replace(shard, scores=(*shard.scores, made))
 
 
 def find_inputs(round: Round, shard: Shard) -> dict[str, Any] | None:
     """The inputs of a shard's committed scores, where its rollouts are cleared and were aligned with them; else None."""
-    rollouts, scores, aligned = (round.run.manifest(round.slot(table, shard)) for table in ("rollouts", "scores", "aligned"))
+    rollouts, aligned = (round.run.manifest(round.slot(table, shard)) for table in ("rollouts", "aligned"))
+    scores = round.run.manifest(round.own_slot("scores", shard))
     if not rollouts or not rollouts.get("cleared") or not scores or not aligned:
         return None
-    made_from = (aligned["inputs"]["rollouts"], aligned["inputs"]["scores"])
+    used = aligned["inputs"]["scores"]
+    fits = scores["digest"] in (used if isinstance(used, list) else [used])
     inputs: dict[str, Any] = scores["inputs"]
-    return inputs if made_from == (rollouts["digest"], scores["digest"]) else None
+    return inputs if fits and aligned["inputs"]["rollouts"] == rollouts["digest"] else None
 
 
 @task(name="head", cache_policy=NO_CACHE)
@@ -127,10 +143,12 @@ def score_rows(
     *,
     student: Side,
     teacher: Side,
+    name: str = "",
 ) -> pa.Table:
     """Scores of `rows` (rollouts with prompt_id, text, finish_reason, and token_ids where they are more than the text).
 
-    One row of `SCORES` each, in order. `prompts` are by `prompt_id`. Rollouts whose ids are `unwanted` are not scored.
+    One row of `SCORES` each, in order. `prompts` are by `prompt_id`. Rollouts whose ids are `unwanted` are not scored. One of
+    several teachers has a `name`.
     """
     completions = teacher_ids(rows, student=student, teacher=teacher, markers=markers)
     context = context_of(teacher.ref)
@@ -148,7 +166,7 @@ def score_rows(
         results = engine.score(rendered, [completions[i] or [] for i in scorable], signal)
         by_row: dict[int, TokenScores] = dict(zip(scorable, results, strict=True))
         for i in batch:
-            common = {"rollout_id": rows[i]["rollout_id"], "teacher": teacher.ref.digest}
+            common = {"rollout_id": rows[i]["rollout_id"], "teacher": teacher.ref.digest, TEACHER: name}
             if (scores := by_row.get(i)) is None:
                 unscored = "lossy_text" if completions[i] is None else "empty"
                 scored.append({**common, "status": LEFT_OUT if common["rollout_id"] in unwanted else unscored})
@@ -156,4 +174,4 @@ def score_rows(
             columns = {name: values.reshape(-1) for name, values in scores.columns.items()}
             scored.append({**common, "token_ids": completions[i], "logprobs": scores.logprobs, **columns, "status": "ok"})
         advance(len(batch))
-    return pa.Table.from_pylist(scored, SCORES)
+    return pa.Table.from_pylist(scored, SCORES if name else without_teacher(SCORES))

@@ -60,7 +60,7 @@ def train_round(round: Round, shards: tuple[Shard, ...]) -> Trained:
             recipe=recipe,
             number=round.number,
             student=round.student if lora is None else round.start,
-            teacher=round.teacher,
+            teachers=round.teachers,
             shards=pairs,
             rewards=rewards,
             state=local_folder(round.trainer) if round.trainer else None,

@@ -6,6 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from configs.schema import Recipe
+from configs.teachers import suffix_of
 from storage.artifacts import Artifact
 from storage.lineage import digest_json
 from storage.schemas import VOCAB
@@ -20,8 +21,11 @@ CODE = 1
 
 
 @task(name="vocab", cache_policy=NO_CACHE)
-def match_vocabularies(recipe: Recipe, *, student: ModelRef, teacher: ModelRef | None) -> Vocabularies:
-    """Make `vocab/student` and `vocab/teacher`. A student without a teacher is matched with itself."""
+def match_vocabularies(recipe: Recipe, name: str = "", *, student: ModelRef, teacher: ModelRef | None) -> Vocabularies:
+    """Make `vocab/student` and `vocab/teacher`; of one of several teachers, by its `name`, `vocab/student-math` and so on.
+
+    A student without a teacher is matched with itself.
+    """
     run, s_side, t_side = Run(recipe.root, recipe.name), side(student), side(teacher or student)
     s_side.check()
     t_side.check()
@@ -29,14 +33,16 @@ def match_vocabularies(recipe: Recipe, *, student: ModelRef, teacher: ModelRef |
 
     def build(role: str, vocabulary: Vocabulary, counterpart: Vocabulary) -> Artifact:
         inputs = {"stage": "vocab", "code": CODE, "role": role, **identities}
-        return run.build_table(f"vocab/{role}", inputs, lambda: make_vocab_table(vocabulary, counterpart), logger.info)
+        return run.build_table(
+            f"vocab/{role}{suffix_of(name)}", inputs, lambda: make_vocab_table(vocabulary, counterpart), logger.info
+        )
 
     vocabularies = Vocabularies(
         student=build("student", s_side.vocabulary, t_side.vocabulary),
         teacher=build("teacher", t_side.vocabulary, s_side.vocabulary),
     )
     if teacher is not None:
-        logger.info("vocab: %s", describe_overlap(student=s_side.vocabulary, teacher=t_side.vocabulary))
+        logger.info("vocab%s: %s", suffix_of(name), describe_overlap(student=s_side.vocabulary, teacher=t_side.vocabulary))
     return vocabularies
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from tasks.signals.base import Signal
 
 

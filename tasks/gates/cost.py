@@ -1,7 +1,7 @@
 """Gates of preflight on what a run will cost: disk, memory, hours."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import torch
@@ -12,7 +12,7 @@ from storage.artifacts import measure_parquet
 from storage.store import Run
 from tasks.gates.gate import Gate
 from tasks.gates.sample import Sample
-from tasks.models.reference import device_of, dtype_of
+from tasks.models.reference import ModelRef, device_of, dtype_of
 from tasks.models.weights import count_weights
 from tasks.training.room import training_need
 
@@ -20,16 +20,23 @@ GIB = 2**30
 HALF, MASTER, MOMENTS = 2, 4, 8  # bytes per weight: in bfloat16, in float32, and AdamW's two moments
 
 
-def cost_gates(sample: Sample, tables: list[pa.Table], seconds: float) -> Iterator[Gate]:
-    """Disk, memory and hours of the whole run, from the `tables` that the sample made in `seconds`."""
-    recipe, rows = sample.recipe, len(tables[0])
+def cost_gates(recipe: Recipe, made: Sequence[tuple[Sample, Sequence[pa.Table]]], seconds: float) -> Iterator[Gate]:
+    """Disk, memory and hours of the whole run, from the tables that the samples made in `seconds`.
+
+    There is a sample for each teacher, as large as the teacher's share of the prompts.
+    """
+    rows = sum(len(tables[0]) for _, tables in made)
     total = recipe.rounds * recipe.rollout.prompts * recipe.rollout.samples
-    weights = {role: count_weights(ref) for role, ref in sample.sides().items()}
-    sizes = dict(zip(("rollouts", "scores", "aligned"), (measure_parquet(table) / rows for table in tables)))
-    disk, free = disk_need(recipe, sizes, weights["student"]) / GIB, Run(recipe.root, recipe.name).free()
+    weights = {ref: count_weights(ref) for sample, _ in made for ref in sample.sides().values()}
+    sizes = dict.fromkeys(("rollouts", "scores", "aligned"), 0.0)
+    for _, tables in made:
+        for name, table in zip(sizes, tables, strict=False):
+            sizes[name] += measure_parquet(table) / rows
+    student = made[0][0].student
+    disk, free = disk_need(recipe, sizes, weights[student]) / GIB, Run(recipe.root, recipe.name).free()
     detail = f"{sum(sizes.values()):,.0f} bytes per rollout, and checkpoints, as [keep] keeps them; the limit is the free space"
     yield Gate("disk", disk, free and free / GIB, detail=detail)
-    for device, need in memory_needs(sample, weights).items():
+    for device, need in memory_needs(recipe, student, weights).items():
         detail = "weights and optimizer, without activations; the limit is the device's memory"
         yield Gate(f"{device}: memory", need / GIB, memory_of(device), detail=detail)
     yield Gate(
@@ -56,17 +63,17 @@ def disk_need(recipe: Recipe, sizes: dict[str, float], weights: int) -> float:
     return sum(rounds[name] * rows * size for name, size in sizes.items()) + checkpoints * weights
 
 
-def memory_needs(sample: Sample, weights: dict[str, int]) -> dict[torch.device, float]:
+def memory_needs(recipe: Recipe, student: ModelRef, weights: dict[ModelRef, int]) -> dict[torch.device, float]:
     """The most bytes that each device of this machine needs at one time. One model is loaded at a time."""
-    train, needs = sample.recipe.train, dict[torch.device, float]()
-    for role, ref in sample.sides().items():
+    train, needs = recipe.train, dict[torch.device, float]()
+    for ref, count in weights.items():
         device, each = device_of(ref), float(dtype_of(ref).itemsize)
         if ref.engine == "server":
             continue  # its weights are on another machine or in another process
-        if role == "student":
-            needed = training_need(train, device, weights[role], lora=sample.recipe.student.lora is not None)
+        if ref == student:
+            needed = training_need(train, device, count, lora=recipe.student.lora is not None)
             needs[device] = max(needs.get(device, 0), needed)
-        needs[device] = max(needs.get(device, 0), each * weights[role])
+        needs[device] = max(needs.get(device, 0), each * count)
     return needs
 
 

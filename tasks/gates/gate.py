@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import Stopped
-from configs.schema import Gates
+from configs.gates import Gates
 
 SHARE = "%"
 CHANGE = "limits are in the recipe's [gates]; they may change, and the same command then goes on"
@@ -150,8 +150,14 @@ def format_figure(value: float, unit: str) -> str:
 
 
 def limit_figure(name: str, value: float | None, limits: Gates, detail: str = "") -> Gate:
-    """A figure of a round, with its limit if it has one."""
-    return Gate(name, value, getattr(limits, KINDS[name].field or name, None), detail)
+    """A figure of a round, with its limit if it has one. Behind a teacher's name it has the limit of its kind."""
+    kind = name.rpartition(": ")[2]
+    return Gate(name, value, getattr(limits, KINDS[kind].field or kind, None), detail)
+
+
+def prefix_name(teacher: str, name: str) -> str:
+    """The name of a gate that concerns one of several teachers' rows: `math: dropped`."""
+    return f"{teacher}: {name}" if teacher else name
 
 
 def require(gates: list[Gate], where: str) -> None:

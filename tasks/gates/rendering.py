@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from configs.errors import BadInput
 from configs.prompts import GymPrompts, TablePrompts
 from configs.schema import Recipe
+from configs.teachers import choose_teacher, role_of
 from storage.lineage import digest_json
 from tasks.gates.gate import Gate
 from tasks.models.reference import ModelRef
@@ -16,7 +17,8 @@ from tasks.models.template import Message
 from tasks.models.text import Side, side
 from tasks.rows.messages import Prompt, load_prompts
 from tasks.rows.sources import digest_source, split_prompts
-from tasks.rows.split import BARRED, CLOSED, LOST, TOO_LONG, Judge, Refusal, SourceRow, accept_all, record_of
+from tasks.rows.split import BARRED, CLOSED, LOST, TOO_LONG, UNTAKEN, Judge, Refusal, SourceRow, accept_all, record_of
+from tasks.rows.teachers import explain_untaken
 
 SECONDS = 10.0  # for a side; of more prompts than that the others are left to the stages
 LONG = 16  # characters that a text does not hold by chance
@@ -34,11 +36,12 @@ def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
     config, most, rows = recipe.prompts, recipe.rollout.max_new_tokens, None
     files = digest_source(config)
     for role, ref in sides.items():
-        key = digest_json([role, ref.path, ref.identity, config.model_dump(mode="json"), files, recipe.seed, most])
+        whose = [[teacher.name, teacher.where] for teacher in recipe.teachers]
+        key = digest_json([role, ref.path, ref.identity, config.model_dump(mode="json"), files, recipe.seed, most, whose])
         if key in _passed:
             continue
         rows = list_prompts(recipe, sides) if rows is None else rows
-        for gate in rendering_gates(role, ref, rows, most):
+        for gate in rendering_gates(role, ref, rows_of_role(recipe, role, rows), most):
             if gate.ok is False:
                 raise BadInput(gate.complaint())
         _passed.add(key)
@@ -47,10 +50,19 @@ def refuse_rendering(recipe: Recipe, sides: dict[str, ModelRef]) -> None:
 def list_prompts(recipe: Recipe, sides: dict[str, ModelRef]) -> list[Row]:
     """The prompts of a recipe as rows of both tables; of a procedural task one for each."""
     config = recipe.prompts
-    if isinstance(config, GymPrompts):  # whose items are all alike, and take long to make
+    if isinstance(config, GymPrompts) and not recipe.teachers:  # whose items are all alike, and take long to make
         config = config.model_copy(update={"train": 1, "eval": 1})
     tables = split_prompts(config, recipe.seed, judge_of(recipe, sides))
     return [row for table in tables.values() for row in table.to_pylist()]
+
+
+def rows_of_role(recipe: Recipe, role: str, rows: Sequence[Row]) -> Sequence[Row]:
+    """The prompts that a side reads: one of several teachers reads those of its rows alone."""
+    owners = {role_of(teacher): at for at, teacher in enumerate(recipe.teachers)}
+    if role not in owners:
+        return rows
+    fields = [prompt.fields for prompt in load_prompts(rows)]
+    return [row for row, known in zip(rows, fields, strict=True) if choose_teacher(recipe.teachers, known) == owners[role]]
 
 
 def judge_of(recipe: Recipe, sides: Mapping[str, ModelRef]) -> Judge:
@@ -74,8 +86,12 @@ def judge_of(recipe: Recipe, sides: Mapping[str, ModelRef]) -> Judge:
 
     def judge(row: SourceRow) -> Refusal | None:
         (prompt,) = load_prompts([record_of(row, "")])
+        at = choose_teacher(recipe.teachers, row.fields)
+        if recipe.teachers and at is None:
+            return Refusal(UNTAKEN, explain_untaken(recipe.teachers, row.fields, row.place))
+        own = role_of(None if at is None else recipe.teachers[at])
         for role, ref in sides.items():
-            if found := find_refusal(side(ref), prompt, contexts[role]):
+            if role in ("student", own) and (found := find_refusal(side(ref), prompt, contexts[role])):
                 return Refusal(found[0], f"{row.place}: {role}: {found[1]}")
         return None
 

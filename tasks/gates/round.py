@@ -1,17 +1,19 @@
 """Gates of a round: figures of its rollouts before they are trained on, and the teacher's lead before any training."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from configs.schema import Gates
+from configs.gates import Gates
 from storage.artifacts import Artifact, read_table
-from storage.schemas import LEFT_OUT
+from storage.schemas import LEFT_OUT, TEACHER
 from tasks.engines.base import Sampling
 from tasks.gates.agreement import Gap, trainer_logprobs
-from tasks.gates.gate import Gate, limit_figure
+from tasks.gates.gate import Gate, limit_figure, prefix_name
 from tasks.models.reference import ModelRef
 from tasks.models.weights import load_float32
 from tasks.tokens.ragged import flat, index_in_row, rows_of
@@ -49,23 +51,20 @@ def _shares_correct_of(evals: pa.Table) -> np.ndarray:
 
 
 def round_gates(
-    rollouts: list[Artifact], aligned: list[Artifact], size: int, limits: Gates, tokens_before: float | None
+    rollouts: list[Artifact],
+    aligned: list[Artifact],
+    size: int,
+    limits: Gates,
+    tokens_before: float | None,
+    teachers: Sequence[str] = (),
 ) -> list[Gate]:
     """Coverage of rows that went on; truncation, repetition and length of the student's samples. One shard is read at a time.
 
     `size` is the size of the student's vocabulary, `tokens_before` the mean length of the first round's samples in tokens.
+    The coverage is that of each of several `teachers`.
     """
-    counts = ["supervised_bytes", "unmatched_bytes", "dropped_bytes", "tail_bytes"]
-    supervised = total = dropped = rows = cut = samples = tokens = 0
+    cut = samples = tokens = 0
     repeated = 0.0
-    for artifact in aligned:
-        table = pl.from_arrow(read_table(artifact, ["status", *counts]))
-        assert isinstance(table, pl.DataFrame)
-        table = table.filter(pl.col("status") != LEFT_OUT)
-        supervised += int(table[counts[0]].sum())
-        total += sum(int(table[name].sum()) for name in counts)
-        dropped += int((table["status"] != "ok").sum())
-        rows += len(table)
     for artifact in rollouts:
         table = read_table(artifact, ["source", "finish_reason", "token_ids"])
         table = table.filter(pc.equal(table["source"], "student"))
@@ -77,13 +76,38 @@ def round_gates(
     mean = tokens / samples if samples else None
     drift = max(mean / tokens_before, tokens_before / mean) if mean and tokens_before else None
     return [
-        limit_figure("supervised", supervised / total if total else None, limits),
-        limit_figure("dropped", dropped / rows if rows else None, limits, f"{dropped} of {rows} rollouts"),
+        *coverage_gates(aligned, limits, teachers),
         truncation_gate(cut, samples, limits),
         limit_figure("repetition", repeated / samples if samples else None, limits),
         limit_figure("tokens", mean, limits, "mean length of the student's samples"),
         limit_figure("length", drift, limits, f"{mean or 0:.1f} tokens now, {tokens_before or 0:.1f} in round 1"),
     ]
+
+
+def coverage_gates(aligned: list[Artifact], limits: Gates, teachers: Sequence[str] = ()) -> Iterator[Gate]:
+    """What the loss covers of the rows that went on, and how many were dropped; by teacher where there are several."""
+    counts = ["supervised_bytes", "unmatched_bytes", "dropped_bytes", "tail_bytes"]
+    sums = []
+    for artifact in aligned:
+        table = pl.from_arrow(read_table(artifact, ["status", *counts, *[TEACHER] * bool(teachers)]))
+        assert isinstance(table, pl.DataFrame)
+        kept = table.filter(pl.col("status") != LEFT_OUT).with_columns(pl.col(counts).cast(pl.Int64))
+        sums.append(
+            kept.group_by(pl.col(TEACHER) if teachers else pl.lit("").alias(TEACHER)).agg(
+                pl.col(counts[0]).sum(),
+                pl.sum_horizontal(counts).sum().alias("bytes"),
+                (pl.col("status") != "ok").sum().alias("dropped"),
+                pl.len().alias("rows"),
+            )
+        )
+    whole = pl.concat(sums).group_by(TEACHER).sum()
+    found = {row[TEACHER]: row for row in whole.to_dicts()}
+    for teacher in teachers or [""]:
+        row = found.get(teacher) or dict.fromkeys(whole.columns, 0)
+        supervised, total, dropped, rows = (row[name] for name in (counts[0], "bytes", "dropped", "rows"))
+        yield limit_figure(prefix_name(teacher, "supervised"), supervised / total if total else None, limits)
+        detail = f"{dropped} of {rows} rollouts"
+        yield limit_figure(prefix_name(teacher, "dropped"), dropped / rows if rows else None, limits, detail)
 
 
 def truncation_gate(cut: int, samples: int, limits: Gates) -> Gate:

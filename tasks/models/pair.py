@@ -31,6 +31,9 @@ def make_markers(recipe: Recipe, *, student: Side, teacher: Side) -> Markers:
 
 def marker_inputs(recipe: Recipe) -> dict[str, Any]:
     """What of the markers goes into keys: nothing where the recipe says nothing of them."""
+    if recipe.teachers:
+        several = {name: given for name, view in recipe.by_teacher().items() if (given := marker_inputs(view))}
+        return {"markers_by_teacher": several} if several else {}
     config = recipe.teacher
     if config is None or (not config.markers and config.unpaired == "end"):
         return {}

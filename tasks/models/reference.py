@@ -85,7 +85,7 @@ def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = Fa
 
     A checkpoint that a run `committed` has a URI for `path` on object storage.
     """
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights", "markers", "unpaired"})
+    use = config.model_dump(include={field.name for field in fields(ModelRef)})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
     return ModelRef(path, digest, committed=committed, **use)

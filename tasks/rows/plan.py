@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from tasks.running.seeds import derive_seed, derive_uniform
 
 Source = Literal["student", "teacher", "reference"]

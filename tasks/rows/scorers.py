@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.errors import BadInput
-from configs.schema import Evaluate
+from configs.evaluate import Evaluate
 from tasks.rows.messages import is_of_task
 from tasks.rows.sources import load_gym_dataset
 

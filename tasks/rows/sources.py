@@ -1,7 +1,7 @@
 """Where prompts come from: procedural tasks, files, data sets of the hub."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from configs.errors import BadInput
 from configs.prompts import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
+from configs.teachers import Teacher, choose_teacher, role_of
 from storage.lineage import digest_file, digest_json
 from tasks.models.template import Message, Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
@@ -17,6 +18,7 @@ from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
 from tasks.rows.messages import Refused, check_prompt, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
+from tasks.rows.teachers import check_teachers
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 
@@ -29,34 +31,53 @@ Placed = tuple[str, Any]  # a row behind the place it stands at: `data/a.jsonl: 
 
 
 def check_prompts(
-    config: Prompts, seed: int, references: bool = False, templates: Mapping[str, str] = MappingProxyType({})
+    config: Prompts,
+    seed: int,
+    references: bool = False,
+    templates: Mapping[str, str] = MappingProxyType({}),
+    teachers: Sequence[Teacher] = (),
 ) -> None:
     """Raise BadInput where `config` cannot give prompts, or none with a reference where `references` are needed, or rows that
-    `templates` (of a side, by their field) cannot be filled with.
+    `templates` (of a side, by their field) cannot be filled with, or that none of several `teachers` takes.
 
     Every row of a file or a data set is read, of a task one item is made. What was found right is not read again.
     """
     if isinstance(config, GymPrompts):
-        _check_templates(templates, [next(_gym_rows(config, seed))])
+        if not teachers:  # else which rows are whose is known of all of them alone
+            _check_templates(templates, [next(_gym_rows(config, seed))], teachers)
+            return
+        split = deal_prompts(config, seed)
+        check_teachers(teachers, [(row.place, row.fields) for row in (*split.train, *split.eval)])
+        _check_templates(templates, [*split.train, *split.eval], teachers)
         return
-    key = digest_json([config.model_dump(mode="json"), digest_source(config), references, dict(templates)])
+    whose = [teacher.model_dump(mode="json", include={"name", "where"}) for teacher in teachers]
+    key = digest_json([config.model_dump(mode="json"), digest_source(config), references, dict(templates), whose])
     if key in CHECKED:
         return
-    split = deal_prompts(config, seed)
-    if config.unusable == "refuse":  # else such rows are left out, once both sides are there to say which
-        _check_templates(templates, [*split.train, *split.eval])
+    split, strict = deal_prompts(config, seed), config.unusable == "refuse"
+    check_teachers(teachers, [(row.place, row.fields) for row in (*split.train, *split.eval)], all_taken=strict)
+    if strict:  # else such rows are left out, once both sides are there to say which
+        _check_templates(templates, [*split.train, *split.eval], teachers)
     if references and not any(row.reference for row in split.train):
         raise BadInput(f"{_where(config)}: no row has a `reference`, which student.scratch and sft learn from")
     CHECKED.add(key)
 
 
-def _check_templates(templates: Mapping[str, str], rows: list[SourceRow]) -> None:
+def _check_templates(templates: Mapping[str, str], rows: list[SourceRow], teachers: Sequence[Teacher]) -> None:
+    owners = {f"{role_of(teacher)}.template": teacher for teacher in teachers}
     for field, template in templates.items():
         for row in rows:
+            if field in owners and owners[field] is not _teacher_of(teachers, row):
+                continue
             try:
                 write_last(row.messages, template, row.fields)
             except Unfilled as error:
                 raise _unfilled(field, template, row.place, error) from None
+
+
+def _teacher_of(teachers: Sequence[Teacher], row: SourceRow) -> Teacher | None:
+    at = choose_teacher(teachers, row.fields)
+    return None if at is None else teachers[at]
 
 
 def split_prompts(config: Prompts, seed: int, judge: Judge = accept_all) -> dict[str, pa.Table]:
@@ -160,7 +181,7 @@ def _file_rows(config: FilePrompts) -> Iterator[SourceRow | RefusedRow]:
     for entry in config.entries:
         files = find_files(entry.path, field)
         rows = [(f"{file}: row {number}", row) for file in files for number, row in read_file(file, field)]
-        yield from _table_rows(config, field, rows, entry.path, entry.weight)
+        yield from _table_rows(config, field, rows, entry.path, entry.weight, entry.add)
 
 
 def _hub_rows(config: HubPrompts) -> Iterator[SourceRow | RefusedRow]:
@@ -169,9 +190,14 @@ def _hub_rows(config: HubPrompts) -> Iterator[SourceRow | RefusedRow]:
 
 
 def _table_rows(
-    config: TablePrompts, field: str, rows: list[Placed], source: str, weight: float | None = None
+    config: TablePrompts,
+    field: str,
+    rows: list[Placed],
+    source: str,
+    weight: float | None = None,
+    add: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[SourceRow | RefusedRow]:
-    """The rows of one path or data set, all in one convention."""
+    """The rows of one path or data set, all in one convention; each gets the columns of `add`."""
     for place, row in rows:
         if not isinstance(row, dict):
             raise BadInput(f"{field}: {place} is {row!r:.60}; give objects with `messages` or `prompt`")
@@ -192,7 +218,7 @@ def _table_rows(
             if config.unusable == "leave_out":
                 yield RefusedRow(source, convention.title, Refusal(UNREAD, refused[-1]))
             continue
-        kept = {key: value for key, value in row.items() if key not in consumed}
+        kept = {key: value for key, value in row.items() if key not in consumed} | {**add}
         if reading.reference is not None and reasoning:
             kept["reasoning_content"] = reasoning
         metadata = json.dumps(kept, default=str)

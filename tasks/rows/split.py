@@ -15,11 +15,14 @@ from tasks.models.template import Message
 from tasks.rows.messages import MORE, Fields, Refused, store_messages
 
 TRAIN, EVAL, LEFT, TWICE, OTHER = "to train on", "held out", "left over", "duplicates", "duplicates with another reference"
-UNREAD, BARRED, LOST, CLOSED, TOO_LONG = (
+UNREAD, UNTAKEN, BARRED, LOST, CLOSED, TOO_LONG = (
     f"refused: {reason}"
-    for reason in ("cannot be read", "by a chat template", "not rendered whole", "ends in a stop", "too long for a context")
-)
-OUTCOMES = (TRAIN, EVAL, LEFT, TWICE, OTHER, UNREAD, BARRED, LOST, CLOSED, TOO_LONG)
+    for reason in (
+        "cannot be read", "no teacher takes it", "by a chat template", "not rendered whole", "ends in a stop",
+        "too long for a context",
+    )
+)  # fmt: skip
+OUTCOMES = (TRAIN, EVAL, LEFT, TWICE, OTHER, UNREAD, UNTAKEN, BARRED, LOST, CLOSED, TOO_LONG)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import torch
 
 from storage.artifacts import Artifact, read_table
+from storage.schemas import TEACHER
 from tasks.objectives.base import Terms
 from tasks.tokens.ragged import expand, flat, offsets_of, rows_of
 from tasks.training import rewarded
@@ -23,20 +24,24 @@ ALIGNED_COLUMNS = [
 
 
 def optimizer_batches(
-    shards: Sequence[tuple[Artifact, Artifact]], size: int, seed: int, rewards: Artifact | None = None
+    shards: Sequence[tuple[Artifact, Artifact]],
+    size: int,
+    seed: int,
+    rewards: Artifact | None = None,
+    teachers: Sequence[str] = (),
 ) -> Iterator[pa.Table]:
     """Batches of `size` supervised rows (the last may be smaller) from (rollouts, aligned) shards.
 
     Shards come in a random order, and so do the rows within each. Rows without a term of the loss are left out; where `rewards`
-    teach, an advantage is one.
+    teach, an advantage is one. `teachers` are the names of several.
     """
     worth = read_kept(rewards) if rewards else None
-    columns = ROLLOUT_COLUMNS + (rewarded.COLUMNS if rewards else [])
+    columns, of_aligned = ROLLOUT_COLUMNS + (rewarded.COLUMNS if rewards else []), ALIGNED_COLUMNS + [TEACHER] * bool(teachers)
     random = np.random.default_rng(seed)
     left: pa.Table | None = None
     for index in random.permutation(len(shards)):
         rollouts, aligned = shards[index]
-        table = rows_to_train(read_table(rollouts, columns), read_table(aligned, ALIGNED_COLUMNS), worth)
+        table = rows_to_train(read_table(rollouts, columns), read_table(aligned, of_aligned), worth, teachers)
         table = table.take(random.permutation(len(table)))
         if left is not None:
             table = pa.concat_tables([left, table])
@@ -48,9 +53,16 @@ def optimizer_batches(
         yield left
 
 
-def rows_to_train(rollouts: pa.Table, aligned: pa.Table, rewards: pa.Table | None = None) -> pa.Table:
-    """The rows of a shard that have a term of the loss, or an advantage by `rewards`, with the columns that `collate` reads."""
+def rows_to_train(
+    rollouts: pa.Table, aligned: pa.Table, rewards: pa.Table | None = None, teachers: Sequence[str] = ()
+) -> pa.Table:
+    """The rows of a shard that have a term of the loss, or an advantage by `rewards`, with the columns that `collate` reads.
+
+    Of several `teachers`, the column `teacher` is the place of the row's own among their names.
+    """
     table = aligned.select(ALIGNED_COLUMNS)
+    if teachers:
+        table = table.append_column("teacher", pc.index_in(aligned[TEACHER], pa.array(teachers, pa.string())))
     for name in ROLLOUT_COLUMNS:
         table = table.append_column(name, rollouts[name])
     taught = pc.greater(table["units"], 0)
@@ -67,6 +79,15 @@ def row_lengths(table: pa.Table) -> np.ndarray:
     return lengths
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Terms that are read together."""
+
+    at: slice  # their positions
+    teacher: int  # which of several graded them all
+    terms: Terms
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Rows of one forward pass. Positions are the completion tokens of all rows, flat; terms index into them."""
@@ -76,6 +97,7 @@ class MicroBatch:
     time: torch.Tensor  # [positions]: where in `ids` the token stands; its distribution is one earlier
     actual: torch.Tensor  # [positions]
     tokens: int  # without padding
+    teacher: np.ndarray  # [terms]: which of several teachers graded its row; terms of one teacher stand together
     starts: np.ndarray  # [terms], in positions
     ends: np.ndarray
     inside: np.ndarray
@@ -87,13 +109,10 @@ class MicroBatch:
     unmatched_counts: np.ndarray
     unmatched_logprobs: np.ndarray
     rewarded: Rewarded | None = None
-    split: dict[int, list[tuple[slice, Terms]]] = field(default_factory=dict)  # chunks that are made, by their positions
+    split: dict[int, list[Chunk]] = field(default_factory=dict)  # chunks that are made, by their positions
 
-    def chunks(self, positions: int) -> list[tuple[slice, Terms]]:
-        """Split the terms into chunks that read at most `positions` positions; a longer term is a chunk of its own.
-
-        Returns the range of positions of each chunk, and its terms.
-        """
+    def chunks(self, positions: int) -> list[Chunk]:
+        """Split the terms into chunks of one teacher each that read at most `positions` positions, or one longer term."""
         if positions not in self.split:
             self.split[positions] = list(self._make_chunks(positions))
         return self.split[positions]
@@ -111,19 +130,24 @@ class MicroBatch:
             return Terms(**{part.name: move(getattr(terms, part.name)) for part in fields(terms)})
 
         whole: dict[str, Any] = {name: move(getattr(self, name)) for name in ("ids", "row", "time", "actual")}
-        chunks = {positions: [(at, moved(terms)) for at, terms in made] for positions, made in self.split.items()}
+        chunks = {
+            positions: [replace(chunk, terms=moved(chunk.terms)) for chunk in made] for positions, made in self.split.items()
+        }
         return replace(self, **whole, split=chunks, rewarded=self.rewarded.moved(move) if self.rewarded else None)
 
-    def _make_chunks(self, positions: int) -> Iterator[tuple[slice, Terms]]:
+    def _make_chunks(self, positions: int) -> Iterator[Chunk]:
         events, unmatched = offsets_of(self.counts), offsets_of(self.unmatched_counts)
+        borders = [*(np.flatnonzero(np.diff(self.teacher)) + 1), len(self.starts)]
         first = 0
         while first < len(self.starts):
             begin = int(self.starts[first])
             last = max(first + 1, int(np.searchsorted(self.ends, begin + positions, side="right")))
+            last = min(last, next(border for border in borders if border > first))
             end = int(self.ends[last - 1])
             span = slice(first, last)
-            yield (
+            yield Chunk(
                 slice(begin, end),
+                int(self.teacher[first]),
                 Terms(
                     actual=self.actual[begin:end],
                     start=self._tensor(self.starts[span] - begin),
@@ -152,6 +176,9 @@ class MicroBatch:
 
 def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
     """Rows of an optimizer batch as one forward pass. Its input is the column `input_ids` if there is one, else `token_ids`."""
+    several = "teacher" in table.column_names
+    if several:
+        table = table.take(pc.sort_indices(table["teacher"]))
     prompts, prompt_offsets = flat(table["prompt_token_ids"])
     tokens, token_offsets = flat(table["token_ids"])
     prompt_lengths, lengths = np.diff(prompt_offsets), np.diff(token_offsets)
@@ -166,7 +193,9 @@ def collate(table: pa.Table, pad_id: int, device: torch.device) -> MicroBatch:
     none, zeros = np.zeros(0, np.float32), np.zeros(len(starts), np.int64)
     has_unmatched = table["unmatched_counts"].null_count == 0
     inside, behaviour = table["term_inside"], table["term_behaviour"]
+    teacher = table["teacher"].to_numpy()[rows_of(term_offsets)] if several else zeros
     return MicroBatch(
+        teacher=teacher,
         ids=torch.from_numpy(ids).to(device),
         row=torch.from_numpy(row).to(device),
         time=torch.from_numpy(place).to(device),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from configs.schema import Train
+from configs.train import Train
 from tasks.models.reference import ModelRef, dtype_of
 
 ADAMW: dict[str, Any] = {"fused": True, "foreach": None}  # one kernel for all weights; every kind of device here has it

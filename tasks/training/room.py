@@ -2,7 +2,7 @@
 
 import torch
 
-from configs.schema import Train
+from configs.train import Train
 from tasks.engines.pool import make_room
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.weights import count_weights

@@ -19,10 +19,11 @@ from tasks import objectives
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.text import side
 from tasks.models.weights import hidden_states, load_weights, logits_of
-from tasks.objectives.base import ObjectiveModule, Terms
+from tasks.objectives.base import ObjectiveModule
+from tasks.rows.round import Teachers
 from tasks.running.memory import Room, room_of
 from tasks.tokens.ragged import length_batches
-from tasks.training.batches import MicroBatch, collate, row_lengths, rows_to_train
+from tasks.training.batches import Chunk, MicroBatch, collate, row_lengths, rows_to_train
 from tasks.training.precision import autocasts, keep_in_half
 from tasks.training.rewarded import Rewarded, reward_losses
 
@@ -33,13 +34,14 @@ class Student(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        objective: ObjectiveModule,
+        objectives: Sequence[ObjectiveModule],
         size: int,
         chunk_positions: int,
         reward: Reward | None = None,
     ):
         super().__init__()
-        self.model, self.objective, self.size, self.chunk_positions = model, objective, size, chunk_positions
+        self.model, self.size, self.chunk_positions = model, size, chunk_positions
+        self.objectives = nn.ModuleList(objectives)  # one a teacher
         self.reward = reward or Reward()
 
     def forward(self, ids: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -49,20 +51,30 @@ class Student(nn.Module):
         """
         hidden = hidden_states(self.model, ids)[batch.row, batch.time - 1]
 
-        def terms_loss(at: slice, terms: Terms) -> torch.Tensor:
-            loss: torch.Tensor = self.objective(logits_of(self.model, hidden[at], self.size), terms).sum()
+        def terms_loss(chunk: Chunk) -> torch.Tensor:
+            objective, logits = self.objectives[chunk.teacher], logits_of(self.model, hidden[chunk.at], self.size)
+            loss: torch.Tensor = objective(logits, chunk.terms).sum()
             return loss
 
         def reward_loss(tokens: Rewarded) -> torch.Tensor:
             logits = logits_of(self.model, hidden[tokens.at], self.size)
             return reward_losses(logits, batch.actual[tokens.at], tokens, self.reward.clip).sum() * self.reward.weight
 
-        parts: list[Callable[[], torch.Tensor]] = [partial(terms_loss, *chunk) for chunk in batch.chunks(self.chunk_positions)]
+        parts: list[Callable[[], torch.Tensor]] = [partial(terms_loss, chunk) for chunk in batch.chunks(self.chunk_positions)]
         if batch.rewarded is not None:
             parts += [partial(reward_loss, tokens) for tokens in batch.rewarded.split(self.chunk_positions)]
         if len(parts) == 1:
             return parts[0]()
         return torch.stack([checkpoint(part, use_reentrant=False) for part in parts]).sum()
+
+
+def build_objectives(recipe: Recipe, student: ModelRef, teachers: Teachers) -> list[ObjectiveModule]:
+    """The objective for each teacher; without any the student stands for one."""
+    own = side(student).vocabulary
+    return [
+        objectives.build(recipe.objective, student=own, teacher=side(teacher).vocabulary)
+        for teacher in teachers.values() or [student]
+    ]
 
 
 def load_for_training(ref: ModelRef, dropout: bool) -> PreTrainedModel:
@@ -101,8 +113,8 @@ def training_room(recipe: Recipe) -> Room:
 def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student: ModelRef, teacher: ModelRef | None) -> float:
     """Loss per term of rows, in nats, in the state that trains, before its first step; NaN where no row has a term."""
     table = rows_to_train(rollouts, aligned)
-    s_side, t_side, config = side(student), side(teacher or student), recipe.train
-    objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
+    s_side, config = side(student), recipe.train
+    objective = build_objectives(recipe, student, {"": teacher} if teacher else {})
     model, device = load_for_training(student, config.dropout), device_of(student)
     module, loss = Student(model, objective, len(s_side.beta.values), config.chunk_positions).to(device), 0.0
     if config.param_dtype == "bfloat16":

@@ -22,10 +22,10 @@ from configs.errors import BadInput, Stopped
 from configs.schema import Recipe
 from storage.artifacts import Artifact, write_parquet
 from storage.schemas import STEPS
-from tasks import objectives
 from tasks.models.reference import ModelRef, device_of
 from tasks.models.stops import name_stops
 from tasks.models.text import side
+from tasks.rows.round import NOBODY, Teachers
 from tasks.running.memory import Halved, insist
 from tasks.running.progress import logger, progress
 from tasks.running.seeds import derive_seed
@@ -34,7 +34,7 @@ from tasks.training.batches import optimizer_batches
 from tasks.training.precision import Masters, autocasts, fast_products, keep_in_half, make_optimizer, policy_of
 from tasks.training.state import State
 from tasks.training.steps import Shape, Step, ahead, behind, make_step
-from tasks.training.student import Student, load_for_training, shard_module, training_room
+from tasks.training.student import Student, build_objectives, load_for_training, shard_module, training_room
 
 ADAMW_NEEDS = "train adapters alone ([student.lora]), or part the student among GPUs (train.processes, train.sharding = 'full')"
 Shards = tuple[tuple[Artifact, Artifact], ...]  # rollouts and aligned
@@ -47,7 +47,7 @@ class Job:
     recipe: Recipe
     number: int
     student: ModelRef
-    teacher: ModelRef | None
+    teachers: dict[str, ModelRef]  # by name
     shards: Shards
     rewards: Artifact | None = None  # where they teach
     state: str | None  # folder of what the last round's trainer left
@@ -60,7 +60,7 @@ JOB = TypeAdapter(Job)
 def train(job: Job, folder: Path) -> None:
     """Write `student`, `trainer` and `steps.parquet` under `folder`; where several processes run this, their first does."""
     training_room(job.recipe).limit = job.most_tokens
-    trainer = Trainer(job.recipe, job.number, student=job.student, teacher=job.teacher, state=job.state)
+    trainer = Trainer(job.recipe, job.number, student=job.student, teachers=job.teachers, state=job.state)
     steps = trainer.run(job.shards, folder, job.rewards)
     if trainer.accelerator.is_main_process:
         write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
@@ -88,10 +88,10 @@ class Trainer:
     """Optimizer steps of one round; the optimizer goes on from the state that the last round left."""
 
     def __init__(
-        self, recipe: Recipe, number: int, *, student: ModelRef, teacher: ModelRef | None = None, state: str | None = None
+        self, recipe: Recipe, number: int, *, student: ModelRef, teachers: Teachers = NOBODY, state: str | None = None
     ):
         """`student` is what training starts from, `state` the folder that the last round's trainer wrote."""
-        self.recipe, self.number, self.ref = recipe, number, student
+        self.recipe, self.number, self.ref, self.teachers = recipe, number, student, [name for name in teachers if name]
         config = recipe.train
         torch.manual_seed(derive_seed(recipe.seed, "train", number))
         device = device_of(student)
@@ -110,9 +110,9 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.adapters = add_adapters(model, recipe.student.lora) if recipe.student.lora is not None else None
-        s_side, t_side = side(student), side(teacher or student)
-        self.objective = objectives.build(recipe.objective, student=s_side.vocabulary, teacher=t_side.vocabulary)
-        module: nn.Module = Student(model, self.objective, len(s_side.beta.values), config.chunk_positions, recipe.reward)
+        s_side = side(student)
+        self.objectives = build_objectives(recipe, student, teachers)
+        module: nn.Module = Student(model, self.objectives, len(s_side.beta.values), config.chunk_positions, recipe.reward)
         if config.sharding == "full":
             module = shard_module(module, model, self.accelerator, policy_of(config))
         else:
@@ -170,12 +170,12 @@ class Trainer:
         config, number = self.recipe.train, self.step
         for epoch in range(config.epochs):
             seed = derive_seed(self.recipe.seed, "batches", self.number, epoch)
-            for table in optimizer_batches(shards, config.batch_size, seed, rewards):
+            for table in optimizer_batches(shards, config.batch_size, seed, rewards, self.teachers):
                 yield self._make_step(table, number)
                 number += 1
 
     def _make_step(self, table: pa.Table, number: int) -> Step:
-        shown = self.objective.prepare(table, derive_seed(self.recipe.seed, "corrupt", number, 0, 0))
+        shown = self.objectives[0].prepare(table, derive_seed(self.recipe.seed, "corrupt", number, 0, 0))
         return make_step(shown, self._shape())
 
     def _shape(self) -> Shape:

@@ -17,9 +17,10 @@ from configs.load import dump_content
 from configs.models import STUDENT, Model, describe_teacher
 from configs.prompts import FilePrompts, GymPrompts, HubPrompts
 from configs.schema import Recipe
+from configs.teachers import suffix_of
 from storage.store import Run, round_slot
 from tasks.views.markdown import MEANING, fence, format_table, quote
-from tasks.views.rounds import find_best, format_rounds, summarise_rounds
+from tasks.views.rounds import find_best, summarise_rounds, tabulate_rounds
 
 FILE = "README.md"
 
@@ -54,9 +55,9 @@ def render_card(run: Run, number: int, *, where: str) -> str:
         number=number,
         recipe=recipe,
         student=_Source(recipe.student),
-        teacher=recipe.teacher and _Source(recipe.teacher),
+        teachers=[_Source(teacher) for teacher in teachers_of(recipe).values()],
         version=version("potstill"),
-        rounds=format_table(format_rounds(table)) if len(table) else "",
+        rounds=format_table(tabulate_rounds(run.address)) if len(table) else "",
         meaning=MEANING,
         best=find_best(table, recipe.evaluate.best),
         where=where,
@@ -67,6 +68,11 @@ def render_card(run: Run, number: int, *, where: str) -> str:
         toml=dump_content(recipe),
     )
     return f"---\n{_describe(recipe).to_yaml()}\n---\n\n{body}\n"
+
+
+def teachers_of(recipe: Recipe) -> dict[str, Model]:
+    """The teachers of a recipe by name."""
+    return {name: view.teacher for name, view in recipe.by_teacher().items() if view.teacher is not None}
 
 
 class _Source:
@@ -136,10 +142,12 @@ def _list_lineage(run: Run, recipe: Recipe, number: int, manifest: dict[str, Any
         ("this checkpoint", manifest["digest"], None),
         (_name_before(number), manifest["inputs"]["student"]["digest"], None),
     ]
-    if recipe.teacher is not None and recipe.teacher.weights == "round":
-        rows.append(("teacher", manifest["inputs"]["student"]["digest"], None))
-    elif teacher := run.manifest(round_slot(0, "evals", "teacher")):
-        rows.append(("teacher", teacher["inputs"]["model"]["digest"], None))
+    for name, config in teachers_of(recipe).items():
+        role = " ".join(filter(None, ("teacher", name)))
+        if config.weights == "round":
+            rows.append((role, manifest["inputs"]["student"]["digest"], None))
+        elif teacher := run.manifest(round_slot(0, "evals", "teacher") + suffix_of(name)):
+            rows.append((role, teacher["inputs"]["model"]["digest"], None))
     for name, slot in (("prompts", "prompts/train"), ("held-out prompts", "prompts/eval")):
         if prompts := run.manifest(slot):
             rows.append((name, prompts["digest"], prompts["rows"]))
@@ -164,10 +172,13 @@ def _list_notes(recipe: Recipe) -> Iterator[str]:
     share = recipe.rollout.on_policy
     given = "the teacher's own completions" if recipe.rollout.off_policy == "teacher" else "the references of the prompts"
     yield f"Trained on: {share:.0%} the student's own samples" + (f", {1 - share:.0%} {given}." if share < 1 else ".")
-    if about := describe_teacher(recipe.student, recipe.teacher):
-        yield f"{about[0].upper()}{about[1:]}."
-    for role, config in (("Student", recipe.student), ("Teacher", recipe.teacher)):
-        if config is None or config.model == STUDENT:
+    teachers = teachers_of(recipe)
+    for teacher in teachers.values():
+        if about := describe_teacher(recipe.student, teacher):
+            yield f"{about[0].upper()}{about[1:]}."
+    roles = {"Student": recipe.student} | {f"Teacher {name}".strip(): config for name, config in teachers.items()}
+    for role, config in roles.items():
+        if config.model == STUDENT:
             continue
         source_of = _Source(config)
         card = source_of.card

@@ -10,6 +10,7 @@ import polars as pl
 from configs.errors import BadInput
 from storage.manifests import describe_clearing
 from storage.read import scan
+from storage.schemas import TEACHER
 from storage.store import Run
 from tasks.rows.accounts import summarise_account
 from tasks.tokens.align import Kind
@@ -78,13 +79,16 @@ def show_round(run: str, number: int) -> dict[str, list[dict[str, Any]]]:
     )  # fmt: skip
     cleared = {table: gone for table in ("rollouts", "scores") if (gone := list_cleared(run, table).get(number))}
     title = f"The first {len(shown)} of {len(rollouts)} rollouts (log_ratio: log P_student − log P_teacher, in nats)"
+    keys = ["status", *[TEACHER] * (TEACHER in aligned.columns)]
     return {
-        "Bytes of the completions": aligned.group_by("status").agg(pl.len().alias("rollouts"), *counts).to_dicts(),
+        "Bytes of the completions": aligned.group_by(keys, maintain_order=True)
+        .agg(pl.len().alias("rollouts"), *counts)
+        .to_dicts(),
         "Units": [
             {"kind": Kind(row["kind"]).name.lower(), "units": row["len"], "share": f"{row['len'] / kinds['len'].sum():.1%}"}
             for row in kinds.to_dicts()
         ],
-        "Tokens that match a token of the other side": _measure_matches(run, number, rollouts),
+        "Tokens that match a token of the other side": _list_matches(run, number, rollouts, aligned),
         "Retokenisation drift": [
             {"source": source, "rollouts": count, "share whose ids differ from the text's encoding": f"{share:.1%}"}
             for source, count, share in drift.iter_rows()
@@ -108,9 +112,22 @@ def count_kept(run: str, number: int) -> list[dict[str, Any]]:
     ]
 
 
-def _measure_matches(run: str, number: int, rollouts: pl.DataFrame) -> list[dict[str, Any]]:
+def _list_matches(run: str, number: int, rollouts: pl.DataFrame, aligned: pl.DataFrame) -> list[dict[str, Any]]:
     """Shares of emitted tokens, and of the teacher's mass in its top k, that match an id of the other side (MATHS.md §2)."""
-    vocab = scan(run, "vocab").filter(pl.col("match_id") >= 0).select("side", "token_id").collect()
+    vocab = scan(run, "vocab").filter(pl.col("match_id") >= 0).select("side", TEACHER, "token_id").collect()
+    scores = collect_rows(run, "scores", pl.col("round") == number)
+    if TEACHER not in aligned.columns:
+        return _measure_matches(vocab, rollouts, scores)
+    lines = []
+    for (name,), own in aligned.group_by(TEACHER, maintain_order=True):
+        ids = own["rollout_id"].implode()
+        some = scores.filter(pl.col("rollout_id").is_in(ids)) if len(scores) else scores
+        rows = _measure_matches(vocab.filter(teacher_name=name), rollouts.filter(pl.col("rollout_id").is_in(ids)), some)
+        lines += [{"rows of": name, **row} for row in rows]
+    return lines
+
+
+def _measure_matches(vocab: pl.DataFrame, rollouts: pl.DataFrame, scores: pl.DataFrame) -> list[dict[str, Any]]:
     known = {side: frame["token_id"] for (side,), frame in vocab.group_by("side")}
 
     def format_share(ids: pl.Series, side: str, mass: pl.Series | None = None) -> str:
@@ -122,7 +139,6 @@ def _measure_matches(run: str, number: int, rollouts: pl.DataFrame) -> list[dict
         return table["token_ids"].explode().drop_nulls()  # dropped rows have none
 
     lines = [{"side": "student", "of": "emitted tokens", "share": format_share(tokens_of(rollouts), "student")}]
-    scores = collect_rows(run, "scores", pl.col("round") == number)
     if len(scores):
         lines.append({"side": "teacher", "of": "emitted tokens", "share": format_share(tokens_of(scores), "teacher")})
         if scores["top_ids"].null_count() < len(scores):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import polars as pl
 
-from tasks.views.inspect import collect_rows
+from tasks.views.inspect import collect_rows, open_run
 from tasks.views.rounds import summarise_rounds
 
 
@@ -23,8 +23,10 @@ def list_metrics(run: str, number: int) -> Iterator[tuple[int, dict[str, float]]
     if number:
         gates = collect_rows(run, "gates", selected)
         figures |= _name_figures("gates", dict(zip(gates["gate"], gates["value"], strict=True)) if len(gates) else {})
-    for row in summarise_rounds(run).filter(selected).drop("round").iter_rows(named=True):
-        figures |= _name_figures(row.pop("model"), row)
+    recipe = open_run(run).frozen_recipe()
+    for name in ("", *(teacher.name for teacher in (recipe.teachers if recipe else ()))):
+        for row in summarise_rounds(run, name).filter(selected).drop("round").iter_rows(named=True):
+            figures |= _name_figures("/".join(filter(None, (row.pop("model"), name))), row)
     yield last, figures
 
 

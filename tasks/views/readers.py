@@ -8,10 +8,11 @@ from configs.errors import BadInput, Damaged
 from configs.load import inherit_overrides, load_recipe
 from configs.models import Model
 from configs.schema import Recipe
+from configs.teachers import choose_teacher, suffix_of
 from storage.store import Run, round_slot
 from tasks.models.reference import ModelRef, local_name, refer_as_used
 from tasks.models.text import Side, side
-from tasks.rows.messages import load_prompts
+from tasks.rows.messages import Prompt, load_prompts
 
 Row = dict[str, Any]
 
@@ -31,10 +32,17 @@ class Readers:
         return self._load("student", lambda: _find_student(self.run, self.recipe))
 
     @cached_property
-    def teacher(self) -> Side | None:
-        """None where there is none, or where its tokenizer is gone."""
-        config = self.recipe.teacher
-        return None if config is None else self._load("teacher", lambda: _find_teacher(self.run, self.recipe, config))
+    def _teachers(self) -> dict[str, Side | None]:
+        return {name: self._find(name, view) for name, view in self.recipe.by_teacher().items()}
+
+    def _find(self, name: str, view: Recipe) -> Side | None:
+        config = view.teacher
+        return None if config is None else self._load("teacher", lambda: _find_teacher(self.run, view, config, name))
+
+    def teacher_of(self, prompt: Prompt) -> Side | None:
+        """The side of the teacher that grades a prompt's rows; None where there is none, or where its tokenizer is gone."""
+        at = choose_teacher(self.recipe.teachers, prompt.fields)
+        return self._teachers[self.recipe.teachers[at].name if at is not None else ""]
 
     def _load(self, role: str, find: Callable[[], ModelRef]) -> Side | None:
         try:
@@ -49,9 +57,10 @@ class Readers:
         Where both are one text, the student's alone.
         """
         shown = {} if self.student is None else {"student": self.student.spell(rollout["prompt_token_ids"])}
-        if self.teacher is not None:
+        (asked,) = load_prompts([prompt])
+        if (teacher := self.teacher_of(asked)) is not None:
             try:
-                text = self.teacher.show(*load_prompts([prompt])[0])
+                text = teacher.show(*asked)
             except BadInput as error:  # its template is another one now
                 self.missing["teacher"] = str(error)
             else:
@@ -61,7 +70,8 @@ class Readers:
     def list_texts(self, rollout: Row, prompt: Row) -> list[Row]:
         """The same as rows for people, with why a side's text cannot be shown."""
         shown = self.show(rollout, prompt)
-        alike = self.teacher is not None and "teacher" not in shown | self.missing
+        taught = self.teacher_of(load_prompts([prompt])[0]) is not None
+        alike = taught and "teacher" not in shown | self.missing
         rows = [{"side": "both" if alike else role, "text": text} for role, text in shown.items()]
         return rows + [{"side": role, "text": f"cannot be shown: {why}"} for role, why in self.missing.items()]
 
@@ -74,12 +84,12 @@ def _find_student(run: Run, recipe: Recipe) -> ModelRef:
     return ModelRef(*_find_model(run, recipe, recipe.student), rendering="plain")
 
 
-def _find_teacher(run: Run, recipe: Recipe, config: Model) -> ModelRef:
+def _find_teacher(run: Run, recipe: Recipe, config: Model, name: str) -> ModelRef:
     if recipe.self_taught:
         own = _find_student(run, recipe)
         return refer_as_used(config, own.path, own.digest, committed=own.committed)
     path, digest = _find_model(run, recipe, config)
-    evaluated = run.manifest(round_slot(0, "evals", "teacher"))
+    evaluated = run.manifest(round_slot(0, "evals", "teacher") + suffix_of(name))
     return refer_as_used(config, path, evaluated["inputs"]["model"]["digest"] if evaluated else digest)
 
 

@@ -8,8 +8,8 @@ import jinja2
 import polars as pl
 import vl_convert
 
+from configs.gates import Gates
 from configs.load import dump_recipe
-from configs.schema import Gates
 from storage.read import scan
 from storage.store import Run
 from tasks.gates.gate import limit_figure
@@ -18,7 +18,7 @@ from tasks.views.charts import draw_charts
 from tasks.views.escapes import LONGEST, escape_controls, shorten
 from tasks.views.inspect import collect_rows, show_prompts
 from tasks.views.readers import Readers
-from tasks.views.rounds import format_rounds, summarise_rounds
+from tasks.views.rounds import summarise_rounds, tabulate_rounds
 
 FILE = "report.html"
 SHOWN = 8  # prompts, and rollouts of each kind
@@ -57,7 +57,7 @@ def render_report(run: Run) -> str:
         toml=dump_recipe(recipe),
         address=run.address,
         done=done,
-        rounds=format_rounds(rounds),
+        rounds=tabulate_rounds(run.address),
         charts=draw_charts(run, rounds) if len(rounds) else {},
         vega=_bundle_vega(),
         prompts=show_prompts(run.address),

@@ -7,6 +7,7 @@ import polars as pl
 
 from configs.errors import BadInput
 from storage.read import scan
+from storage.schemas import TEACHER
 from tasks.tokens.align import Kind
 from tasks.views.inspect import collect_rows, list_cleared, open_run
 from tasks.views.readers import Readers
@@ -29,11 +30,12 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
         raise BadInput(f"{run}: rollout '{rollout_id}' is not aligned yet; continue the run first")
     aligned = aligned_rows[0]
     # what it was drawn with is another law's where sampling had a temperature, top_p or top_k
-    student = _pieces_of(run, "student", row["token_ids"], row.get("model_logprobs") or row["logprobs"])
+    name = aligned.get(TEACHER) or ""
+    student = _pieces_of(run, "student", row["token_ids"], row.get("model_logprobs") or row["logprobs"], name)
     teacher: list[Piece] = []
     if aligned["teacher_logprobs"] is not None:
         for scores in collect_rows(run, "scores", selected).to_dicts():  # none where they were cleared
-            teacher = _pieces_of(run, "teacher", scores["token_ids"], scores["logprobs"])
+            teacher = _pieces_of(run, "teacher", scores["token_ids"], scores["logprobs"], name)
     lines: list[dict[str, Any]] = []
     s_start = t_start = 0
     for unit, (s_end, t_end, kind) in enumerate(
@@ -47,7 +49,7 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
     about = {
         "rollout": rollout_id,
         "source": row["source"],
-        "scored by": name_teacher(readers.recipe, row["round"]),
+        "scored by": name_teacher(readers.recipe.by_teacher()[name], row["round"]) + f" {name}" * bool(name),
         "text": row["text"],
         "reference": prompt["reference"],
         "finish": row["finish_reason"],
@@ -59,8 +61,8 @@ def show_rollout(run: str, rollout_id: str) -> dict[str, list[dict[str, Any]]]:
     return {"Rollout": [about], "The prompt, as each side read it": read, "Tokens (log-probs in nats)": lines}
 
 
-def _pieces_of(run: str, side: str, ids: list[int], logprobs: list[float] | None) -> list[Piece]:
-    vocab = scan(run, "vocab").filter(pl.col("side") == side).select("token_id", "bytes", "role")
+def _pieces_of(run: str, side: str, ids: list[int], logprobs: list[float] | None, teacher: str) -> list[Piece]:
+    vocab = scan(run, "vocab").filter(pl.col("side") == side, pl.col(TEACHER) == teacher).select("token_id", "bytes", "role")
     rows = {row["token_id"]: row for row in vocab.filter(pl.col("token_id").is_in(ids)).collect().to_dicts()}
     pieces = [f"<{rows[i]['role']}>" if rows[i]["bytes"] is None else _format_piece(rows[i]["bytes"]) for i in ids]
     return list(zip(pieces, itertools.repeat(None) if logprobs is None else logprobs))

@@ -6,13 +6,16 @@ import polars as pl
 
 from configs.schema import Recipe
 from storage.read import scan
-from storage.schemas import LEFT_OUT
+from storage.schemas import LEFT_OUT, TEACHER
 from tasks.views.estimates import Estimate, estimate_accuracy
 from tasks.views.inspect import open_run
 
 
-def summarise_rounds(run: str) -> pl.DataFrame:
+def summarise_rounds(run: str, teacher_name: str = "") -> pl.DataFrame:
     """The teacher, the student before training, and the student after each round, with 95% intervals.
+
+    Of several teachers each answers the prompts of its own rows, and together they are the teacher; with a `teacher_name`, all
+    figures are those of its rows.
 
     `recovered` is the share of the teacher's lead in sampled accuracy that the student has gained since round 0.
     `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats per byte. `tokens` is the mean length of
@@ -23,7 +26,9 @@ def summarise_rounds(run: str) -> pl.DataFrame:
         evals = scan(run, "evals").collect()
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return pl.DataFrame()  # a run that has only begun
-    supervised = dict(sum_bytes(run).select("round", "supervised").iter_rows())
+    if teacher_name:
+        evals = evals.filter(teacher_name=teacher_name)
+    supervised = dict(sum_bytes(run, teacher_name).select("round", "supervised").iter_rows())
     recipe = open_run(run).frozen_recipe()
     estimates: dict[tuple[str, int, str], Estimate] = {}
     rows = []
@@ -74,14 +79,17 @@ def _divergence_of(evals: pl.DataFrame) -> float | None:
     return log_ratio / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
 
 
-def sum_bytes(run: str) -> pl.DataFrame:
-    """One row per round: shares of the bytes of completions that went on: supervised, unmatched, dropped, in the tail."""
+def sum_bytes(run: str, teacher_name: str = "") -> pl.DataFrame:
+    """One row per round: shares of the bytes of completions that went on: supervised, unmatched, dropped, in the tail.
+
+    With a `teacher_name`, of the rows that this teacher grades.
+    """
     names = ["supervised", "unmatched", "dropped", "tail"]
     sums = [pl.col(f"{name}_bytes").cast(pl.Int64).sum().alias(name) for name in names]
     try:
         table = (
             scan(run, "aligned")
-            .filter(pl.col("status") != LEFT_OUT)
+            .filter(pl.col("status") != LEFT_OUT, pl.col(TEACHER) == teacher_name if teacher_name else True)
             .group_by("round")
             .agg(sums)
             .sort("round")
@@ -102,6 +110,15 @@ def find_best(table: pl.DataFrame, figure: str) -> int | None:
     trained = table.filter(pl.col("model") == "student", pl.col("round") > 0, pl.col(figure).is_not_null())
     best = trained.sort(figure, "round", descending=[figure != "divergence", False]).head(1)
     return None if best.is_empty() else int(best["round"][0])
+
+
+def tabulate_rounds(run: str) -> list[dict[str, Any]]:
+    """The figures of a run for people: of all rows, and behind them of each teacher's where there are several."""
+    recipe, rows = open_run(run).frozen_recipe(), format_rounds(summarise_rounds(run))
+    if recipe is None or not recipe.teachers or not rows:
+        return rows
+    tables = {"all": rows} | {t.name: format_rounds(summarise_rounds(run, t.name)) for t in recipe.teachers}
+    return [{"rows of": name, **row} for name, table in tables.items() for row in table]
 
 
 def format_rounds(table: pl.DataFrame) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from tasks.views.charts import draw_charts
 from tasks.views.escapes import shorten
 from tasks.views.markdown import MEANING, format_table, quote
 from tasks.views.report import collect_answers
-from tasks.views.rounds import format_rounds, summarise_rounds
+from tasks.views.rounds import summarise_rounds, tabulate_rounds
 
 LONGEST = 200  # characters of a text in the table of answers
 
@@ -25,7 +25,7 @@ def summarise_run(run: Run, recipe: Recipe) -> str:
         f"objective {quote(recipe.objective.name)} · {done} of {recipe.rounds} rounds · in {quote(run.address)}",
     ]
     if len(rounds):
-        parts += ["## Rounds", format_table(format_rounds(rounds)), MEANING]
+        parts += ["## Rounds", format_table(tabulate_rounds(run.address)), MEANING]
         parts += ["## By round", *_draw_pictures(run, rounds)]
     if answers := collect_answers(run.address, done):
         parts += ["## The same prompts, before and after", format_table([_format_answers(row) for row in answers])]

@@ -24,7 +24,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from configs.objectives import Alm  # noqa: E402
-from configs.schema import Score  # noqa: E402
+from configs.score import Score  # noqa: E402
 from storage.schemas import ROLLOUTS, SCORES  # noqa: E402
 from tasks import objectives  # noqa: E402
 from tasks.align import align_rollouts  # noqa: E402

@@ -153,7 +153,7 @@ def steps(kind: str, names: list[str], chunk: int) -> dict[str, Callable[[], tor
         if name == PLAIN:
             made[name] = partial(plain, model, batch, size, chunk)
         else:
-            made[name] = partial(Student(model, objective, size, chunk), batch.ids, batch)
+            made[name] = partial(Student(model, [objective], size, chunk), batch.ids, batch)
     return made
 
 

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from configs.schema import Score  # noqa: E402
+from configs.score import Score  # noqa: E402
 from storage.schemas import SCORES  # noqa: E402
 from storage.store import write_parquet  # noqa: E402
 from tasks.engines.base import Sampling  # noqa: E402

@@ -15,9 +15,9 @@ from helpers import CHECKOUT, TINY
 from huggingface_hub.utils import _cache_assets as assets
 from prefect import flow, task
 
+from configs.compute import Compute
 from configs.errors import Unavailable
 from configs.load import load_recipe
-from configs.schema import Compute
 from flows import compute
 from flows.compute import accelerators_of, hold_accelerators, run_in_time
 from flows.distill import distill

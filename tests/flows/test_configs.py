@@ -51,11 +51,11 @@ def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
         return make_reference(config, str(stand_in(tokenizer, tmp_path / tokenizer)))
 
     known = "deepseek_v3" if student == "smollm2" else student  # SmolLM2 has its tokenizer with its weights: `make models`
-    refs = {"student": ref(recipe.student, known)}
+    made = ref(recipe.student, known)
     assert recipe.teacher is not None
     own = recipe.self_taught
-    refs["teacher"] = make_reference(recipe.teacher, refs["student"].path) if own else ref(recipe.teacher, "qwen3")
-    gates = {gate.name: gate for gate in examine(recipe, 8, **refs)}
+    teacher = make_reference(recipe.teacher, made.path) if own else ref(recipe.teacher, "qwen3")
+    gates = {gate.name: gate for gate in examine(recipe, 8, student=made, teachers={"": teacher})}
     assert {name for name, gate in gates.items() if gate.ok is False} <= {"student: chance", "teacher: chance", "truncated"}
     assert gates["student: template"].ok
     assert gates["teacher: template"].ok

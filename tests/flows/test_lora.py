@@ -72,7 +72,7 @@ def test_going_on_is_exact(recipe, changes, models, tmp_path):
         [tuple(run.find(f"round=000{n}/{table}/part-0000{part}") for table in ("rollouts", "aligned")) for part in (0, 1)]
         for n in (1, 2)
     ]
-    trainer = Trainer(made, 1, student=base, teacher=teacher, state=None)
+    trainer = Trainer(made, 1, student=base, teachers={"": teacher}, state=None)
     saved, trainer._save = trainer._save, lambda folder: None
     first = trainer.run(shards[0], tmp_path)
     trainer.number, trainer._save = 2, saved
@@ -87,7 +87,7 @@ def test_going_on_is_exact(recipe, changes, models, tmp_path):
 
 def test_all_linear_layers_by_default(models, recipe, tmp_path):
     made = load_recipe(recipe(student={"model": str(models["student"]), "lora": {}}))
-    module = Trainer(made, 1, student=make_reference(made.student, str(models["student"])), teacher=None, state=None).module
+    module = Trainer(made, 1, student=make_reference(made.student, str(models["student"])), state=None).module
     trained = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 

@@ -161,7 +161,7 @@ def test_preflight_of_a_student_that_teaches_itself(recipe):
     loaded = load_recipe(recipe({}))
     assert loaded.teacher is not None
     student, teacher = (make_reference(config, str(loaded.student.model)) for config in (loaded.student, loaded.teacher))
-    gates = {gate.name: gate for gate in examine(loaded, 8, student=student, teacher=teacher)}
+    gates = {gate.name: gate for gate in examine(loaded, 8, student=student, teachers={"": teacher})}
     release()
     assert student == teacher
     assert gates["loss"].value == pytest.approx(0, abs=1e-4)

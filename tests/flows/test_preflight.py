@@ -19,8 +19,9 @@ import tomli_w
 from helpers import files
 
 from configs.errors import Stopped
+from configs.gates import Gates
 from configs.load import load_recipe
-from configs.schema import Gates, Recipe
+from configs.schema import Recipe
 from flows.distill import distill
 from flows.preflight import preflight
 from storage.artifacts import Artifact
@@ -106,7 +107,8 @@ def found(path: Path, student: Path | None = None, teacher: Path | None = None) 
         config = getattr(recipe, role)
         return make_reference(config, str(other or config.model))
 
-    return {gate.name: gate for gate in examine(recipe, 16, student=ref("student", student), teacher=ref("teacher", teacher))}
+    teachers = {"": ref("teacher", teacher)}
+    return {gate.name: gate for gate in examine(recipe, 16, student=ref("student", student), teachers=teachers)}
 
 
 def breached(gates: dict[str, Gate]) -> set[str]:
@@ -187,8 +189,8 @@ def test_memory_is_held_against_each_device_that_has_to_hold_it(pair):
 
     def needs(**changes) -> dict[str, float]:
         recipe = load_recipe(pair(**changes))
-        sample = Sample(recipe, pa.table({}), *(make_reference(c, str(c.model)) for c in (recipe.student, recipe.teacher)))
-        return {str(device): need for device, need in memory_needs(sample, {"student": 10, "teacher": 1000}).items()}
+        student, teacher = (make_reference(c, str(c.model)) for c in (recipe.student, recipe.teacher))
+        return {str(device): need for device, need in memory_needs(recipe, student, {student: 10, teacher: 1000}).items()}
 
     models = {role: tomllib.loads(pair().read_text())[role] for role in ("student", "teacher")}
     assert needs() == {"cpu": 4000}

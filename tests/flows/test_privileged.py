@@ -162,7 +162,8 @@ def test_keys_follow_what_a_side_reads(server, recipe, tmp_path):
 
 def test_preflight_shows_it_and_says_what_lead_compares(recipe, caplog):
     loaded = load_recipe(recipe({"template": HINTED}))
-    gates = {gate.name: gate for gate in examine(loaded, 8, **refs_of(loaded))}
+    refs = refs_of(loaded)
+    gates = {gate.name: gate for gate in examine(loaded, 8, student=refs["student"], teachers={"": refs["teacher"]})}
     shown = [record.getMessage() for record in caplog.records if "what the " in record.getMessage()]
     assert "Hint: say" not in shown[0]
     assert "Hint: say" in shown[1]

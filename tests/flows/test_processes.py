@@ -33,7 +33,7 @@ def job(models, tmp_path_factory) -> Job:
         CHECKOUT / "tests/recipes/tiny.toml", ["train.processes=2", f"student={{model='{models['student']}', device='cpu'}}"]
     )
     student = make_reference(recipe.student, str(models["student"]))
-    return Job(recipe=recipe, number=1, student=student, teacher=None, shards=(), state=None)
+    return Job(recipe=recipe, number=1, student=student, teachers={}, shards=(), state=None)
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def test_as_in_one_process(recipe, tmp_path, caplog):
 def test_a_failing_process_is_quoted(job, tmp_path):
     tmp_path.joinpath("other.parquet").write_text("no table at all")
     other = Artifact(str(tmp_path / "other.parquet"), "", 8)
-    broken = Job(recipe=job.recipe, number=1, student=job.student, teacher=None, shards=((other, other),), state=None)
+    broken = Job(recipe=job.recipe, number=1, student=job.student, teachers={}, shards=((other, other),), state=None)
     with pytest.raises(RuntimeError, match=r"(?s)2 processes failed.*process [01]:.*ArrowInvalid.*Parquet magic bytes"):
         launch(JOB.dump_json(broken).decode(), tmp_path, 2)
 

@@ -189,10 +189,9 @@ def test_no_accuracy_without_anything_to_grade_by(folder):
 def test_the_disk_that_preflight_counts_is_what_a_run_takes(folder):
     """Rollouts, scores and what is aligned of them, by row."""
     recipe = load_recipe(folder / "readers.toml")
-    refs = {
-        role: make_reference(config, str(config.model)) for role in ("student", "teacher") if (config := getattr(recipe, role))
-    }
-    (gate,) = [gate for gate in examine(recipe, 4, **refs) if gate.name == "disk"]
+    assert recipe.teacher is not None
+    student, teacher = (make_reference(config, str(config.model)) for config in (recipe.student, recipe.teacher))
+    (gate,) = [gate for gate in examine(recipe, 4, student=student, teachers={"": teacher}) if gate.name == "disk"]
     slots = [f"round=0001/{table}/part-00000" for table in ("rollouts", "scores", "aligned")]
     tables = [manifest for slot in slots if (manifest := Run(recipe.root, "readers").manifest(slot))]
     assert len(tables) == 3

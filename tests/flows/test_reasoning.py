@@ -10,7 +10,7 @@ import pytest
 from helpers import made
 
 from configs.load import validate_recipe
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from tasks.models.reference import ModelRef
 from tasks.models.text import Side
 from tasks.rollout import make_rollouts

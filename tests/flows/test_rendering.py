@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from configs.errors import BadInput
 from configs.load import load_recipe, select_content
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from flows.preflight import preflight
 from storage.artifacts import read_table
 from storage.store import Run

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tasks import align, completions, evaluate, prompts, rollout, score, train, 
 from tasks.gates.expected import find_open_tag
 from tasks.models.reference import make_reference
 from tasks.models.text import side
-from tasks.rows.round import Round, Shard
+from tasks.rows.round import Pair, Round, Shard
 from tasks.scratch import init_model, train_tokenizer
 from tasks.tokens.align import Kind
 
@@ -89,16 +90,17 @@ def run_round(path: Path) -> dict[str, pl.DataFrame]:
     student, teacher = (make_reference(config, config.model or "") for config in (given.student, given.teacher) if config)
     split = prompts.make_prompts.fn(given)
     words = vocab.match_vocabularies.fn(given, student=student, teacher=teacher)
-    round = Round(
-        recipe=given, number=1, student=student, teacher=teacher, start=student, prompts=split.train, vocabularies=words
-    )
+    pair = Pair(name="", recipe=given, teacher=teacher, vocabularies=words)
+    round = Round(recipe=given, number=1, student=student, pairs=(pair,), start=student, prompts=split.train)
     shard = Shard(0)
     if given.rollout.on_policy < 1:
         shard = completions.complete_shard.fn(round, shard)
     shard = align.align_shard.fn(round, score.score_shard.fn(round, rollout.roll_out.fn(round, shard)))
     train.train_round.fn(round, (shard,))
-    artifacts = {name: getattr(shard, name) for name in ("completions", "rollouts", "scores", "aligned")}
-    artifacts["evals"] = evaluate.evaluate_model.fn(given, 1, "student", split.eval, model=student, teacher=teacher)
+    artifacts = {name: getattr(shard, name) for name in ("rollouts", "aligned")}
+    artifacts |= {name: next(iter(getattr(shard, name)), None) for name in ("completions", "scores")}
+    evaluate_student = partial(evaluate.evaluate_model.fn, given, 1, "student", split.eval)
+    artifacts["evals"] = evaluate_student(model=student, teachers={"": teacher} if teacher else {})
     tables = {name: pl.from_arrow(read_table(artifact)) for name, artifact in artifacts.items() if artifact}
     return tables | {"steps": pl.read_parquet(Path(given.root) / given.name / "round=0001/steps/*.parquet")}  # type: ignore[dict-item]
 

@@ -26,7 +26,7 @@ from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_file
 from tasks import align, check, completions, evaluate, prompts, rewards, rollout, score, scratch, train, vocab
 from tasks.models.reference import ModelRef, make_reference
-from tasks.rows.round import Round, Shard, Vocabularies
+from tasks.rows.round import Pair, Round, Shard, Vocabularies
 
 KEPT = Path(__file__).parent / "kept"
 STUDENT, TEACHER = Path(__file__).parent / "student", Path(__file__).parent / "teacher"
@@ -93,11 +93,12 @@ def reference_to(recipe: Recipe, role: str) -> ModelRef:
     return make_reference(config, config.model)
 
 
-def round_of(recipe: Recipe, **more: Any) -> Round:
+def round_of(recipe: Recipe, head: Artifact | None = None, **more: Any) -> Round:
     student = reference_to(recipe, "student")
     words = Vocabularies(student=kept("vocab-student"), teacher=kept("vocab-teacher"))
-    given = {"recipe": recipe, "number": 1, "student": student, "start": student, "vocabularies": words}
-    return Round(**given, teacher=reference_to(recipe, "teacher"), prompts=kept("prompts-train"), **more)
+    pair = Pair(name="", recipe=recipe, teacher=reference_to(recipe, "teacher"), vocabularies=words, head=head)
+    given = {"recipe": recipe, "number": 1, "student": student, "start": student, "pairs": (pair,)}
+    return Round(**given, prompts=kept("prompts-train"), **more)
 
 
 def signal_of(objective: str) -> str:
@@ -152,11 +153,11 @@ def sampling_round(root: Path) -> Round:
 
 
 def complete(root: Path) -> pa.Table:
-    return read_shard(completions.complete_shard.fn(sampling_round(root), Shard(0)).completions)
+    return read_shard(completions.complete_shard.fn(sampling_round(root), Shard(0)).completions[0])
 
 
 def roll_out(root: Path) -> pa.Table:
-    return read_shard(rollout.roll_out.fn(sampling_round(root), Shard(0, completions=kept("completions"))).rollouts)
+    return read_shard(rollout.roll_out.fn(sampling_round(root), Shard(0, completions=(kept("completions"),))).rollouts)
 
 
 def roll_out_references(root: Path) -> pa.Table:
@@ -169,7 +170,7 @@ def score_rollouts(signal: str, one_tokenizer: bool = False) -> Callable[[Path],
 
     def make(root: Path) -> pa.Table:
         shard = Shard(0, rollouts=kept("rollouts"))
-        return read_shard(score.score_shard.fn(round_of(recipe(root, readers[0], signal)), shard).scores)
+        return read_shard(score.score_shard.fn(round_of(recipe(root, readers[0], signal)), shard).scores[0])
 
     return make
 
@@ -204,7 +205,7 @@ def align_rollouts(objective: str, signal: str) -> Callable[[Path], pa.Table]:
     def make(root: Path) -> pa.Table:
         given = recipe(root, objective, signal)
         head = score.keep_head.fn(given, reference_to(given, "teacher")) if SIGNALS[signal].needs_head else None
-        scores = kept(scored(objective, signal)) if OBJECTIVES[objective].needs_teacher else None
+        scores = (kept(scored(objective, signal)),) if OBJECTIVES[objective].needs_teacher else ()
         shard = Shard(0, rollouts=kept("rollouts"), scores=scores)
         return read_shard(align.align_shard.fn(round_of(given, head=head), shard).aligned)
 
@@ -235,8 +236,8 @@ def train_round(objective: str) -> Callable[[Path], pa.Table]:
 
 def evaluate_model(root: Path) -> pa.Table:
     given = recipe(root)
-    refs = {"model": reference_to(given, "student"), "teacher": reference_to(given, "teacher")}
-    return read_table(evaluate.evaluate_model.fn(given, 1, "student", kept("prompts-eval"), **refs))
+    student, teachers = reference_to(given, "student"), {"": reference_to(given, "teacher")}
+    return read_table(evaluate.evaluate_model.fn(given, 1, "student", kept("prompts-eval"), model=student, teachers=teachers))
 
 
 def read_shard(artifact: Artifact | None) -> pa.Table:

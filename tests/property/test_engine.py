@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from toys import SEEDS, full_logprobs, student_ref, teacher_ref, topk_scores, twin_ref
 from transformers import AutoModelForCausalLM, FalconH1Config, Lfm2Config
 
+from configs.gates import Gates
 from configs.models import Scratch
-from configs.schema import Gates
 from tasks.engines import decoding
 from tasks.engines.base import Completion, Sampling, TokenScores
 from tasks.engines.sampling import Sampler, uniforms, warpers

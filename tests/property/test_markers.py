@@ -233,7 +233,8 @@ def losses_of(shard: Shard, table: pa.Table, config: Objective) -> tuple[list[di
     for name in ("token_ids", "prompt_token_ids"):
         table = table.append_column(name, shard.rollouts[name])
     rows = [n for n, status in enumerate(table["status"].to_pylist()) if status == "ok"]
-    (span, terms), *more = collate(table.take(rows), 0, torch.device("cpu")).chunks(10**9)
+    chunk, *more = collate(table.take(rows), 0, torch.device("cpu")).chunks(10**9)
+    span, terms = chunk.at, chunk.terms
     assert not more
     logits = torch.tensor(np.concatenate([shard.s[n] for n in rows]), dtype=torch.float32, requires_grad=True)
     losses = module(logits[span], terms)
@@ -380,7 +381,8 @@ def one_tokenizer_losses(shard: Shard, config: Objective) -> torch.Tensor:
     table = align_rollouts(shard.rollouts, shard.scores, module, student=own, teacher=own)  # type: ignore[arg-type]
     for name in ("token_ids", "prompt_token_ids"):
         table = table.append_column(name, shard.rollouts[name])
-    ((span, terms),) = collate(table, 0, torch.device("cpu")).chunks(10**9)
+    (chunk,) = collate(table, 0, torch.device("cpu")).chunks(10**9)
+    span, terms = chunk.at, chunk.terms
     losses: torch.Tensor = module(torch.tensor(np.concatenate(shard.s), dtype=torch.float32)[span], terms)
     return losses
 

@@ -374,7 +374,8 @@ def test_opd_makes_an_escape_less_likely() -> None:
         torch.device("cpu"),
     )
     logits = torch.zeros(len(ids), student.size, requires_grad=True)
-    (at, terms), *more = batch.chunks(100)
+    chunk, *more = batch.chunks(100)
+    at, terms = chunk.at, chunk.terms
     assert not more
     module(logits[at], terms).sum().backward()
     assert logits.grad is not None

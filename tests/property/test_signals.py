@@ -12,7 +12,7 @@ from laws import law_at
 from toys import SEEDS, TEXTS, full_logprobs, random_split, rollouts_table, student_ref, teacher_ref
 
 from configs.objectives import Alm, Bpm, Bytes, Gold, Objective, Opd, Strict, Uld
-from configs.schema import Score
+from configs.score import Score
 from storage.schemas import ALIGNED
 from tasks import objectives
 from tasks.align import align_rollouts

@@ -73,7 +73,8 @@ def stored(rows: Rows, tmp_path: Path, objective: Objective) -> torch.Tensor:
     aligned = align_rollouts(tables["rollouts"], tables["scores"], module, student=own, teacher=other)  # type: ignore[arg-type]
     for name in ROLLOUT_COLUMNS:
         aligned = aligned.append_column(name, tables["rollouts"][name])
-    ((span, terms),) = collate(aligned, 0, CPU).chunks(10**9)
+    (chunk,) = collate(aligned, 0, CPU).chunks(10**9)
+    span, terms = chunk.at, chunk.terms
     return module(torch.from_numpy(np.concatenate(rows.s))[span], terms)
 
 

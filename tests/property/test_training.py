@@ -26,7 +26,9 @@ from training import (
 from configs.models import Model
 from configs.objectives import Alm, Bpm, Bytes, Gkd, Gold, Objective, Opd, Sft, Strict
 from configs.prompts import GymPrompts
-from configs.schema import Recipe, Rollout, Train
+from configs.rollout import Rollout
+from configs.schema import Recipe
+from configs.train import Train
 from tasks.models.text import side
 from tasks.models.weights import load_weights
 from tasks.objectives.sft import corrupt_tokens
@@ -78,8 +80,8 @@ def test_chunks(objective: Objective, positions: int) -> None:
     assert same(wanted, loss_and_gradient(student_module(objective, chunk_positions=positions), batch))
     chunks = list(batch.chunks(positions))
     assert len(chunks) > 1
-    assert sum(len(terms.start) for _, terms in chunks) == len(batch.starts)
-    assert all(span.stop - span.start <= positions or len(terms.start) == 1 for span, terms in chunks)
+    assert sum(len(chunk.terms.start) for chunk in chunks) == len(batch.starts)
+    assert all(chunk.at.stop - chunk.at.start <= positions or len(chunk.terms.start) == 1 for chunk in chunks)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=named)
@@ -146,7 +148,7 @@ def trainer(objective: Objective, **options: Any) -> Trainer:
         objective=objective,
         train=Train(**{"batch_size": 16, "micro_batch_size": 16, "schedule": "constant", **options}),
     )
-    return Trainer(recipe, 1, student=student_ref(), teacher=teacher_ref(), state=None)
+    return Trainer(recipe, 1, student=student_ref(), teachers={"": teacher_ref()}, state=None)
 
 
 def optimize(made: Trainer, table: pa.Table) -> dict[str, Any]:
@@ -249,7 +251,7 @@ def test_a_restored_trainer_goes_on_as_if_it_had_not_stopped(options: dict[str, 
     optimize(through, table)
     through._save(tmp_path)
     student = replace(student_ref(), path=str(tmp_path / "student"), digest="other")
-    again = Trainer(through.recipe, 1, student=student, teacher=teacher_ref(), state=str(tmp_path / "trainer"))
+    again = Trainer(through.recipe, 1, student=student, teachers={"": teacher_ref()}, state=str(tmp_path / "trainer"))
     assert (tmp_path / "trainer/weights.safetensors").exists() == bool(options)
     for made in (through, again):
         made.last = [optimize(made, table) for _ in range(2)]
@@ -400,7 +402,7 @@ def test_the_teachers_stop_reaches_the_student(objective: Objective, teacher) ->
         with torch.no_grad():
             head.weight[stop] += hidden * lift / hidden.square().sum()
         before = stop_probability()
-        batch = collate(training_table(module.objective, pairing(rows), rows), 0, CPU)
+        batch = collate(training_table(module.objectives[0], pairing(rows), rows), 0, CPU)
         module(batch.ids, batch).backward()
         with torch.no_grad():
             head.weight -= 1e-3 * head.weight.grad

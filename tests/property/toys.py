@@ -191,8 +191,8 @@ def training_table(objective: ObjectiveModule, paired: Pairing, rows: Rows) -> p
 def terms_of(objective: ObjectiveModule, rows: Rows, k: int | None = None) -> tuple[slice, Terms]:
     """All terms of the rows as one chunk, and the student's positions that it reads."""
     batch = collate(training_table(objective, pairing(rows, k), rows), 0, torch.device("cpu"))
-    (chunk,) = batch.chunks(10**9)
-    return chunk
+    (found,) = batch.chunks(10**9)
+    return found.at, found.terms
 
 
 def losses(objective: ObjectiveModule, rows: Rows, k: int | None = None, s: torch.Tensor | None = None) -> torch.Tensor:

@@ -86,7 +86,7 @@ def plain_rows(objective: Objective) -> pa.Table:
 def student_module(objective: Objective, teacher: ModelRef | None = None, chunk_positions: int = 10**6) -> Student:
     own, other = side(student_ref()), side(teacher or teacher_ref())
     module = objectives.build(objective, student=own.vocabulary, teacher=other.vocabulary)
-    return Student(load_weights(student_ref(), torch.float32).train(), module, len(own.beta.values), chunk_positions)
+    return Student(load_weights(student_ref(), torch.float32).train(), [module], len(own.beta.values), chunk_positions)
 
 
 def loss_and_gradient(module: Student, batch: MicroBatch, ids: torch.Tensor | None = None) -> tuple[float, torch.Tensor]:

@@ -16,8 +16,8 @@ from prefect import flow, task
 from prefect.testing.utilities import prefect_test_harness
 from ray.cluster_utils import Cluster
 
+from configs.compute import Compute
 from configs.errors import BadInput
-from configs.schema import Compute
 from flows.compute import check_compute, shard_runner
 from flows.distill import distill
 from storage.artifacts import Artifact

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from configs.models import Scratch
-from configs.schema import Rollout
+from configs.rollout import Rollout
 from storage.schemas import PROMPTS, ROLLOUTS
 from tasks.completions import make_completions
 from tasks.engines.base import Completion, Sampling

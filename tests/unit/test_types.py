@@ -10,29 +10,31 @@ CACHE = str(CHECKOUT / ".mypy_cache")  # that `make check` fills
 pytestmark = pytest.mark.slow
 
 CALLS = """
-from configs.schema import Compute, Recipe
+from configs.compute import Compute
+from configs.schema import Recipe
 from flows.compute import RunShards, run_in_time
 from storage.artifacts import Artifact
 from tasks import objectives
 from tasks.align import align_shard
 from tasks.evaluate import evaluate_model
 from tasks.models.reference import ModelRef
-from tasks.rows.round import Round, Shard, Vocabularies
+from tasks.rows.round import Pair, Round, Shard, Vocabularies
 from tasks.tokens.vocabulary import Vocabulary
 from tasks.vocab import match_vocabularies
 
 def call(recipe: Recipe, compute: Compute, s: ModelRef, t: ModelRef, a: Artifact, v: Vocabulary, run: RunShards) -> None:
     words = Vocabularies(student=a, teacher=a)
-    round = Round(recipe=recipe, number=1, student=s, teacher=t, start=s, prompts=a, vocabularies=words)
+    pair = Pair(name="", recipe=recipe, teacher=t, vocabularies=words)
+    round = Round(recipe=recipe, number=1, student=s, pairs=(pair,), start=s, prompts=a)
     run(align_shard, round, (Shard(0),))
-    run_in_time(compute, evaluate_model, recipe, 0, "student", a, model=s, teacher=t)
+    run_in_time(compute, evaluate_model, recipe, 0, "student", a, model=s, teachers={"": t})
 """
 SWAPPED = {
-    "Round(recipe, 1, t, s, s, a, words)": "Too many positional arguments",
+    "Round(recipe, 1, s, (pair,), s, a)": "Too many positional arguments",
     "Vocabularies(a, a)": "Too many positional arguments",
     "run(align_shard, (Shard(0),), round)": "Argument 2",
     "run(evaluate_model, round, (Shard(0),))": "Argument 1",
-    'run_in_time(compute, evaluate_model, recipe, 0, "student", a, t, s)': "Too many positional arguments",
+    'run_in_time(compute, evaluate_model, recipe, 0, "student", a, "", s, {"": t})': "Too many positional arguments",
     "match_vocabularies(recipe, t, s)": "No overload variant",
     "objectives.build(recipe.objective, v, v)": "Too many positional arguments",
     "Shard(a, 0)": "Argument 1",
