@@ -1,7 +1,7 @@
 """The preflight stage: a small round in memory, on a few prompts. It finds what would make a run fail or waste its time."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,15 +61,22 @@ def examine(recipe: Recipe, count: int, *, student: ModelRef | None, teachers: T
     gates = [Gate("prompts", len(prompts["train"]), detail=f"to train on, and {len(prompts['eval']):,} to evaluate on")]
     if student is None:
         return gates
-    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
-        logger.info(line)
-    trials = []
+    samples = {}
     for name, view in recipe.by_teacher().items():
         own = {split: table.filter(find_rows(recipe.teachers, table, name)) for split, table in prompts.items()}
         some = max(1, round(count * len(own["train"]) / len(prompts["train"])))
         sample = Sample(view, own["train"].slice(0, some), student, teachers.get(name))
-        trial = try_pair(sample, own, count)
-        gates += [replace(gate, name=prefix_name(name, gate.name)) for gate in trial.gates]
+        every = [row for table in own.values() for row in table.to_pylist()]
+        for role, ref in sample.sides().items():
+            gates += name_gates(name, rendering_gates(role, ref, every, recipe.rollout.max_new_tokens))
+        samples[name] = sample, own["eval"].slice(0, count)
+    for line in describe_account(field_of(recipe.prompts), split.account().to_pylist()):
+        logger.info(line)
+    roomy = not any(gate.ok is False for gate in gates if gate.name.endswith("room"))
+    trials = []
+    for name, (sample, held_out) in samples.items():
+        trial = try_pair(sample, held_out, roomy=roomy)
+        gates += name_gates(name, trial.gates)
         trials.append(trial)
     if all(trial.tables for trial in trials):
         gates += cost_gates(recipe, [(trial.sample, trial.tables) for trial in trials], sum(trial.seconds for trial in trials))
@@ -86,18 +93,23 @@ class Trial:
     seconds: float  # that these took
 
 
-def try_pair(sample: Sample, prompts: Mapping[str, pa.Table], count: int) -> Trial:
-    """Make a small round of a sample, whose `prompts` of both splits are all that its teacher grades."""
+def name_gates(teacher: str, gates: Iterable[Gate]) -> list[Gate]:
+    """Gates by the name of the one of several teachers whose rows they concern."""
+    return [replace(gate, name=prefix_name(teacher, gate.name)) for gate in gates]
+
+
+def try_pair(sample: Sample, held_out: pa.Table, *, roomy: bool) -> Trial:
+    """Make a small round of a sample, and measure the teacher's lead on `held_out` prompts.
+
+    Without room (`roomy`) the models cannot be run on such prompts, and their texts alone are looked at.
+    """
     recipe, student, teacher = sample.recipe, sample.student, sample.teacher
     gates: list[Gate] = []
-    every = [row for table in prompts.values() for row in table.to_pylist()]
-    for role, ref in sample.sides().items():
-        gates += rendering_gates(role, ref, every, recipe.rollout.max_new_tokens)
     for prompt in sample.asked[:SHOWN]:
         for role, ref in sample.sides().items():
             logger.info("what the %s reads:\n%s", role, side(ref).show(*prompt))
     gates += text_gates(sample)
-    if any(gate.ok is False for gate in gates if gate.name.endswith("room")):
+    if not roomy:
         return Trial(sample, gates, [], 0.0)
     rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample), use="sample")
     ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
@@ -125,7 +137,7 @@ def try_pair(sample: Sample, prompts: Mapping[str, pa.Table], count: int) -> Tri
         tables += [scores, aligned]
         gates += objective_gates(sample, rollouts, aligned, loss, teacher)
     if teacher is not None:
-        gates.append(measure_lead(sample, prompts["eval"].slice(0, count), teacher))
+        gates.append(measure_lead(sample, held_out, teacher))
     release()
     return Trial(sample, gates, tables, seconds)
 

@@ -100,10 +100,9 @@ def coverage_gates(aligned: list[Artifact], limits: Gates, teachers: Sequence[st
                 pl.len().alias("rows"),
             )
         )
-    whole = pl.concat(sums).group_by(TEACHER).sum()
-    found = {row[TEACHER]: row for row in whole.to_dicts()}
+    found = {row[TEACHER]: row for row in pl.concat(sums).group_by(TEACHER).sum().to_dicts()} if sums else {}
     for teacher in teachers or [""]:
-        row = found.get(teacher) or dict.fromkeys(whole.columns, 0)
+        row = found.get(teacher) or dict.fromkeys((counts[0], "bytes", "dropped", "rows"), 0)
         supervised, total, dropped, rows = (row[name] for name in (counts[0], "bytes", "dropped", "rows"))
         yield limit_figure(prefix_name(teacher, "supervised"), supervised / total if total else None, limits)
         detail = f"{dropped} of {rows} rollouts"

@@ -124,7 +124,7 @@ class Round:
 
 def teacher_inputs(round: Round) -> dict[str, Any]:
     """What goes into the keys of what one of several teachers makes: which rows are its own."""
-    return {"own": digest_json(round.own_prompts().tolist())} if round.recipe.teachers else {}
+    return {"own_prompts": digest_json(round.own_prompts().tolist())} if round.recipe.teachers else {}
 
 
 @dataclass(frozen=True, kw_only=True)

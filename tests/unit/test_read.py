@@ -50,7 +50,7 @@ def test_the_columns_are_the_schemas(root):
     assert set(frame.columns) == set(EVALS.names)
     assert frame.schema["round"] == pl.Int32
     vocab = scan(f"{root}/a", "vocab").collect()
-    assert set(vocab.columns) == {*VOCAB.names, "side"}
+    assert set(vocab.columns) == {*VOCAB.names, "side", "teacher_name"}
     assert set(vocab["side"]) <= {"student", "teacher"}
 
 
