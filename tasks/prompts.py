@@ -17,6 +17,7 @@ from tasks.rows.accounts import describe_account
 from tasks.rows.round import SplitPrompts
 from tasks.rows.sources import deal_prompts, digest_source, field_of, warn_of_few
 from tasks.rows.split import Split
+from tasks.rows.teachers import check_teachers
 from tasks.running.progress import logger
 
 CODE = 3
@@ -38,6 +39,7 @@ def make_prompts(recipe: Recipe, sides: Mapping[str, ModelRef] = MappingProxyTyp
     def deal() -> Split:
         if not dealt:
             dealt.append(deal_prompts(config, recipe.seed, judge_of(recipe, sides)))
+            check_teachers(recipe.teachers, [(row.place, row.fields) for row in (*dealt[0].train, *dealt[0].eval)])
             warn_of_few(config, dealt[0])
         return dealt[0]
 

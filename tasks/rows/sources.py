@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from string import Formatter
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from tasks.rows.teachers import check_teachers
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 
+LOOKED_AT = 64  # procedural items, to find out which rows are whose
 ATTEMPTS = 20  # procedural items drawn for each prompt wanted, before their supply counts as exhausted
 PLAIN: str = PromptSource.model_fields["template"].default
 FIELD = "prompts.template"
@@ -40,15 +42,16 @@ def check_prompts(
     """Raise BadInput where `config` cannot give prompts, or none with a reference where `references` are needed, or rows that
     `templates` (of a side, by their field) cannot be filled with, or that none of several `teachers` takes.
 
-    Every row of a file or a data set is read, of a task one item is made. What was found right is not read again.
+    Every row of a file or a data set is read; of a task one item is made, or some where there are several teachers. What was
+    found right is not read again.
     """
     if isinstance(config, GymPrompts):
         if not teachers:  # else which rows are whose is known of all of them alone
             _check_templates(templates, [next(_gym_rows(config, seed))], teachers)
             return
-        split = deal_prompts(config, seed)
-        check_teachers(teachers, [(row.place, row.fields) for row in (*split.train, *split.eval)])
-        _check_templates(templates, [*split.train, *split.eval], teachers)
+        some = list(islice(_gym_rows(config, seed), LOOKED_AT))
+        check_teachers(teachers, [(row.place, row.fields) for row in some], whole=False)
+        _check_templates(templates, some, teachers)
         return
     whose = [teacher.model_dump(mode="json", include={"name", "where"}) for teacher in teachers]
     key = digest_json([config.model_dump(mode="json"), digest_source(config), references, dict(templates), whose])
@@ -149,14 +152,17 @@ def digest_source(config: Prompts) -> list[str]:
 def load_gym_dataset(name: str, options: dict[str, Any], seed: int = 0, size: int = 1) -> Any:
     """A reasoning-gym dataset; BadInput names an unknown task or option."""
     import reasoning_gym
+    from reasoning_gym.composite import DatasetSpec
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
         near = ", ".join(sorted(d for d in DATASETS if set(name.split("_")) & set(d.split("_"))) or sorted(DATASETS)[:10])
         raise BadInput(f"prompts.task: reasoning-gym has no task '{name}'; near it: {near}")
     try:
+        if name == "composite":  # several tasks, of which each item is one's
+            options = {**options, "datasets": [DatasetSpec(**{"weight": 1, "config": {}} | s) for s in options["datasets"]]}
         return reasoning_gym.create_dataset(name, **options, seed=seed, size=size)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, KeyError, AssertionError, ValueError) as error:
         raise BadInput(f"prompts.options: {name} does not take {options}: {error}") from None
 
 

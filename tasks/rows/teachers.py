@@ -41,12 +41,16 @@ def find_rows(teachers: Sequence[Teacher], prompts: pa.Table, name: str) -> np.n
 
 
 def check_teachers(
-    teachers: Sequence[Teacher], rows: Iterable[tuple[str, Mapping[str, Any]]], *, all_taken: bool = True
+    teachers: Sequence[Teacher],
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    *,
+    all_taken: bool = True,
+    whole: bool = True,
 ) -> None:
     """Raise BadInput where a `where` names a column that no row has, or a teacher takes no row, or one is taken by none.
 
     `rows` are the fields of each behind the place where it stands. Rows that no teacher takes are left out, and no fault,
-    unless `all_taken`.
+    unless `all_taken`. Where these are not the `whole` of the rows, a teacher may take others.
     """
     if not teachers:
         return
@@ -69,7 +73,7 @@ def check_teachers(
     if untaken is not None and all_taken:
         raise BadInput(explain_untaken(teachers, untaken[1], untaken[0]))
     for teacher, count in zip(teachers, taken, strict=True):
-        if not count:
+        if whole and not count:
             raise BadInput(f"teachers.{teacher.name}: it takes no row of the prompts; correct its `where`, or leave it out")
 
 

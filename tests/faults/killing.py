@@ -17,12 +17,12 @@ from forks import CHECKOUT, Forks
 
 from storage.store import Run
 
-TINY = CHECKOUT / "tests" / "recipes" / "tiny.toml"
+TINY, TWO = (CHECKOUT / "tests" / "recipes" / f"{name}.toml" for name in ("tiny", "two"))
 
 
-def arguments(root: Path, *changes: str) -> list[str]:
-    """The run of tiny.toml under a root, and what is set in it."""
-    return ["run", str(TINY), *(word for setting in (f"root={root}", *changes) for word in ("--set", setting))]
+def arguments(root: Path, *changes: str, recipe: Path = TINY) -> list[str]:
+    """The run of tiny.toml, or of another recipe, under a root, and what is set in it."""
+    return ["run", str(recipe), *(word for setting in (f"root={root}", *changes) for word in ("--set", setting))]
 
 
 class Potstill:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from killing import (
+    TINY,
+    TWO,
     Stamp,
     Tally,
     arguments,
@@ -51,8 +53,11 @@ from flows.cli import main
 main()
 """
 VARIANTS = {
-    "hidden states, the teacher's text": ("score.signal=hidden", "rollout.off_policy=teacher", "rollout.shard_rows=24"),
-}
+    "hidden states, the teacher's text": (
+        TINY, "score.signal=hidden", "rollout.off_policy=teacher", "rollout.shard_rows=24"
+    ),
+    "two teachers, their texts": (TWO,),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -62,8 +67,9 @@ def test_killed_runs_end_as_unbroken_ones(potstill, reference, tmp_path):
     references = {"top-k, references": (arguments, reference)}
     for name, changes in VARIANTS.items() if KILLS >= 10 else ():  # fewer are a look, not a search
 
-        def changed(root: Path, changes: tuple[str, ...] = changes) -> list[str]:
-            return arguments(root, *changes)
+        def changed(root: Path, changes: tuple[Path | str, ...] = changes) -> list[str]:
+            recipe, *settings = changes
+            return arguments(root, *map(str, settings), recipe=Path(recipe))
 
         references[name] = (changed, unbroken(potstill, tmp_path / "unbroken" / name.replace(" ", "-"), changed))
     number = 0

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from helpers import CHECKOUT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from configs.load import load_recipe
+from tasks.gates.gate import prefix_name
 from tasks.models.reference import ModelRef, make_reference
 from tasks.preflight import examine
 from tasks.rows.scorers import make_scorer
@@ -40,7 +42,10 @@ def stand_in(tokenizer: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "student"), [("countdown", "llama3"), ("gsm8k", "smollm2"), ("self-distillation", "qwen3")])
+@pytest.mark.parametrize(
+    ("name", "student"),
+    [("countdown", "llama3"), ("gsm8k", "smollm2"), ("self-distillation", "qwen3"), ("two-teachers", "smollm2")],
+)
 def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
     """Untrained weights know nothing and stop nowhere; all that depends on tokenizers, templates, room and engines holds."""
     fetch.main(["tokenizers"])
@@ -52,14 +57,19 @@ def test_recipes_of_hub_models_on_stand_ins(tmp_path, name, student):
 
     known = "deepseek_v3" if student == "smollm2" else student  # SmolLM2 has its tokenizer with its weights: `make models`
     made = ref(recipe.student, known)
-    assert recipe.teacher is not None
-    own = recipe.self_taught
-    teacher = make_reference(recipe.teacher, made.path) if own else ref(recipe.teacher, "qwen3")
-    gates = {gate.name: gate for gate in examine(recipe, 8, student=made, teachers={"": teacher})}
-    assert {name for name, gate in gates.items() if gate.ok is False} <= {"student: chance", "teacher: chance", "truncated"}
-    assert gates["student: template"].ok
-    assert gates["teacher: template"].ok
-    assert gates["student: spelled"].value == gates["teacher: spelled"].value == 1
+    teachers = {}
+    for (of, view), tokenizer in zip(recipe.by_teacher().items(), ("qwen3", "llama3")):
+        assert view.teacher is not None
+        own = view.self_taught
+        teachers[of] = make_reference(view.teacher, made.path) if own else ref(view.teacher, tokenizer)
+    gates = {gate.name: gate for gate in examine(recipe, 8, student=made, teachers=teachers)}
+    untrained = ("student: chance", "teacher: chance", "truncated")
+    assert {name for name, gate in gates.items() if gate.ok is False} <= {
+        prefix_name(of, gate) for of in teachers for gate in untrained
+    }
+    for of, role in product(teachers, ("student", "teacher")):
+        assert gates[prefix_name(of, f"{role}: template")].ok
+        assert gates[prefix_name(of, f"{role}: spelled")].value == 1
 
 
 def test_countdown_grades_a_model_that_reasons_first():

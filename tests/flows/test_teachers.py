@@ -21,6 +21,7 @@ from storage.store import Run
 from tasks.models.reference import make_reference
 from tasks.models.text import side
 from tasks.preflight import examine
+from tasks.rows.scorers import make_grader
 from tasks.views.card import render_card
 from tasks.views.inspect import show_round
 from tasks.views.metrics import list_metrics
@@ -226,7 +227,6 @@ WRONG = {
         {},
         ["teachers.a.where.wordlen: no row of the prompts has this column; there are ", "word_len"],
     ),
-    "takes no row": ([{"name": "a", "where": {"word_len": 99}}, {"name": "b"}], {}, ["teachers.a: it takes no row"]),
     "never reached": ([{"name": "a"}, {"name": "b", "where": LONG}], {}, ["'a' has no `where`", "'b' behind it"]),
     "empty list": (
         [{"name": "a", "where": {"word_len": []}}, {"name": "b"}],
@@ -290,3 +290,47 @@ def test_paths_give_their_rows_a_column(teachers, tmp_path):
     )
     graded = scan(run, "rollouts").collect().join(scan(run, "scores").collect(), on="rollout_id").join(asked, on="prompt_id")
     assert set(graded.select("kind", "teacher_name").iter_rows()) == {("sums", "a"), ("word", "b")}
+
+
+def test_a_teacher_that_takes_no_row(teachers, potstill, tmp_path):
+    """Of a file before anything is made, of a task once its prompts are."""
+    several = [{"name": "a", "where": {"word_len": 99}}, {"name": "b"}]
+    refused(potstill("run", teachers(*several)), "teachers.a: it takes no row of the prompts")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"dog {n}", "word_len": n}) + "\n" for n in range(40)))
+    path = teachers(*several, prompts={"source": "file", "path": str(data), "eval": 8}, name="file")
+    refused(potstill("run", path), "teachers.a: it takes no row of the prompts")
+    assert not (tmp_path / "runs" / "file").exists()
+
+
+def test_a_teacher_without_a_held_out_row(teachers, tmp_path):
+    """It is not evaluated on anything, and teaches."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"dog {n}", "kind": n % 2, "reference": "x"}) + "\n" for n in range(40)))
+    several = [{"name": "a", "where": {"kind": 0}}, {"name": "b"}]
+    source = {"source": "file", "path": str(data), "eval": 1}
+    run = Path(distill(str(teachers(*several, prompts=source, rollout__prompts=16)), rounds=1)["run"])
+    evals = scan(str(run), "evals").collect()
+    assert evals["teacher_name"].n_unique() == 1
+    assert scan(str(run), "scores").collect()["teacher_name"].n_unique() == 2
+    assert {row["rows of"] for row in tabulate_rounds(str(run))} == {"all", *evals["teacher_name"].unique()}
+    assert render_report(Run(str(run.parent), run.name))
+
+
+def test_a_mix_of_tasks(teachers, tmp_path):
+    """reasoning-gym's `composite`: which of the tasks an item is of is a column of its row."""
+    words = {"min_word_len": 3, "max_word_len": 6}
+    tasks = [{"name": "spell_backward", "config": words}, {"name": "chain_sum", "config": {"max_terms": 2, "max_digits": 1}}]
+    source = {"source": "reasoning-gym", "task": "composite", "options": {"datasets": tasks}, "train": 32, "eval": 8}
+    source["template"] = "{source_index} {source_dataset:.5}"  # short, for a small context
+    several = [{"name": "words", "where": {"source_dataset": "spell_backward"}}, {"name": "sums"}]
+    run = distill(str(teachers(*several, prompts=source, rollout__prompts=16, rollout__off_policy="reference")), rounds=1)[
+        "run"
+    ]
+    asked = scan(run, "prompts").collect()
+    kinds = [json.loads(m)["entry"]["metadata"]["source_dataset"] for m in asked["metadata"]]
+    table = scan(run, "rollouts").collect().join(asked.select("prompt_id", kind=pl.Series(kinds)), on="prompt_id")
+    graded = table.join(scan(run, "scores").collect(), on="rollout_id")
+    assert set(graded.select("kind", "teacher_name").iter_rows()) == {("spell_backward", "words"), ("chain_sum", "sums")}
+    right = asked.filter(split="eval").to_dicts()[0]
+    assert make_grader("task")([right["reference"]], right) == 1
