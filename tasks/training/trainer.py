@@ -60,7 +60,8 @@ JOB = TypeAdapter(Job)
 def train(job: Job, folder: Path) -> None:
     """Write `student`, `trainer` and `steps.parquet` under `folder`; where several processes run this, their first does."""
     training_room(job.recipe).limit = job.most_tokens
-    trainer = Trainer(job.recipe, job.number, student=job.student, teacher=job.teacher, state=job.state)
+    with insist("training: out of memory while the student is loaded", ADAMW_NEEDS):
+        trainer = Trainer(job.recipe, job.number, student=job.student, teacher=job.teacher, state=job.state)
     steps = trainer.run(job.shards, folder, job.rewards)
     if trainer.accelerator.is_main_process:
         write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
@@ -175,8 +176,7 @@ class Trainer:
                 number += 1
 
     def _make_step(self, table: pa.Table, number: int) -> Step:
-        shown = self.objective.prepare(table, derive_seed(self.recipe.seed, "corrupt", number, 0, 0))
-        return make_step(shown, self._shape())
+        return make_step(self.objective.prepare(table, derive_seed(self.recipe.seed, "corrupt", number, 0, 0)), self._shape())
 
     def _shape(self) -> Shape:
         config, accelerator = self.recipe.train, self.accelerator
