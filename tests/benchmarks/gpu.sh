@@ -7,7 +7,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 WORK=${WORK:-/tmp/potstill-gpu}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ -n "${SMALL:-}" ]; then
-    SHAPE=--small LOSS="--rows 2 --tokens 32 --repeats 1" GENERATE="--rows 4 --prompt 8 --tokens 4 --repeats 1"
+    SHAPE=--small LOSS="--rows 2 --tokens 32 --repeats 1 --times-alone" GENERATE="--rows 4 --prompt 8 --tokens 4 --repeats 1"
     SCORE="--rows 4 --tokens 32 --repeats 1" DRAW="--rows 4 --repeats 2" TRAIN="--rows 4 --length 32 --micro 2 --repeats 1"
     ENGINES="--samples 1 --tokens 4" ROUND="--rounds 1 --prompts 4 --tokens 8 --batch 4" ROUNDS=0 DTYPE=float32
 else

@@ -2,9 +2,9 @@
 
 One step is the forward and backward pass of the student, its head and the objective over 4 rows of 256 tokens of real
 text, with SmolLM2's vocabulary under Qwen 3's. Cross-entropy runs over chunks of as many positions, checkpointed, through
-the same head. Steps are interleaved; times are medians; memory is the peak above the model, its gradients and the batch,
-each in a process of its own (on Linux). `--student head64` is a student that is hardly more than its head. On a GPU weights are
-cast to bfloat16 where they are used.
+the same head. Steps are interleaved; times are medians; memory is the peak above the model, its gradients and the batch, on a
+CPU each in a process of its own (on Linux). `--student head64` is a student that is hardly more than its head. On a GPU weights
+are cast to bfloat16 where they are used.
 """
 
 import argparse
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="positions whose logits exist at once")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", nargs="*", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--times-alone", action="store_true", help="without memory, which takes a process for each")
     parser.add_argument("--peak", choices=[PLAIN, *OBJECTIVES], help="print this one's peak memory in bytes, nothing else")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -221,13 +222,14 @@ def main() -> None:
             took = seconds(forward)
             if repeat:  # the first warms up
                 times[name].append(took)
+    peaks = {name: peak(forward) for name, forward in made.items()} if DEVICE.type == "cuda" else {}
     del made
     middle = {name: median(values) for name, values in times.items()}
     title = f"{given.student}, {given.threads} threads, chunks of {given.chunk} positions, medians of {given.repeats}"
     table = Table("objective", "seconds", "times cross-entropy", "peak MB", title=title)
     for name in names:
-        memory = "-"
-        if Path("/proc/self/clear_refs").exists():
+        memory = f"{peaks[name] / 1e6:.0f}" if peaks else "-"
+        if not peaks and not given.times_alone and Path("/proc/self/clear_refs").exists():
             again = [sys.executable, __file__, "--peak", name, *sys.argv[1:]]
             memory = f"{int(subprocess.run(again, check=True, stdout=subprocess.PIPE).stdout) / 1e6:.0f}"
         table.add_row(name, f"{middle[name]:.3f}", f"{middle[name] / middle[PLAIN]:.2f}", memory)

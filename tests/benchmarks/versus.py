@@ -49,6 +49,7 @@ def through_trl(prompts: list[str], given: Any, learning_rate: float, micro: int
         "micro": micro,
         "learning_rate": learning_rate,
         "threads": torch.get_num_threads(),
+        "cpu_time": given.cpu_time,
     }
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     script = Path(__file__).with_name("trl_round.py")
