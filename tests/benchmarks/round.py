@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of an optimizer step")
     parser.add_argument("--set", nargs="*", default=[], help="more of the recipe, such as student.engine=vllm")
     parser.add_argument("--versus", choices=["trl"])
+    parser.add_argument("--no-bounds", action="store_true", help="leave them out, as --versus does")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count seconds of all threads: without disks and what else the machine does"
     )
@@ -258,7 +259,7 @@ def main() -> None:
         clock._count()
         clock.next()
         run, most = Run(f"{place}/runs", "round"), versus.peak()
-        least = {} if given.versus else bounds(clock.calls[-3], given.batch, given.tokens)
+        least = {} if given.versus or given.no_bounds else bounds(clock.calls[-3], given.batch, given.tokens)
         show(clock, dict(run.manifests()), least, ready, server)
         if given.versus:
             spent, taken = clock.parts[-3], run.manifest(round_slot(given.rounds, "steps", part(0)))
