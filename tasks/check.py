@@ -25,7 +25,7 @@ from tasks.models.weights import count_weights
 from tasks.rows.round import Round, Shard
 from tasks.running.progress import logger
 
-CODE = 2
+CODE = 3
 CPU = torch.device("cpu")
 
 

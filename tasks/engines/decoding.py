@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 256  # tokens
+MASK = 2**26  # entries of an attention mask, which is [rows, tokens that are read, tokens so far]
 
 
 class GrowingLayer(DynamicLayer):
@@ -39,6 +40,9 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = self.buffers
 
 
+IN_PARTS = {GrowingLayer, DynamicSlidingWindowLayer}  # layers that read several tokens behind others
+
+
 class Decoder:
     """A model with the state of some rows. Each distinct prompt is computed once, whatever the number of its rows."""
 
@@ -56,7 +60,7 @@ class Decoder:
             self.places = (self.mask.cumsum(-1) - 1).clamp(min=0)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
-        self.hidden = self._read(ids)
+        self.hidden = self._read_prompts(ids)
         if len(distinct) < len(prompts):
             index = {prompt: i for i, prompt in enumerate(distinct)}
             self.keep(torch.tensor([index[tuple(prompt)] for prompt in prompts], device=device))
@@ -66,7 +70,7 @@ class Decoder:
         if self.mask is not None and self.places is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
             self.places = self.places[:, -1:] + 1
-        self.hidden = self._read(ids[:, None])
+        self.hidden = self._read(ids[:, None], self.mask, self.places)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows, int64; a row may be named several times."""
@@ -75,10 +79,21 @@ class Decoder:
         if self.mask is not None and self.places is not None:
             self.mask, self.places = self.mask[rows], self.places[rows]
 
-    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+    def _read_prompts(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read prompts, in parts where the mask of the whole would be large. A recurrent state takes the whole alone."""
+        if self.mask is None or self.places is None:
+            return self._read(ids, None, None)
+        whole = not {type(layer) for layer in self.cache.layers} <= IN_PARTS
+        by = self.width if whole else max(MASK // ids.numel(), 1)
+        for start in range(0, self.width, by):
+            part = slice(start, start + by)
+            hidden = self._read(ids[:, part], self.mask[:, : part.stop], self.places[:, part])
+        return hidden
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, places: torch.Tensor | None) -> torch.Tensor:
         given = {
-            "attention_mask": self.mask,
-            "position_ids": self.places,
+            "attention_mask": mask,
+            "position_ids": places,
             "past_key_values": self.cache,
             "cache_params": self.cache,  # what Mamba calls it
         }

@@ -43,7 +43,7 @@ class TransformersEngine:
         """Load the model where it is not, once there is room for it. It counts as used now."""
         if self._model is None:
             make_room(self.device, count_weights(self.ref) * dtype_of(self.ref).itemsize)
-            model = load_weights(self.ref).eval().to(self.device)
+            model = load_weights(self.ref, device=self.device).eval()
             check_head(model, self.ref.path, self.size)
             self._model = model
         hold(self)

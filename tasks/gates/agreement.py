@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 
 from tasks.engines.base import Sampling
 from tasks.engines.sampling import warpers
-from tasks.models.reference import ModelRef, device_of
+from tasks.models.reference import ModelRef
 from tasks.models.text import side
 from tasks.models.weights import hidden_states, logits_of
+from tasks.tokens.ragged import expand, length_batches, offsets_of
 
+TOKENS = 1024  # of a forward pass, padding included; a longer row is a pass of its own
 POSITIONS = 256  # positions whose logits exist at once
 EDGE = 0.5  # nats: what rounding may change in the odds of two ids, or of two sets of ids, between two dtypes
 
@@ -34,23 +36,39 @@ class Gap:
 def trainer_logprobs(ref: ModelRef, model: PreTrainedModel, rollouts: pa.Table, sampling: Sampling) -> np.ndarray:
     """Each sampled token's log-prob under the distribution that `sampling` draws from: float32, flat, in nats.
 
-    The forward pass is the trainer's, in float32, without padding or a cache, one row at a time. It shares nothing with the
+    The forward pass is the trainer's, in float32, over rows of like length without a cache. It shares nothing with the
     engine's.
     """
-    model, size = model.to(device_of(ref)), len(side(ref).beta.values)  # type: ignore[arg-type]
-    warp, likeliest, logprobs = warpers(sampling), warpers(replace(sampling, top_p=1.0)), []
-    for row in rollouts.select(["prompt_token_ids", "token_ids"]).to_pylist():
-        ids = torch.tensor([row["prompt_token_ids"] + row["token_ids"]], device=model.device)
-        hidden = hidden_states(model, ids)[0, len(row["prompt_token_ids"]) - 1 : -1]
-        actual = ids[0, len(row["prompt_token_ids"]) :]
-        for at in torch.arange(len(actual), device=model.device).split(POSITIONS):
-            logits, chosen = logits_of(model, hidden[at], size), actual[at][:, None]
-            sampled = logits.gather(1, chosen) / (sampling.temperature or 1.0)
-            kept = may_keep(likeliest(ids, logits), sampled, sampling.top_p)  # type: ignore[arg-type]
-            warped = warp(ids, logits)  # type: ignore[arg-type]
-            sampled = torch.where(kept, sampled, warped.gather(1, chosen))
-            logprobs.append(warped.scatter(1, chosen, sampled).log_softmax(-1).gather(1, chosen)[:, 0].cpu())
-    return torch.cat(logprobs).numpy() if logprobs else np.zeros(0, np.float32)
+    own, prompts, completions = side(ref), *(rollouts[name].to_pylist() for name in ("prompt_token_ids", "token_ids"))
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
+    found = np.zeros(sum(map(len, completions)), np.float32)
+    offsets = offsets_of(np.array([len(ids) for ids in completions]))
+    for batch in length_batches(lengths, TOKENS):
+        ids = np.full((len(batch), lengths[batch[-1]]), own.pad_id)
+        for row, i in enumerate(batch):
+            ids[row, : lengths[i]] = prompts[i] + completions[i]
+        time, row_of = expand(np.array([len(prompts[i]) for i in batch]), np.array([lengths[i] for i in batch]))
+        whole, rows, times = (torch.from_numpy(values).to(model.device) for values in (ids, row_of, time))
+        hidden, actual = hidden_states(model, whole)[rows, times - 1], whole[rows, times]
+        places, _ = expand(offsets[:-1][batch], offsets[1:][batch])
+        for at in (slice(start, start + POSITIONS) for start in range(0, len(places), POSITIONS)):
+            logits = logits_of(model, hidden[at], len(own.beta.values))
+            found[places[at]] = drawn_logprobs(logits, actual[at], sampling).cpu().numpy()
+    return found
+
+
+def drawn_logprobs(logits: torch.Tensor, actual: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Log-probs `[positions]` of the ids `actual` under the law that is drawn from where `logits` are `[positions, V]`."""
+    warp, chosen = warpers(sampling), actual[:, None]
+    if sampling.top_p < 1 or sampling.top_k:
+        likeliest = warpers(replace(sampling, top_p=1.0))(actual, logits)  # type: ignore[arg-type]
+        sampled = logits.gather(1, chosen) / (sampling.temperature or 1.0)
+        kept = may_keep(likeliest, sampled, sampling.top_p)
+        warped = warp(actual, logits)  # type: ignore[arg-type]
+        warped = warped.scatter(1, chosen, torch.where(kept, sampled, warped.gather(1, chosen)))
+    else:
+        warped = warp(actual, logits)  # type: ignore[arg-type]
+    return warped.gather(1, chosen)[:, 0] - warped.logsumexp(-1)
 
 
 def may_keep(likeliest: torch.Tensor, sampled: torch.Tensor, top_p: float) -> torch.Tensor:

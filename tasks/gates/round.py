@@ -19,6 +19,7 @@ from tasks.models.weights import load_float32
 from tasks.tokens.ragged import flat, index_in_row, rows_of
 
 COMPARED = 32  # samples of a round that are run through the trainer's model
+ENOUGH = 32_768  # tokens of them, prompts included
 UNGRADED = "no answer of either is right; for free text, which is seldom equal to its reference, go by the divergence"
 RUN = 4  # tokens of a run that counts as repeated
 
@@ -132,12 +133,18 @@ def repetition(ids: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
 
 
 def draw_samples(rollouts: list[Artifact]) -> pa.Table:
-    """The first samples of each shard, as many of one as of another (each may have been sampled elsewhere); COMPARED in all."""
+    """The first samples of each shard, as many of one as of another (each may have been sampled elsewhere); COMPARED in all.
+
+    Fewer where they are long: beyond the first of each shard, no more than have ENOUGH tokens together.
+    """
     some, each = [], -(-COMPARED // len(rollouts))
     for artifact in rollouts:
         table = read_table(artifact, ["prompt_token_ids", "token_ids", "logprobs"])
         some.append(table.filter(pc.is_valid(table["logprobs"])).slice(0, each))
-    return pa.concat_tables(some)
+    table, places = pa.concat_tables(some), np.concatenate([np.arange(len(part)) for part in some])
+    order = np.argsort(places, kind="stable")  # the first of each shard, the second, …
+    lengths = pc.add(*(pc.list_value_length(table[name]) for name in ("prompt_token_ids", "token_ids"))).to_numpy()
+    return table.take(order[(places[order] == 0) | (np.cumsum(lengths[order]) <= ENOUGH)])
 
 
 def engine_gates(student: ModelRef, rollouts: pa.Table, sampling: Sampling, limits: Gates) -> list[Gate]:

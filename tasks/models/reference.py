@@ -19,6 +19,7 @@ from storage.artifacts import Artifact, local_folder
 from storage.lineage import digest_folder, digest_json
 from tasks.models.chat import parse_chat_template
 from tasks.models.gguf import convert_once
+from tasks.running.memory import is_out_of_memory
 
 FLASH = "flash_attention_2"
 CONTEXT = ("system", "template", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
@@ -121,9 +122,11 @@ def explain_load_errors(name: str) -> Iterator[None]:
     """Turn the errors with which transformers fails to load `name` into one BadInput."""
     try:
         yield
-    except (BadInput, Damaged, MemoryError, torch.OutOfMemoryError):
+    except (BadInput, Damaged):
         raise
     except Exception as error:  # what a damaged file makes of a library: SafetensorError, TypeError, ZeroDivisionError, …
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "attn_implementation" in reason or "attention implementation" in reason:
             raise BadInput(

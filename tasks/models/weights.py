@@ -14,21 +14,27 @@ from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
 from storage.lineage import digest_json
-from tasks.models.reference import FLASH, ModelRef, dtype_of, explain_load_errors
+from tasks.models.reference import FLASH, ModelRef, device_of, dtype_of, explain_load_errors
+from tasks.running.memory import insist
 
+CPU = torch.device("cpu")
 # Of a config: what may differ between a model and what was trained from it.
 OF_ORIGIN = {"_name_or_path", "transformers_version", "dtype", "use_cache"}
 OF_ORIGIN |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # `side` reads them anew
+MEND = "take a smaller model, another device, or dtype = 'bfloat16' (training's is float32), or end what else takes it"
 
 transformers_logging.disable_progress_bar()  # a bar for every shard of weights would drown ours
 
 
-def load_weights(ref: ModelRef, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load the model on the CPU in `dtype` (default: the reference's dtype outside training).
+def load_weights(ref: ModelRef, dtype: torch.dtype | None = None, device: torch.device = CPU) -> PreTrainedModel:
+    """Load the model in `dtype` (default: the reference's dtype outside training) on `device`.
 
-    Raises BadInput where weights are missing or have another shape: transformers would go on with random ones.
+    Raises BadInput where weights are missing or have another shape: transformers would go on with random ones. Raises Stopped
+    where memory runs out.
     """
-    return _load(ref, dtype or dtype_of(ref))
+    dtype = dtype or dtype_of(ref)
+    with insist(f"{ref.path}: out of memory while its weights are loaded in {str(dtype).removeprefix('torch.')}", MEND):
+        return _load(ref, dtype).to(device)  # type: ignore[arg-type, no-any-return]
 
 
 def _load(ref: ModelRef, dtype: torch.dtype, device: str | None = None) -> PreTrainedModel:
@@ -74,8 +80,8 @@ def _silent() -> Iterator[None]:
 
 
 def load_float32(ref: ModelRef) -> PreTrainedModel:
-    """Load the model in float32, to compare an engine's log-probs with. flash-attn does not run in float32; sdpa does."""
-    return load_weights(replace(ref, attention="sdpa") if ref.attention == FLASH else ref, torch.float32)
+    """Load the model on its device in float32, to hold an engine's log-probs against. flash-attn has none; sdpa does."""
+    return load_weights(replace(ref, attention="sdpa") if ref.attention == FLASH else ref, torch.float32, device_of(ref))
 
 
 def empty_model(ref: ModelRef) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Out of memory is no end: the batch is halved. That is said once, and remembered as long as this process lives."""
 
+import errno
 import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from configs.errors import Stopped
 from tasks.running.progress import logger
@@ -14,14 +16,16 @@ from tasks.running.progress import logger
 T = TypeVar("T")
 
 # What an allocation that fails says, where torch has no exception of its own for it.
-SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+SIGNS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, or of an array on the host, says that memory ran out."""
+    """Whether an error of torch, of an array on the host, or of a file that is mapped, says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | SafetensorError) and any(sign in str(error) for sign in SIGNS)
 
 
 class Halved(Exception):
@@ -41,7 +45,7 @@ def insist(what: str, mend: str) -> Iterator[None]:
     """Do something of which there is no smaller part. Raises Stopped with `what` and `mend` where memory runs out."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if not is_out_of_memory(error):
             raise
         raise Stopped(f"{what}; {mend}") from None

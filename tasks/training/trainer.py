@@ -60,7 +60,8 @@ JOB = TypeAdapter(Job)
 def train(job: Job, folder: Path) -> None:
     """Write `student`, `trainer` and `steps.parquet` under `folder`; where several processes run this, their first does."""
     training_room(job.recipe).limit = job.most_tokens
-    trainer = Trainer(job.recipe, job.number, student=job.student, teachers=job.teachers, state=job.state)
+    with insist("training: out of memory while the student is loaded", ADAMW_NEEDS):
+        trainer = Trainer(job.recipe, job.number, student=job.student, teachers=job.teachers, state=job.state)
     steps = trainer.run(job.shards, folder, job.rewards)
     if trainer.accelerator.is_main_process:
         write_parquet(pa.Table.from_pylist(steps, STEPS), folder / "steps.parquet")
@@ -110,9 +111,10 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.adapters = add_adapters(model, recipe.student.lora) if recipe.student.lora is not None else None
-        s_side = side(student)
         self.objectives = build_objectives(recipe, student, teachers)
-        module: nn.Module = Student(model, self.objectives, len(s_side.beta.values), config.chunk_positions, recipe.reward)
+        module: nn.Module = Student(
+            model, self.objectives, len(side(student).beta.values), config.chunk_positions, recipe.reward
+        )
         if config.sharding == "full":
             module = shard_module(module, model, self.accelerator, policy_of(config))
         else:
@@ -175,8 +177,8 @@ class Trainer:
                 number += 1
 
     def _make_step(self, table: pa.Table, number: int) -> Step:
-        shown = self.objectives[0].prepare(table, derive_seed(self.recipe.seed, "corrupt", number, 0, 0))
-        return make_step(shown, self._shape())
+        seed = derive_seed(self.recipe.seed, "corrupt", number, 0, 0)
+        return make_step(self.objectives[0].prepare(table, seed), self._shape())
 
     def _shape(self) -> Shape:
         config, accelerator = self.recipe.train, self.accelerator

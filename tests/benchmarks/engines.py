@@ -24,12 +24,13 @@ from tasks.signals import make_signal  # noqa: E402
 TOPICS = ("the tides", "a lost key", "bread", "prime numbers", "bees", "a haiku", "the moon", "fractions")
 
 
-def main(samples: int, tokens: int, python: str) -> None:
-    fetch.main(["smollm2"])
-    folder = str(fetch.MODELS / "smollm2")
+def main(samples: int, tokens: int, python: str, model: str) -> None:
+    if "/" not in model:
+        fetch.main([model])
+    folder = model if "/" in model else str(fetch.MODELS / model)
     refs = {
-        "transformers": ModelRef(folder, "smollm2"),
-        "vllm": ModelRef(folder, "smollm2", engine="vllm", vllm_python=python),
+        "transformers": ModelRef(folder, model),
+        "vllm": ModelRef(folder, model, engine="vllm", vllm_python=python),
     }
     render = side(refs["transformers"]).render
     prompts = [render([{"role": "user", "content": f"Write about {topic}."}]) for topic in TOPICS for _ in range(samples)]
@@ -64,4 +65,5 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=8, help="completions of each of 8 prompts")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--python", default=str(CHECKOUT / ".venv-vllm" / "bin" / "python"))
+    parser.add_argument("--model", default="smollm2", help="or a folder")
     main(**vars(parser.parse_args()))

@@ -31,7 +31,9 @@ HEADS = {"head": "qwen3", "head262k": "gemma3"}
 
 
 def folder_of(name: str, scratch: Path) -> Path:
-    """The folder of a model to generate with."""
+    """The folder of a model to generate with. A name with a slash is one."""
+    if "/" in name:
+        return Path(name)
     if name not in HEADS:
         return fetch.MODELS / name
     side = tokenizer_of(str(fetch.MODELS / HEADS[name]))
@@ -79,7 +81,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    fetch.main(["tokenizers", "smollm2"])
+    if not all("/" in name for name in given.models):
+        fetch.main(["tokenizers", "smollm2"])
     cases = {
         "plain": (0, Sampling(given.tokens)),
         "padded prompts": (8, Sampling(given.tokens)),

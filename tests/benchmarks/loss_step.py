@@ -2,8 +2,9 @@
 
 One step is the forward and backward pass of the student, its head and the objective over 4 rows of 256 tokens of real
 text, with SmolLM2's vocabulary under Qwen 3's. Cross-entropy runs over chunks of as many positions, checkpointed, through
-the same head. Steps are interleaved; times are medians; memory is the peak above the model, its gradients and the batch,
-each in a process of its own (on Linux). `--student head64` is a student that is hardly more than its head.
+the same head. Steps are interleaved; times are medians; memory is the peak above the model, its gradients and the batch, on a
+CPU each in a process of its own (on Linux). `--student head64` is a student that is hardly more than its head. On a GPU weights
+are cast to bfloat16 where they are used.
 """
 
 import argparse
@@ -42,7 +43,9 @@ from tasks.training.batches import MicroBatch, collate  # noqa: E402
 from tasks.training.student import Student  # noqa: E402
 
 TEXTS = ("README.md", "LICENSE", "tasks/train.py", "tasks/tokens/vocabulary.py")
-TOKENS, K = 256, 64
+TEXTS += ("CHANGELOG.md", "flows/DESIGN.md", "configs/schema.py", "tasks/MATHS.md")
+K = 64
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN = "cross-entropy"
 OBJECTIVES: dict[str, Objective] = {
     "gkd": Gkd(name="gkd"),
@@ -56,13 +59,15 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def pairing(student: Side, teacher: Side) -> Pairing:
-    """The texts under both tokenizers, with a made-up teacher: `K` ids a token, the actual one mostly the likeliest."""
+def pairing(student: Side, teacher: Side, count: int, tokens: int) -> Pairing:
+    """Texts of `tokens` tokens under both tokenizers, with a made-up teacher: `K` ids a token, the actual one mostly the
+    likeliest.
+    """
     rng = np.random.default_rng(0)
     rows: list[tuple[list[int], list[int]]] = []
-    for name in TEXTS:
+    for name in TEXTS[:count]:
         ids = student.encoder.encode([(CHECKOUT / name).read_text()])[0] or []
-        ids = ids[: TOKENS - 1]
+        ids = ids[: tokens - 1]
         while not ids or not (text := _text(student.beta.join(ids))):
             ids.pop()  # a code point that is cut
         rows.append((ids, teacher.encoder.encode([text])[0] or []))
@@ -113,7 +118,7 @@ def batch_of(objective: objectives.ObjectiveModule, paired: Pairing) -> MicroBat
     }
     for name in ("term_inside", "term_behaviour", "unmatched_counts", "unmatched_logprobs"):
         columns.setdefault(name, pa.nulls(paired.rows, ALIGNED.field(name).type))
-    return collate(pa.table(columns), 0, torch.device("cpu"))
+    return collate(pa.table(columns), 0, DEVICE)
 
 
 def plain(model: PreTrainedModel, batch: MicroBatch, size: int, chunk: int) -> torch.Tensor:
@@ -128,22 +133,24 @@ def plain(model: PreTrainedModel, batch: MicroBatch, size: int, chunk: int) -> t
 
 
 def student_model(kind: str, path: str, size: int) -> PreTrainedModel:
-    if kind == "smollm2":
-        return load_weights(ModelRef(path, ""), torch.float32).train()
+    if kind != "head64":
+        return load_weights(ModelRef(path, ""), torch.float32, DEVICE).train()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config).train().to(DEVICE)
 
 
-def steps(kind: str, names: list[str], chunk: int) -> dict[str, Callable[[], torch.Tensor]]:
+def steps(given: argparse.Namespace, names: list[str]) -> dict[str, Callable[[], torch.Tensor]]:
     """A forward pass for each of the names, all of one model."""
-    student, teacher = (tokenizer_of(str(fetch.MODELS / name)) for name in ("smollm2", "qwen3"))
+    kind, chunk = given.student, given.chunk
+    folder = kind if "/" in kind else str(fetch.MODELS / "smollm2")
+    student, teacher = tokenizer_of(folder), tokenizer_of(given.teacher)
     size = student.vocabulary.size
-    model = student_model(kind, str(fetch.MODELS / "smollm2"), size)
-    two, one = pairing(student, teacher), pairing(student, student)
+    model = student_model(kind, folder, size)
+    two, one = (pairing(student, other, given.rows, given.tokens) for other in (teacher, student))
     made: dict[str, Callable[[], torch.Tensor]] = {}
     for name in names:
         alone = name in ("gkd", "sft", PLAIN)
@@ -153,14 +160,19 @@ def steps(kind: str, names: list[str], chunk: int) -> dict[str, Callable[[], tor
         if name == PLAIN:
             made[name] = partial(plain, model, batch, size, chunk)
         else:
-            made[name] = partial(Student(model, [objective], size, chunk), batch.ids, batch)
+            made[name] = partial(Student(model, [objective], size, chunk).to(DEVICE), batch.ids, batch)
     return made
 
 
 def seconds(forward: Callable[[], torch.Tensor]) -> float:
-    started = time.process_time()  # of all threads; what else the machine does hardly counts
-    forward().backward()
-    return time.process_time() - started
+    clock = time.process_time if DEVICE.type == "cpu" else time.perf_counter  # of all threads: other work hardly counts
+    started = clock()
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        loss = forward()
+    loss.backward()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
 
 
 def resident(field: str) -> int:
@@ -172,6 +184,11 @@ def resident(field: str) -> int:
 def peak(forward: Callable[[], torch.Tensor]) -> int:
     """Most bytes in use during a step, above what is there before it (the model, its gradients, the batch)."""
     seconds(forward)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        standing = torch.cuda.memory_allocated()
+        seconds(forward)
+        return torch.cuda.max_memory_allocated() - standing
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     seconds(forward)
@@ -180,37 +197,42 @@ def peak(forward: Callable[[], torch.Tensor]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--student", choices=["head64", "smollm2"], default="head64")
+    parser.add_argument("--student", default="head64", help="head64, smollm2, or a folder")
+    parser.add_argument("--teacher", default=str(fetch.MODELS / "qwen3"), help="whose tokenizer it is")
+    parser.add_argument("--rows", type=int, default=4, help="at most eight")
+    parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=256, help="positions whose logits exist at once")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", nargs="*", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--times-alone", action="store_true", help="without memory, which takes a process for each")
     parser.add_argument("--peak", choices=[PLAIN, *OBJECTIVES], help="print this one's peak memory in bytes, nothing else")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.peak:
-        print(peak(steps(given.student, [given.peak], given.chunk)[given.peak]))
+        print(peak(steps(given, [given.peak])[given.peak]))
         return
-    fetch.main(["tokenizers", "smollm2"])
+    if "/" not in given.student:
+        fetch.main(["tokenizers", "smollm2"])
     names = [PLAIN, *given.only]
-    made = steps(given.student, names, given.chunk)
+    made = steps(given, names)
     times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(given.repeats + 1):
         for name, forward in made.items():
             took = seconds(forward)
             if repeat:  # the first warms up
                 times[name].append(took)
+    peaks = {name: peak(forward) for name, forward in made.items()} if DEVICE.type == "cuda" else {}
     del made
     middle = {name: median(values) for name, values in times.items()}
     title = f"{given.student}, {given.threads} threads, chunks of {given.chunk} positions, medians of {given.repeats}"
     table = Table("objective", "seconds", "times cross-entropy", "peak MB", title=title)
     for name in names:
-        memory = "-"
-        if Path("/proc/self/clear_refs").exists():
-            again = [sys.executable, __file__, "--peak", name, "--student", given.student]
-            again += ["--threads", str(given.threads), "--chunk", str(given.chunk)]
+        memory = f"{peaks[name] / 1e6:.0f}" if peaks else "-"
+        if not peaks and not given.times_alone and Path("/proc/self/clear_refs").exists():
+            again = [sys.executable, __file__, "--peak", name, *sys.argv[1:]]
             memory = f"{int(subprocess.run(again, check=True, stdout=subprocess.PIPE).stdout) / 1e6:.0f}"
-        table.add_row(name, f"{middle[name]:.2f}", f"{middle[name] / middle[PLAIN]:.2f}", memory)
+        table.add_row(name, f"{middle[name]:.3f}", f"{middle[name] / middle[PLAIN]:.2f}", memory)
     Console().print(table)
 
 

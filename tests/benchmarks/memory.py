@@ -24,7 +24,7 @@ from tasks.models.text import side
 from tasks.prompts import make_prompts
 from tasks.rollout import roll_out
 from tasks.rows.plan import count_shards
-from tasks.rows.round import Round, Shard
+from tasks.rows.round import Pair, Round, Shard
 from tasks.score import score_shard
 from tasks.scratch import init_model, train_tokenizer
 from tasks.signals.base import Signal
@@ -82,9 +82,8 @@ def round_of(rollouts: int, folder: Path) -> None:
     Run(recipe.root, recipe.name).freeze(recipe)
     prompts, vocab = make_prompts.fn(recipe), match_vocabularies.fn(recipe, student=student, teacher=teacher)
     assert student is not None
-    round = Round(
-        recipe=recipe, number=1, student=student, teacher=teacher, start=student, prompts=prompts.train, vocabularies=vocab
-    )
+    pair = Pair(name="", recipe=recipe, teacher=teacher, vocabularies=vocab)
+    round = Round(recipe=recipe, number=1, student=student, pairs=(pair,), start=student, prompts=prompts.train)
     pairs = []
     for number in range(count_shards(recipe.rollout)):
         shard = align_shard.fn(round, score_shard.fn(round, roll_out.fn(round, Shard(number))))

@@ -4,7 +4,8 @@ A real run of some rounds, SmolLM2-135M learning from Gemma-3-270M unless other 
 Each counts once, in the innermost of: sampling, scoring, training, loading, saving, digests, commits (which wait for the disk)
 and the rest of a stage. What manifests say of a stage leaves out digests and commits, so the table of stages names them apart.
 Sampling, scoring and training stand beside their bounds, measured afterwards on the last round's own rows: transformers' loop,
-the forward pass with head and log-softmax, and chunked cross-entropy with its backward pass, without the optimizer.
+the forward pass with head and log-softmax, and chunked cross-entropy with its backward pass, without the optimizer. With
+`--versus trl` the last round's prompts go through TRL's GOLD trainer as well, with as many samples and steps (`make versus`).
 """
 
 import argparse
@@ -24,6 +25,7 @@ CHECKOUT = Path(__file__).parents[2]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 import torch  # noqa: E402
+import versus  # noqa: E402
 from generation import fetch, seconds, theirs  # noqa: E402
 from prefect.testing.utilities import prefect_test_harness  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -34,7 +36,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from flows import distill as flow  # noqa: E402
 from storage import lineage  # noqa: E402
 from storage.clearing import word_bytes  # noqa: E402
-from storage.store import Run  # noqa: E402
+from storage.store import Run, part, round_slot  # noqa: E402
 from tasks.engines.base import Sampling  # noqa: E402
 from tasks.engines.transformers import TransformersEngine  # noqa: E402
 from tasks.engines.vllm import VllmEngine  # noqa: E402
@@ -44,6 +46,7 @@ from tasks.training.student import load_for_training  # noqa: E402
 from tasks.training.trainer import Trainer  # noqa: E402
 
 WORK = ("sampling", "scoring", "training", "evaluation's sampling", "evaluation's scoring")
+EVALUATION = ("evaluation's sampling", "evaluation's scoring", "evaluate_model")
 STAGES = ("roll_out", "score_shard", "align_shard", "check_round", "train_round", "evaluate_model")
 RECIPE = """
 name = "round"
@@ -67,7 +70,7 @@ eval = 8
 [train]
 learning_rate = 2e-5
 batch_size = {batch}
-micro_batch_size = 4
+micro_batch_size = 4  # as in trl_round.py
 chunk_positions = 128
 """
 
@@ -77,11 +80,13 @@ Calls = dict[str, list[tuple[ModelRef, list[list[int]], list[list[int]]]]]  # pr
 class Clock:
     """Seconds by what is innermost, for each part of a run, and what the engines were called with."""
 
+    now = staticmethod(time.perf_counter)  # or that of all threads of this process
+
     def __init__(self) -> None:
         self.parts: list[Counter[str]] = []
         self.events: list[Counter[str]] = []
         self.calls: list[Calls] = []
-        self.names, self.since = ["everything else"], time.perf_counter()
+        self.names, self.since = ["everything else"], self.now()
         self.next()
 
     def next(self) -> None:
@@ -91,7 +96,7 @@ class Clock:
         self.calls.append({"generate": [], "score": []})
 
     def _count(self) -> None:
-        now = time.perf_counter()
+        now = self.now()
         self.parts[-1][self.names[-1]] += now - self.since
         self.since = now
 
@@ -209,12 +214,12 @@ def bounds(calls: Calls, batch: int, tokens: int) -> dict[str, float]:
 
 
 def seconds_of(device: torch.device, work: Callable[..., object], *given: object) -> float:
-    """The least of two by the wall clock, the first of which warms up as well."""
+    """The least of two by the same clock, the first of which warms up as well."""
     took = []
     for _ in range(2):
-        started = time.perf_counter()
+        started = Clock.now()
         seconds(device, work, *given)
-        took.append(time.perf_counter() - started)
+        took.append(Clock.now() - started)
     return min(took)
 
 
@@ -228,7 +233,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="rows of an optimizer step")
     parser.add_argument("--set", nargs="*", default=[], help="more of the recipe, such as student.engine=vllm")
+    parser.add_argument("--versus", choices=["trl"])
+    parser.add_argument("--no-bounds", action="store_true", help="leave them out, as --versus does")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count seconds of all threads: without disks and what else the machine does"
+    )
     given = parser.parse_args()
+    if given.versus:
+        versus.check()
+    if given.cpu_time:
+        Clock.now = staticmethod(time.process_time)
     if given.student.startswith("models/"):
         fetch.main(["smollm2", "gemma3-270m"])
     clock, started = Clock(), time.perf_counter()
@@ -244,8 +258,25 @@ def main() -> None:
         flow.distill(str(recipe), overrides=(f"root={place}/runs", *given.set))
         clock._count()
         clock.next()
-        manifests = dict(Run(f"{place}/runs", "round").manifests())
-        show(clock, manifests, bounds(clock.calls[-3], given.batch, given.tokens), ready, server)
+        run, most = Run(f"{place}/runs", "round"), versus.peak()
+        least = {} if given.versus or given.no_bounds else bounds(clock.calls[-3], given.batch, given.tokens)
+        show(clock, dict(run.manifests()), least, ready, server)
+        if given.versus:
+            spent, taken = clock.parts[-3], run.manifest(round_slot(given.rounds, "steps", part(0)))
+            assert taken is not None
+            ours = {
+                "seconds": spent.total() - sum(spent[name] for name in EVALUATION),
+                "tokens": tokens_of(clock.calls[-3]),
+                "steps": taken["rows"],
+                "peak_mib": most,
+            }
+            theirs = versus.through_trl(versus.prompts_of(run.path, given.rounds), given, 2e-5, 4)
+            Console(width=120).print(versus.table_of(ours, theirs))
+
+
+def tokens_of(calls: Calls) -> int:
+    """The tokens that were sampled."""
+    return sum(len(made) for _, _, completions in calls["generate"] for made in completions)
 
 
 def show(clock: Clock, manifests: dict[str, Any], least: dict[str, float], ready: float, server: float) -> None:
@@ -278,8 +309,8 @@ def show(clock: Clock, manifests: dict[str, Any], least: dict[str, float], ready
             stages.setdefault(stage, Counter())[number] += manifest["seconds"]
         pieces.add((number, manifest["key"]))
     table.add_row("written", *(word_bytes(sizes[number]) for number in (0, *rounds)))
-    tokens = sum(len(made) for _, _, completions in clock.calls[-3]["generate"] for made in completions)
-    table.add_row("the last round's tokens per second", "", *[""] * (len(rounds) - 1), f"{tokens / totals[-1]:.1f}")
+    rate = tokens_of(clock.calls[-3]) / totals[-1]
+    table.add_row("the last round's tokens per second", "", *[""] * (len(rounds) - 1), f"{rate:.1f}")
     console.print(table)
     by_stage = Table("stage, by its manifests", "before", *(f"round {number}" for number in rounds))
     for stage, times in stages.items():

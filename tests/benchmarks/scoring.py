@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    fetch.main(["tokenizers", "smollm2"])
+    if not all("/" in name for name in given.models):
+        fetch.main(["tokenizers", "smollm2"])
     title = f"{given.rows} rows, {given.tokens} tokens, {given.threads} threads"
     table = Table("model", "signal", "tokens per second", "of the bare pass's", title=title)
     with tempfile.TemporaryDirectory() as scratch:

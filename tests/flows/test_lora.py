@@ -61,6 +61,30 @@ def test_rounds_of_a_student_with_adapters(recipe, changes, models, tmp_path):
     assert {name.rsplit("/", 1)[0].split("lora_")[0].rsplit(".", 2)[1] for name in moments} == {"q_proj", "down_proj"}
 
 
+def test_adapters_on_weights_in_bfloat16(recipe, changes, models, tmp_path):
+    """What is added to is in half precision, adapters and their steps are in float32; two calls are one."""
+    config = str(recipe(**changes, train__param_dtype="bfloat16", keep__trainers="all"))
+    distill(config, rounds=1)
+    distill(config)
+    distill(config, overrides=(f"root={tmp_path / 'at_once'}",))
+    run = tmp_path / "runs" / "tiny"
+    assert digests(run) == digests(tmp_path / "at_once" / "tiny")
+    before = load_file(models["student"] / "model.safetensors")
+    for number in (1, 2):
+        after, adapters = (
+            load_file(run / f"round=000{number}" / name)
+            for name in ("student/model.safetensors", "trainer/adapters.safetensors")
+        )
+        assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+        assert {weight.dtype for weight in adapters.values()} == {torch.float32}
+        for name, weight in after.items():
+            own = {side: v for side in "AB" for key, v in adapters.items() if f"{name[:-7]}.lora_{side}" in key}
+            wanted = before[name].bfloat16().float() + (3.0 * own["B"] @ own["A"] if own else 0)
+            assert torch.allclose(weight.float(), wanted, rtol=2**-7, atol=1e-5), name
+        assert max(v.abs().max() for key, v in adapters.items() if "lora_B" in key) > 1e-3
+    assert not (run / "round=0002/trainer/weights.safetensors").exists()
+
+
 def test_going_on_is_exact(recipe, changes, models, tmp_path):
     """A second round from what the first left is the same as steps without a stop between them."""
     distill(str(recipe(**changes)))

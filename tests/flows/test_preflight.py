@@ -429,6 +429,18 @@ def test_the_engine_is_held_against_the_trainer_in_every_shard(counts, tmp_path)
     assert drawn == Counter({number: min(share, count) for number, count in enumerate(counts)})
 
 
+def test_of_long_samples_fewer_are_compared(tmp_path):
+    """The first of each shard always; then in turn, while there are few tokens."""
+    run, shards = Run(str(tmp_path), "x"), []
+    for number, length in enumerate((20_000, 5_000, 40_000)):
+        rows = [{"prompt_token_ids": [number] * 1000, "token_ids": [7] * (length - 1000), "logprobs": [-1.0]}] * 9
+        make = partial(pa.Table.from_pylist, rows)
+        shards.append(run.build_table(f"round=0001/rollouts/part-{number:05d}", {"n": number}, make, lambda _: None))
+    assert [ids[0] for ids in draw_samples(shards)["prompt_token_ids"].to_pylist()] == [0, 1, 2]
+    assert [ids[0] for ids in draw_samples(shards[:2])["prompt_token_ids"].to_pylist()] == [0, 1]
+    assert len(draw_samples(shards[1:2])) == 6
+
+
 def test_what_is_no_number_holds_no_limit():
     assert Gate("loss", math.nan, 1.0).ok is False
     assert Gate("loss", np.float64(2), 1.0).ok is False  # numpy's False is another object

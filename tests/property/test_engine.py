@@ -18,10 +18,12 @@ from tasks.engines import decoding
 from tasks.engines.base import Completion, Sampling, TokenScores
 from tasks.engines.sampling import Sampler, uniforms, warpers
 from tasks.engines.transformers import TransformersEngine
+from tasks.gates import agreement
 from tasks.gates.agreement import EDGE, may_keep
 from tasks.gates.round import engine_gates
 from tasks.models.reference import ModelRef
 from tasks.models.text import side
+from tasks.models.weights import load_weights
 from tasks.scratch import train_tokenizer
 from tasks.signals import make_signal
 from tasks.signals.base import keep_likeliest
@@ -252,6 +254,29 @@ def test_an_engine_in_half_precision_is_not_taken_for_another(sampling: Sampling
 
     assert gates(sampling) == {"engine, mean": True, "engine, largest": True}
     assert gates(Sampling(32))["engine, mean"] is False
+
+
+@pytest.mark.parametrize("sampling", [Sampling(5), Sampling(5, 0.7), Sampling(5, 0.7, 0.9, 20), Sampling(5, 0.0)], ids=str)
+def test_the_trainers_logprobs_are_those_of_each_row_alone(sampling: Sampling, monkeypatch) -> None:
+    """Rows of other lengths beside it, a split of positions, and an empty row change nothing."""
+    monkeypatch.setattr(agreement, "POSITIONS", 7)
+    monkeypatch.setattr(agreement, "TOKENS", 40)
+    rng, model = np.random.default_rng(3), load_weights(student_ref()).eval()
+    size = side(student_ref()).vocabulary.size
+    prompts, completions = random_ids(rng, 12, 1, 12), [*random_ids(rng, 11, 1, 60), []]
+    wanted: list[float] = []
+    for prompt, ids in zip(prompts, completions, strict=True):
+        laws = full_logprobs(model, prompt + ids, size)[len(prompt) - 1 : -1]
+        chosen = torch.tensor(ids, dtype=torch.long)[:, None]
+        if sampling.top_k:  # of what a cut leaves out, the id itself counts as kept
+            laws = warpers(sampling)(None, laws.clone()).scatter(1, chosen, laws.gather(1, chosen) / sampling.temperature)  # type: ignore[arg-type]
+        elif sampling.temperature:
+            laws = laws / sampling.temperature
+        wanted += laws.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+    table = pa.table({"prompt_token_ids": prompts, "token_ids": pa.array(completions, pa.list_(pa.int32()))})
+    monkeypatch.setattr(agreement, "EDGE", 100.0)
+    with torch.inference_mode():
+        assert agreement.trainer_logprobs(student_ref(), model, table, sampling) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_whatever_half_precision_may_keep_is_kept() -> None:

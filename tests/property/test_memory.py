@@ -1,6 +1,9 @@
 """Out of memory: the batch is halved in generation, scoring and training, said once, and nothing comes out otherwise."""
 
 import logging
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +13,7 @@ import torch
 from test_training import optimize, step, trainer
 from toys import student_ref, teacher_ref
 from training import plain_rows
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.errors import Stopped
 from configs.objectives import Bytes, Sft
@@ -150,3 +154,50 @@ def test_other_errors_are_not_taken_for_it() -> None:
         raise CUDA
     with pytest.raises(RuntimeError, match="shape"), memory.insist("a", "b"):
         raise RuntimeError("shape")
+
+
+LOADING = """
+import sys
+from resource import RLIMIT_AS, RLIM_INFINITY, getpagesize, setrlimit
+from pathlib import Path
+import tasks.training.trainer
+from configs.errors import Stopped
+from tasks.engines.transformers import TransformersEngine
+from tasks.models.reference import ModelRef
+from tasks.training.student import load_for_training
+
+small, large = (ModelRef(path, path) for path in sys.argv[1:])
+TransformersEngine(small).close()
+load_for_training(small, False)
+for work in (TransformersEngine, lambda ref: load_for_training(ref, False)):
+    for more in range(0, 600, 40):
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * getpagesize()
+        setrlimit(RLIMIT_AS, (now + more * 2**20, RLIM_INFINITY))
+        try:
+            work(large)
+        except Stopped as stopped:
+            print(stopped)
+        else:
+            print("loaded")
+            break
+        finally:
+            setrlimit(RLIMIT_AS, (RLIM_INFINITY, RLIM_INFINITY))
+"""
+
+
+def test_no_memory_to_load_a_model_is_one_message(tmp_path) -> None:
+    """Wherever in the loading it runs out: the process may take a little more each time, until the model is loaded."""
+    shutil.copytree(student_ref().path, tmp_path / "large")
+    config = AutoConfig.from_pretrained(tmp_path / "large")
+    config.intermediate_size, config.num_hidden_layers = 2**18, 2  # 100 MB a layer
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "large")
+    ended = subprocess.run(
+        [sys.executable, "-c", LOADING, student_ref().path, tmp_path / "large"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lines = ended.stdout.splitlines()
+    message = f"{tmp_path / 'large'}: out of memory while its weights are loaded in float32; take a smaller model, another "
+    assert lines.count("loaded") == 2
+    assert lines[0].startswith(message)
+    assert all(line == "loaded" or line.startswith(message) for line in lines)
+    assert len(lines) > 6

@@ -424,7 +424,7 @@ def scores_of(results: list, completions: list[list[int] | None]) -> pa.Table:
                 "rollout_id": f"r{number}",
                 "token_ids": ids,
                 "logprobs": s.logprobs,
-                **s.columns,
+                **{name: values.reshape(-1) for name, values in s.columns.items()},
                 "status": "ok",
             }
         )

@@ -197,6 +197,7 @@ BAD = [
     (["objective.name=sft"], "objective.name = 'sft'", "set rollout.on_policy = 0"),
     (["train.micro_batch_size=128"], "train.micro_batch_size = 128", "larger than train.batch_size = 64"),
     (["train.sharding=full"], "train.sharding = 'full'", "train.processes to 2 or more"),
+    (["train.processes=2", "train.param_dtype=bfloat16"], "train.param_dtype = 'bfloat16'", "set train.sharding = 'full'"),
     (["train.processes=2", "student.device=cuda:1"], "student.device = 'cuda:1'", "student.device = 'auto'"),
     (["train.learning_rate=fast"], "train.learning_rate", "number"),
     (["train.schedule=step"], "train.schedule", "'cosine', 'linear' or 'constant'"),
