@@ -74,6 +74,9 @@ def fit_models(data: dict[str, Any]) -> dict[str, str]:
         if not sides[-1].tokenizer.chat_template:
             data[role]["rendering"] = "plain"
             why[f"{role}.rendering"] = "it has no chat template"
+            if role == "student":
+                data["gates"] = {"truncated": 1.0}
+                why["gates.truncated"] = "most share of samples that are cut; a base model goes on until it is stopped"
     if len(sides) == 2 and sides[0].vocabulary.same_as(sides[1].vocabulary):
         data["objective"], data["score"] = {"name": "gkd"}, {"signal": "topk"}
         why["objective.name"] = "both sides have one tokenizer"

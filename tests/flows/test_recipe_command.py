@@ -67,6 +67,7 @@ def test_what_it_chooses(place):
     assert (loaded.objective.name, loaded.score.signal) == ("bytes", "bytes")
     assert loaded.rollout.max_new_tokens < 64  # what the context leaves
     assert loaded.student.rendering == loaded.teacher.rendering == "chat"
+    assert loaded.gates.truncated == 0.5
     assert all(
         line.startswith(("#", "[")) or not line or "  # " in line or text[n].startswith("#") for n, line in enumerate(text[1:])
     )
@@ -89,6 +90,7 @@ def test_every_line_that_is_commented_out_is_a_default(place):
 def test_a_base_model_and_one_tokenizer(place):
     loaded = load_recipe(written(place, student="base", teacher="small"))
     assert loaded.student.rendering == "plain"
+    assert loaded.gates.truncated == 1.0  # it goes on until it is stopped
     assert loaded.teacher.rendering == "chat"
     assert isinstance(loaded.objective, Gkd)
     assert loaded.score.signal == "topk"
