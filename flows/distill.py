@@ -1,6 +1,7 @@
 """The flow of a run: its rounds. Each round samples from the student that the round before has trained."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, runtime
@@ -19,6 +20,7 @@ from flows.start import count_settled, settle
 from flows.track import Trackers, follow
 from storage.artifacts import Artifact
 from storage.damage import mend
+from storage.lineage import watch, watching
 from storage.store import Run, round_slot
 from tasks.align import align_shard
 from tasks.check import check_lead, check_round
@@ -61,6 +63,7 @@ def distill(
         hold_accelerators(recipe),
         keep_loaded(),
         run.lock(logger.info, wait=nested),
+        watching(),
         follow(run, recipe) as trackers,
     ):
         return mend(lambda: run_rounds(recipe, target, at_most, trackers))
@@ -73,6 +76,9 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
     sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None}
+    for ref in sides.values():
+        if not ref.committed and Path(ref.path).is_dir():
+            watch(ref.path, ref.digest)
     refuse_rendering(recipe, sides)
     run.freeze(recipe)
 

@@ -101,6 +101,8 @@ def check_local(file: Path, what: str) -> None:
         descriptor = os.open(file, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise BadInput(f"{what}: cannot be opened ({error.strerror}); set root to a folder of yours") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
