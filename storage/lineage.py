@@ -120,7 +120,7 @@ def watching() -> Iterator[None]:
 def watch(folder: str, digest: str) -> None:
     """Let nothing that this process makes be committed once a local folder's content is not of this digest any more.
 
-    A model's weights are read more than once, and may be mapped into memory: who writes into the file changes them.
+    A model is read more than once: what others write into it meanwhile would go by the name of what it was.
     """
     _watched[folder] = digest
 

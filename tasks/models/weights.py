@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from configs.errors import BadInput
 from storage.lineage import digest_json
-from tasks.models.reference import FLASH, ModelRef, dtype_of, explain_load_errors
+from tasks.models.reference import FLASH, ModelRef, device_of, dtype_of, explain_load_errors
 
 # Of a config: what may differ between a model and what was trained from it.
 OF_ORIGIN = {"_name_or_path", "transformers_version", "dtype", "use_cache"}
@@ -55,6 +55,9 @@ def _load(ref: ModelRef, dtype: torch.dtype, device: str | None = None) -> PreTr
             f"{ref.path}: its *.safetensors have other shapes than config.json says: {_first(other)}; "
             "give the config.json and tokenizer that belong to these weights"
         )
+    if device is None and not ref.committed and device_of(ref).type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # it is mapped: who wrote into the file would change it, or end the process
     return model
 
 
