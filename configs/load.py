@@ -1,5 +1,6 @@
 """Read a recipe from TOML, apply `--set a.b=c`, and report each mistake in one line."""
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise BadInput(f"{path}: no such recipe; give the path of a TOML file, such as configs/quickstart.toml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read ({error}); give the path of a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadInput(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         _apply(data, override)
@@ -61,7 +62,7 @@ def validate_recipe(data: dict[str, Any], where: str) -> Recipe:
 def inherit_overrides(recipe: Recipe, path: str) -> tuple[str, ...]:
     """Overrides for the recipe at `path`, which makes a model for `recipe`: both share the root and the seed."""
     name = load_recipe(path).name
-    return (f"name={name}-seed{recipe.seed}", f'root="{recipe.root}"', f"seed={recipe.seed}")
+    return (f"name={name}-seed{recipe.seed}", tomli_w.dumps({"root": recipe.root}).strip(), f"seed={recipe.seed}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -140,7 +141,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text  # a bare word is a string: a shell strips quotes
 
 
@@ -153,7 +154,7 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
     def resolve(path: str) -> str:
         if "://" in path:
             return path
-        full, here = (folder / path).resolve(), Path.cwd().resolve()
+        full, here = Path(os.path.realpath(folder / path)), Path.cwd().resolve()  # which lets a loop of links be
         return str(full.relative_to(here) if full.is_relative_to(here) else full)
 
     several = data.get("teachers")

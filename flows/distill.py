@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, runtime
@@ -22,6 +23,7 @@ from flows.start import count_settled, settle
 from flows.track import Trackers, follow
 from storage.artifacts import Artifact
 from storage.damage import mend
+from storage.lineage import watch, watching
 from storage.store import Run, round_slot
 from tasks.align import align_shard
 from tasks.check import check_lead, check_round
@@ -64,6 +66,7 @@ def distill(
         hold_accelerators(recipe),
         keep_loaded(),
         run.lock(logger.info, wait=nested),
+        watching(),
         follow(run, recipe) as trackers,
     ):
         return mend(lambda: run_rounds(recipe, target, at_most, trackers))
@@ -76,6 +79,9 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     check_pairs(recipe, student=existing, teachers=teachers)
     check_weights_unchanged(run, student=existing, teachers=teachers)
     sides = sides_of(recipe, existing, teachers)
+    for ref in sides.values():
+        if not ref.committed and Path(ref.path).is_dir():
+            watch(ref.path, ref.digest)
     refuse_rendering(recipe, sides)
     run.freeze(recipe)
 

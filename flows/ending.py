@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flows import take_back_folders
 from flows.stops import STOPS, on_stops
 from tasks.running.attached import kill_attached
 from tasks.views.escapes import escape_controls
@@ -232,4 +233,5 @@ def _leave() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
+    take_back_folders()
     os._exit(_status)

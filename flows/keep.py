@@ -1,5 +1,6 @@
 """What of a run's complete rounds is cleared, by the recipe's `[keep]`: after each round, and by `potstill clean`."""
 
+import os
 import re
 from pathlib import Path
 
@@ -53,11 +54,11 @@ def choose_rounds(run: Run, recipe: Recipe, value: int | str, done: int) -> set[
 
 def find_named(run: Run) -> set[int]:
     """The rounds whose students the recipes of other runs under the root name as a model by their folders."""
-    here, found = Path(run.path).resolve(), set[int]()
+    here, found = Path(os.path.realpath(run.path)), set[int]()
     for recipe in recipes_beside(run):
         teachers = [view.teacher and view.teacher.model for view in recipe.by_teacher().values()]
         for model in (recipe.student.model, *teachers):
-            place = Path(model or "").resolve()
+            place = Path(os.path.realpath(model or ""))  # of a stranger's recipe, too: a loop of links is no error here
             if place.is_relative_to(here) and (number := re.match(r"round=(\d+)", str(place.relative_to(here)))):
                 found.add(int(number[1]))
     return found

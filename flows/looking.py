@@ -133,8 +133,11 @@ def align(
         Write the units of every row of the file to this Parquet file: the columns of `aligned` that need no model.
     """
     from tasks.models.text import tokenizer_of
+    from tasks.rows.messages import is_text
     from tasks.views import texts as show
 
+    if not is_text(text):
+        raise BadInput(f"--text {text!a:.60}: not UTF-8; give a text that is")
     student_side, teacher_side = tokenizer_of(student), tokenizer_of(teacher)
     names, texts = ["text"], [text]
     if file is not None:

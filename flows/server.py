@@ -7,11 +7,12 @@ first flow run and wait for it there, in the command's process group, where Ctrl
 import atexit
 import os
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from configs.errors import Unavailable
@@ -19,6 +20,7 @@ from flows.ending import give_up
 from tasks.running.attached import end_attached, start_attached
 
 PATIENCE = 120.0  # seconds until it answers
+ANSWER = 60.0  # seconds in which one that is there does, also on a busy machine
 LAST_WORDS = 5  # lines of its output that an error quotes
 # What Prefect sets for its own temporary server, and services that one command has no use for: they write each event of
 # a run into the database, and look for automations that it may start. The recorder of task runs stays.
@@ -32,15 +34,31 @@ LIGHT = {
 }
 
 
+def expect_answer(url: str) -> None:
+    """Raise Unavailable where nothing answers at the address of a server that Prefect is configured with."""
+    try:
+        urlopen(f"{url}/health", timeout=ANSWER).close()
+    except HTTPError:  # it answers; Prefect itself knows how to ask
+        return
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # Prefect has settings for those
+            raise Unavailable(
+                f"no Prefect server answers at {url} ({reason}), which PREFECT_API_URL or a profile of Prefect names; start it "
+                "again, as `potstill up` does, or unset PREFECT_API_URL: a command then has a temporary one"
+            ) from None
+
+
 def start_server() -> Callable[[], None]:
     """Start a server unless Prefect is configured with one. Returns the function that waits until it answers.
 
-    That raises Unavailable where it does not.
+    That, and here a configured one that is not there, raises Unavailable.
     """
     from prefect.context import refresh_global_settings_context
     from prefect.settings import get_current_settings
 
-    if get_current_settings().api.url:
+    if url := get_current_settings().api.url:
+        expect_answer(url)
         return lambda: None
     with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects before the server is there waits for it
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/api"

@@ -4,6 +4,7 @@ import os
 import re
 from glob import has_magic
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from configs import describe
@@ -17,6 +18,7 @@ from tasks.rows.files import READERS, UNPACK
 from tasks.running.progress import logger
 
 MOST_TOKENS = 256
+LONG = 40  # characters of a reference that no answer equals by chance
 MANY = 512  # prompts a round, of which the default batch makes eight steps or more
 
 
@@ -37,7 +39,7 @@ def write_recipe(out: Path, *, student: str, teacher: str, prompts: str) -> None
         "train": {"micro_batch_size": 8},
     }
     why = fit_models(data)
-    fit_prompts(data, str(out))
+    why |= fit_prompts(data, str(out))
     if "path" in data["prompts"] and not os.path.isabs(prompts):
         data["prompts"]["path"] = os.path.relpath(prompts, out.parent)
     schema = os.path.relpath(Path(describe.__file__).with_name(describe.FILE), out.parent)
@@ -72,14 +74,20 @@ def fit_models(data: dict[str, Any]) -> dict[str, str]:
         if not sides[-1].tokenizer.chat_template:
             data[role]["rendering"] = "plain"
             why[f"{role}.rendering"] = "it has no chat template"
+            if role == "student":
+                data["gates"] = {"truncated": 1.0}
+                why["gates.truncated"] = "most share of samples that are cut; a base model goes on until it is stopped"
     if len(sides) == 2 and sides[0].vocabulary.same_as(sides[1].vocabulary):
         data["objective"], data["score"] = {"name": "gkd"}, {"signal": "topk"}
         why["objective.name"] = "both sides have one tokenizer"
     return why
 
 
-def fit_prompts(data: dict[str, Any], where: str) -> None:
-    """Set how many prompts are held out and sampled from, and how long an answer may be."""
+def fit_prompts(data: dict[str, Any], where: str) -> dict[str, str]:
+    """Set how many prompts are held out and sampled from, how long an answer may be, and what the best round is by.
+
+    Returns the reasons, by field.
+    """
     recipe = validate_recipe(data, where)
     try:
         rows = list_prompts(recipe, {})
@@ -87,7 +95,7 @@ def fit_prompts(data: dict[str, Any], where: str) -> None:
         if data["prompts"]["source"] != "hub":
             raise
         logger.warning("prompts: not looked at: %s", error)
-        return
+        return {}
     if data["prompts"]["source"] != "reasoning-gym":
         data["prompts"]["eval"] = min(128, max(1, len(rows) // 10))
         data["rollout"]["prompts"] = few = min(1024, len(rows) - data["prompts"]["eval"])
@@ -103,3 +111,10 @@ def fit_prompts(data: dict[str, Any], where: str) -> None:
             continue
         rooms += [int(gate.limit - gate.value) for gate in gates if gate.name.endswith("room") and gate.limit and gate.value]
     data["rollout"]["max_new_tokens"] = max(1, min(rooms))
+    references = [row["reference"] for row in rows if row["reference"] is not None]
+    if data["prompts"]["source"] == "reasoning-gym" or (references and median(map(len, references)) < LONG):
+        return {}
+    data["evaluate"] = {"best": "divergence"}
+    return {
+        "evaluate.best": "the least divergence; " + ("no answer equals free text" if references else "there are no references")
+    }

@@ -13,12 +13,22 @@ from uuid import UUID
 import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.context import refresh_global_settings_context
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
 from prefect.states import Crashed
 
 from configs.errors import BadInput, Unavailable
+from flows.server import expect_answer
 from tasks.running.attached import end_attached, start_attached
 
 CHECKOUT = Path(__file__).parents[1]  # where prefect.yaml lies, and what the deployments run
@@ -50,6 +60,7 @@ def bring_up(say: Callable[[str], None]) -> None:
 def _running_server(say: Callable[[str], None]) -> Iterator[str]:
     """The address of the server that Prefect is configured with, or of one that is started here."""
     if url := get_current_settings().api.url:
+        expect_answer(url)
         yield url
         return
     host, port = get_current_settings().server.api.host, get_current_settings().server.api.port
@@ -69,9 +80,23 @@ def _running_server(say: Callable[[str], None]) -> Iterator[str]:
         say(f"Prefect's server and its pages are at {url.removesuffix('/api')}")
         os.environ["PREFECT_API_URL"] = url
         refresh_global_settings_context()
+        _crash_left_runs()
         yield url
     finally:
         end_attached(server)
+
+
+def _crash_left_runs() -> None:
+    """Where `potstill up` was killed nobody told the server: what its worker ran would keep the next flow runs waiting."""
+    at_work = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]))
+    with get_client(sync_client=True) as client:
+        ours = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+        left = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=at_work), work_pool_filter=ours)
+        while left:
+            for run in left:
+                client.set_flow_run_state(run.id, Crashed(message="potstill up was killed"), force=True)
+            within = FlowRunFilterParentFlowRunId(any_=[run.id for run in left])
+            left = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=at_work, parent_flow_run_id=within))
 
 
 def _end_worker(worker: "subprocess.Popen[bytes]") -> None:

@@ -27,6 +27,7 @@ class Clearable:
     slot: str
     bytes: int
     why: str
+    outside: str = ""  # where it lies, if a link leads there out of the run: then it stays
 
 
 def list_clearable(run: Run, slots: dict[str, str]) -> list[Clearable]:
@@ -35,7 +36,8 @@ def list_clearable(run: Run, slots: dict[str, str]) -> list[Clearable]:
     for slot, manifest in run.manifests():
         why = manifest["cleared"]["why"] if manifest.get("cleared") else slots.get(slot)
         if why is not None and run.fs.exists(posixpath.join(run.path, manifest["path"])):
-            found.append(Clearable(slot, _measure(run, manifest["path"]), why))
+            outside = _leads_out(run, manifest["path"])
+            found.append(Clearable(slot, 0 if outside else _measure(run, manifest["path"]), why, outside))
     return found
 
 
@@ -49,6 +51,9 @@ def clear(run: Run, slots: dict[str, str], log: Callable[[str], None]) -> int:
         return 0
     with restamped(run), run.writing():
         for each in found:
+            if each.outside:
+                log(f"{each.slot}: a link leads to {each.outside}, out of the run, so it stays")
+                continue
             with run.hold(each.slot, alone=True) as free:
                 manifest = run.manifest(each.slot)
                 if not free or manifest is None:
@@ -75,6 +80,12 @@ def word_bytes(count: int) -> str:
     """A number of bytes for people: `1.5 MiB`."""
     power = min(max(count.bit_length() - 1, 0) // 10, len(UNITS) - 1)
     return f"{count / 1024**power:.{0 if not power else 1}f} {UNITS[power]}"
+
+
+def _leads_out(run: Run, place: str) -> str:
+    """The folder that a file or folder of a run lies in, if links lead to it out of the run; else nothing."""
+    folder = os.path.realpath(os.path.dirname(os.path.join(run.path, place))) if run.local else ""
+    return folder if folder and not Path(folder).is_relative_to(os.path.realpath(run.path)) else ""
 
 
 def _measure(run: Run, place: str) -> int:

@@ -48,14 +48,14 @@ def size_of(path: str | Path) -> int:
 
 
 def find_existing(path: Path) -> Path:
-    """The path, or its nearest parent that exists."""
-    return next(place for place in (path, *path.parents) if place.exists())
+    """The path, or its nearest parent that exists, be it a link that leads nowhere."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def explain_unwritable(folder: Path) -> str | None:
     """Why no folder can be made in `folder`; None where one can. It is tried: permissions never refuse a superuser."""
     if not folder.is_dir():
-        return "is a file"
+        return "is a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "is a file"
     if not os.access(folder, os.W_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
         return "is read-only"
     try:

@@ -4,12 +4,16 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+
+from configs.errors import BadInput
 
 CHUNK = 1 << 20
 CHECKOUT = Path(__file__).parents[1]
@@ -95,6 +99,44 @@ def digest_stream(file: IO[bytes]) -> str:
     while chunk := file.read(CHUNK):
         sha.update(chunk)
     return sha.hexdigest()
+
+
+# -- what must not change ------------------------------------------------------------------------------------------------
+
+_watched: dict[str, str] = {}
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Forget at the end what `watch` is told inside."""
+    before = dict(_watched)
+    try:
+        yield
+    finally:
+        _watched.clear()
+        _watched.update(before)
+
+
+def watch(folder: str, digest: str) -> None:
+    """Let nothing that this process makes be committed once a local folder's content is not of this digest any more.
+
+    A model is read more than once: what others write into it meanwhile would go by the name of what it was.
+    """
+    _watched[folder] = digest
+
+
+def check_watched() -> None:
+    """Raise BadInput where a watched folder has changed. Files are read where their size, time or inode is another one."""
+    for folder, digest in _watched.items():
+        try:
+            holds = digest_folder(folder) == digest
+        except OSError:  # it is being replaced
+            holds = False
+        if not holds:
+            raise BadInput(
+                f"{folder}: its files have changed while the run used them; what was made since is not committed. Put "
+                "them back and give the same command again, or give this recipe another name (--set name=…)"
+            )
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,8 @@ def local_lock(file: Path, what: str, log: Callable[[str], None], wait: bool) ->
 
     The file names its holder (pid, host, since when) and is removed afterwards. Where another process holds it, raise
     BadInput, or with `wait` log one line and wait. On a network disk the lock holds between machines as far as the disk's
-    `flock` does. On a disk without locks a line says so, and the run goes on without one.
+    `flock` does: where a process of another machine has left its name, which it does when it is killed, a line says so. On a
+    disk without locks a line says so as well, and the run goes on without one.
     """
     announced = False
     while (descriptor := _acquire(file, what, log)) is None:
@@ -34,6 +35,9 @@ def local_lock(file: Path, what: str, log: Callable[[str], None], wait: bool) ->
             log(f"{what}: waiting for {_describe_holder(_read_holder(file))}")
         announced = True
         time.sleep(POLL_SECONDS)
+    before, here = _read_holder(file), socket.gethostname()
+    if before.get("host", here) != here:
+        log(f"{what}: {_describe_holder(before)} has not ended in order; if it is still at work there, stop one of the two")
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_identify_process()).encode(), 0)
@@ -97,6 +101,8 @@ def check_local(file: Path, what: str) -> None:
         descriptor = os.open(file, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise BadInput(f"{what}: cannot be opened ({error.strerror}); set root to a folder of yours") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -31,7 +31,7 @@ from storage.artifacts import Artifact, write_parquet
 from storage.damage import clear_suspicion, is_suspect
 from storage.filesystems import explain_unreachable
 from storage.folder import Folder
-from storage.lineage import digest_json, digest_local
+from storage.lineage import check_watched, digest_json, digest_local
 from storage.lock import hold_file
 from storage.manifests import check_same, describe_clearing, describe_output, parse_manifest
 from storage.schemas import explain_columns
@@ -166,6 +166,7 @@ class Run(Folder):
         started = time.monotonic()
         with self.writing(), self.workspace() as folder:
             rows = make(folder)
+            check_watched()
             seconds = round(time.monotonic() - started, 3)
             made = {name: describe_output(folder / name, slot, key, inputs) for name, slot in slots.items()}
             check_same([(self.manifest(slot), made[name]) for name, slot in slots.items()])
@@ -260,7 +261,7 @@ class Run(Folder):
             return None
         try:
             return validate_recipe(tomllib.loads(self.read_text("run.toml")), path)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadInput(f"{path}: not valid TOML: {error}; restore this file, or choose another name or root") from None
 
     def check_recipe(self, recipe: Recipe) -> None:

@@ -111,11 +111,14 @@ def try_pair(sample: Sample, held_out: pa.Table, *, roomy: bool) -> Trial:
     gates += text_gates(sample)
     if not roomy:
         return Trial(sample, gates, [], 0.0)
+    most = recipe.rollout.max_new_tokens
+    logger.info("one answer each to %d prompts, of at most %d tokens", len(sample.prompts), most)
     rollouts, seconds = _timed(sample, student, lambda: roll_out_sample(sample), use="sample")
     ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
     gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
     tables, scores = [rollouts], None
     if teacher is not None and recipe.objective.needs_teacher:
+        logger.info("the teacher scores them")
         scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
         seconds += more
     expected = {}
@@ -125,9 +128,11 @@ def try_pair(sample: Sample, held_out: pa.Table, *, roomy: bool) -> Trial:
     if teacher is not None:
         gates.append(expected_gate(sample, student=expected["student"], teacher=expected["teacher"]))
     release()
+    logger.info("the engine against the trainer")
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None and scores is not None:
         gates.append(teacher_engine_gate(sample, teacher))
+        logger.info("the scores again: one by one, and by the student")
         same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
         own, alone = score_sample(sample, rollouts, same), score_sample(sample, rollouts, teacher, batch_tokens=1)
         gates.append(noise_gate(sample, scores, alone=alone, own=own))
@@ -137,6 +142,7 @@ def try_pair(sample: Sample, held_out: pa.Table, *, roomy: bool) -> Trial:
         tables += [scores, aligned]
         gates += objective_gates(sample, rollouts, aligned, loss, teacher)
     if teacher is not None:
+        logger.info("both models answer %d held-out prompts", len(held_out))
         gates.append(measure_lead(sample, held_out, teacher))
     release()
     return Trial(sample, gates, tables, seconds)

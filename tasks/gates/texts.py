@@ -43,7 +43,8 @@ def template_gate(role: str, text_side: Side, rendered: list[list[int]]) -> Gate
     wanted = int(bos is not None and text_side.tokenizer("a")["input_ids"][:1] == [bos])
     counts = [next((i for i, token in enumerate(ids) if token != bos), len(ids)) for ids in rendered]
     wrong = sum(count > 1 or count < wanted for count in counts)
-    detail = f"the first prompt begins with {counts[0]} BOS, {wanted} expected; the figure counts prompts that begin otherwise"
+    right = "1" if wanted else "0 or 1"
+    detail = f"the first prompt begins with {counts[0]} BOS, {right} expected; the figure counts prompts that begin otherwise"
     return Gate(f"{role}: template", wrong, 0, detail=detail)
 
 

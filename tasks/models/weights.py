@@ -61,6 +61,9 @@ def _load(ref: ModelRef, dtype: torch.dtype, device: str | None = None) -> PreTr
             f"{ref.path}: its *.safetensors have other shapes than config.json says: {_first(other)}; "
             "give the config.json and tokenizer that belong to these weights"
         )
+    if device is None and not ref.committed and device_of(ref).type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # it is mapped: who wrote into the file would change it, or end the process
     return model
 
 

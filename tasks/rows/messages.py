@@ -18,6 +18,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES |= {"model": "assistant", "bot": "assistant", "system": "system", "developer": "developer", "tool": "tool"}
 ROLES |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}  # of ShareGPT's `from`
 UNASKED = {"system", "developer", "assistant"}  # roles that ask for no answer
+MOST = 16_000_000  # characters of a row's texts: as tokens they take gigabytes, and no context holds them
 WHOLE = 2.0**53  # floats below it stand for one integer each
 
 
@@ -81,6 +82,15 @@ def check_prompt(messages: list[Message], column: str) -> None:
         raise Refused(f"`{column}` has no message to answer before the answer (roles: {roles}); give one of the user's")
     if not any(message["content"].strip() for message in messages if message["role"] not in UNASKED):
         raise Refused(f"`{column}` is empty; give a prompt, or leave the row out")
+
+
+def check_length(messages: list[Message], reference: str | None) -> None:
+    """Refuse a row that would take the machine's memory before its tokens were counted."""
+    size = len(reference or "") + sum(
+        len(value) for message in messages for value in message.values() if isinstance(value, str)
+    )
+    if size > MOST:
+        raise Refused(f"its texts have {size:,} characters, more than {MOST:,}; leave the row out, or cut it")
 
 
 def read_reference(value: Any, column: str) -> str | None:

@@ -17,7 +17,7 @@ from tasks.models.template import Message, Unfilled, fill_template, last_of_user
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
-from tasks.rows.messages import Refused, check_prompt, read_reasoning, read_reference
+from tasks.rows.messages import Refused, check_length, check_prompt, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.rows.teachers import check_teachers
 from tasks.running.progress import logger
@@ -218,6 +218,7 @@ def _table_rows(
             if convention.needs:
                 check_prompt(reading.messages, convention.needs[0])
             messages = _fill_template(config.template, row, reading.messages)
+            check_length(messages, reading.reference)
             reasoning = read_reasoning(row, consumed)
         except Refused as error:
             refused.append(f"{place}: {error}")

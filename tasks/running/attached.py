@@ -42,15 +42,27 @@ def end_attached(process: subprocess.Popen[Any]) -> None:
 def kill_attached() -> None:
     """Kill the attached children that are left, also one that is suspended. For a process that ends at once."""
     for process in list(_attached):
+        _kill_descendants(process.pid)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end_with_the_starter() -> None:
     os.read(0, 1)
+    _kill_descendants(os.getpid())
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
+
+
+def _kill_descendants(pid: int) -> None:
+    """Kill what a process has started, also in sessions of their own, as Prefect's worker starts flow runs."""
+    import psutil
+
+    with suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
 
 
 if __name__ == "__main__":

@@ -112,9 +112,8 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.adapters = add_adapters(model, recipe.student.lora) if recipe.student.lora is not None else None
         self.objectives = build_objectives(recipe, student, teachers)
-        module: nn.Module = Student(
-            model, self.objectives, len(side(student).beta.values), config.chunk_positions, recipe.reward
-        )
+        size = len(side(student).beta.values)
+        module: nn.Module = Student(model, self.objectives, size, config.chunk_positions, recipe.reward)
         if config.sharding == "full":
             module = shard_module(module, model, self.accelerator, policy_of(config))
         else:
@@ -285,8 +284,7 @@ class Trainer:
             return
         self.state.write(folder / "trainer", self.step, *gathered)
         model: PreTrainedModel = self.accelerator.unwrap_model(self.module).model
-        if self.adapters is not None:
-            model = self.adapters.merge_and_unload()
+        model = model if self.adapters is None else self.adapters.merge_and_unload()
         if weights is not None and self.state.masters:
             weights = {name: weight.bfloat16() for name, weight in weights.items()}
         name_stops(model, side(self.ref).stop_ids)

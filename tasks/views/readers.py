@@ -1,6 +1,7 @@
 """What each side read of a prompt: the text of what was rendered, special tokens included. No weights are loaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -87,10 +88,15 @@ def _find_student(run: Run, recipe: Recipe) -> ModelRef:
 def _find_teacher(run: Run, recipe: Recipe, config: Model, name: str) -> ModelRef:
     if recipe.self_taught:
         own = _find_student(run, recipe)
-        return refer_as_used(config, own.path, own.digest, committed=own.committed)
+        return _refer(config, own.path, own.digest, committed=own.committed)
     path, digest = _find_model(run, recipe, config)
     evaluated = run.manifest(round_slot(0, "evals", "teacher") + suffix_of(name))
-    return refer_as_used(config, path, evaluated["inputs"]["model"]["digest"] if evaluated else digest)
+    return _refer(config, path, evaluated["inputs"]["model"]["digest"] if evaluated else digest)
+
+
+def _refer(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
+    """As in the run, but that no code of the model's is run: the run, and what its recipe trusts, may be a stranger's."""
+    return replace(refer_as_used(config, path, digest, committed=committed), trust_remote_code=False)
 
 
 def _find_model(run: Run, recipe: Recipe, config: Model) -> tuple[str, str]:

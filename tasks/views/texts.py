@@ -14,6 +14,7 @@ from storage.artifacts import write_parquet
 from storage.schemas import ALIGNED
 from tasks.models.text import Side
 from tasks.rows.files import read_file
+from tasks.rows.messages import is_text
 from tasks.tokens.align import Kind, align, unit_sizes
 from tasks.tokens.ragged import Flat, flat, offsets_of, ragged
 from tasks.tokens.token_bytes import TokenBytes
@@ -71,9 +72,7 @@ def align_texts(names: list[str], texts: list[str], student: Side, teacher: Side
 def read_texts(path: Path) -> tuple[list[str], list[str]]:
     """Names and texts of a file: its `text` column, and its `rollout_id` or the row's number."""
     rows = [row for _, row in read_file(path, "--file")]
-    if missing := next(
-        (n for n, row in enumerate(rows, 1) if not isinstance(row, dict) or not isinstance(row.get("text"), str)), 0
-    ):
+    if missing := next((n for n, row in enumerate(rows, 1) if not isinstance(row, dict) or not is_text(row.get("text"))), 0):
         raise BadInput(f"--file: {path}: row {missing} has no `text`; give every row a text in a `text` column")
     return [str(row.get("rollout_id", number)) for number, row in enumerate(rows)], [row["text"] for row in rows]
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from storage.store import Run
@@ -164,6 +166,26 @@ def test_a_report_of_text_that_attacks(look, run, tmp_path):
     check_report(seen, address)
     assert EVIL in seen.page.inner_text("body")
     assert seen.page.title() == "tiny · Potstill"
+
+
+def test_the_model_card_as_a_page(look, run, tmp_path):
+    """As the Hub shows it: its metadata are read, tables are tables, and what others wrote is text."""
+    card = ModelCard.load(run / "round=0002" / "README.md")
+    assert card.data.to_dict()["library_name"] == "transformers"
+    page = tmp_path / "card.html"
+    style = "table, pre { display: block; max-width: 100%; overflow: auto }"
+    page.write_text(f"<meta charset=utf-8><style>{style}</style>{MarkdownIt().enable('table').render(card.text)}")
+    seen = look(page.as_uri())
+    heads = [[cell.inner_text() for cell in table.query_selector_all("th")] for table in seen.page.query_selector_all("table")]
+    assert [head[0] for head in heads] == ["model", "what"]
+    assert [title.inner_text() for title in seen.page.query_selector_all("h1, h2")] == [
+        "tiny", "Figures", "How to load", "What it was made from", "Data and licences", "Recipe"
+    ]  # fmt: skip
+    assert len(seen.page.query_selector_all("pre")) == 2
+    texts = [text.inner_text() for text in seen.page.query_selector_all("p, li, td, th")]
+    assert not re.search(r"\||`|\*\*", "".join(texts)), "markup that is shown as it is"
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= seen.page.viewport_size["width"]
+    assert seen.asked == [page.as_uri()]
 
 
 def test_a_flow_run_is_named_by_its_rounds(look, server, run):

@@ -135,12 +135,15 @@ def test_texts_of_nothing(potstill, pair, text):
     [
         (["--file", "none.jsonl"], "no such file"),
         (["--file", "numbers.jsonl"], "row 2 has no `text`"),
+        (["--file", "half.jsonl"], "row 1 has no `text`"),
+        (["--text", "a\udc80b"], "--text 'a\\udc80b': not UTF-8"),
         (["--out", "out.parquet"], "--file"),
         (["--file", "good.jsonl", "--out", "missing/out.parquet"], "cannot be written"),
     ],
 )
 def test_mistakes(potstill, models, tmp_path, arguments, says):
     (tmp_path / "numbers.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    (tmp_path / "half.jsonl").write_text(r'{"text": "half a pair: \ud800"}')
     (tmp_path / "good.jsonl").write_text('{"text": "a"}\n')
     before = sorted(tmp_path.iterdir())
     ended = potstill("align", models["student"], models["teacher"], *arguments, folder=tmp_path)

@@ -48,6 +48,19 @@ def test_it_shows_what_and_how_much_and_then_clears_it(potstill, copied):
     assert potstill("inspect", copied, "--verify").status == 0
 
 
+def test_what_lies_elsewhere_stays(potstill, copied, tmp_path):
+    """A round that was moved to a larger disk, with a link in its place; in a stranger's run it may lead anywhere."""
+    shutil.move(copied / "round=0001", elsewhere := tmp_path / "elsewhere")
+    (copied / "round=0001").symlink_to(elsewhere)
+    before = files(elsewhere)
+    ended = potstill("clean", copied, "--scores", "1", "--yes")
+    assert ended.status == 0, ended.err
+    assert f"round=0001/scores/part-00000: a link leads to {elsewhere}/scores, out of the run, so it stays" in ended.err
+    assert "cleared" not in ended.err
+    assert files(elsewhere) == before
+    assert potstill("inspect", copied, "--verify").status == 0
+
+
 def test_where_nothing_is_to_be_cleared(potstill, copied):
     before = files(copied)
     ended = potstill("clean", copied, "--yes")

@@ -243,7 +243,7 @@ def test_a_text_of_any_length_is_shown_as_far_as_it_can_be_read(capsys):
     assert not set(shown) & set(map(chr, CONTROLS))
 
 
-@pytest.mark.parametrize("text", ["[/red]", "[bold]x", "\x1b[2J", "\x9b31m"])
+@pytest.mark.parametrize("text", ["[/red]", "[bold]x", "\x1b[2J", "\x9b31m", "a\u202eb"])
 def test_names_are_shown_as_they_are(capsys, text):
     """In titles, columns, lines, the log and a command's last line: a folder, a field and a model may be called anything."""
     record = logging.LogRecord("potstill", logging.INFO, "", 0, "%s", (text,), None)

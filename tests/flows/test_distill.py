@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers import TINY, files
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tasks.rollout
 from configs.errors import BadInput
 from configs.load import dump_recipe, load_recipe
 from flows.distill import distill
@@ -463,3 +465,30 @@ def test_a_run_whose_models_were_replaced_is_refused(recipe, models, tmp_path, r
     with pytest.raises(BadInput, match=f"began with another {role}: the weights of {folder}.*--set name="):
         distill(str(path), rounds=2)
     assert files(tmp_path / "runs") == before
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_models_that_change_under_a_run_are_refused(recipe, models, tmp_path, monkeypatch, role, file):
+    """Written over in place, so that weights that are mapped into memory change as well. Put back, the run goes on."""
+    folder = tmp_path / "model"
+    shutil.copytree(models[role], folder)
+    path, run = recipe(rounds=1, **{role: {"model": str(folder)}}), Run(str(tmp_path / "runs"), "tiny")
+    content = (folder / file).read_bytes()
+
+    def change(*args: object, **options: object) -> object:
+        made = make_rollouts(*args, **options)
+        with open(folder / file, "r+b") as opened:
+            opened.seek(-1, os.SEEK_END)
+            opened.write(b"\x01")
+        return made
+
+    make_rollouts = tasks.rollout.make_rollouts
+    monkeypatch.setattr(tasks.rollout, "make_rollouts", change)
+    with pytest.raises(BadInput, match=f"^{folder}: its files have changed while the run used them.*--set name="):
+        distill(str(path))
+    assert "round=0000/evals/teacher" in run.slots()
+    assert not any(slot.startswith("round=0001") for slot in run.slots())
+    monkeypatch.undo()
+    (folder / file).write_bytes(content)
+    assert distill(str(path))["rounds"] == 1

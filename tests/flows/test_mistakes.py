@@ -210,6 +210,19 @@ def test_a_row_of_prompts(potstill_in_nothing, place, tmp_path, row, parts):
     refused(ended, f"prompts.path: {file}: ", " 31", *parts)
 
 
+def test_a_row_of_a_hundred_megabytes(potstill_in_nothing, place, tmp_path):
+    """Its tokens would take more memory than there is; with `unusable` it is left out as any other row."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "x " * 50_000_000}, *({"prompt": f"q{i}"} for i in range(30))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = potstill_in_nothing("run", place / "good.toml", "--set", f"prompts={{source='file', path='{file}'}}")
+    refused(ended, f"{file}: row 1: its texts have 100,000,004 characters, more than 16,000,000; leave the row out")
+    config = load_recipe(
+        place / "good.toml", [f"prompts={{source='file', path='{file}', unusable='leave_out', train=8, eval=4}}"]
+    )
+    check_recipe(config)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
@@ -327,3 +340,33 @@ def test_devices_are_counted(place, monkeypatch):
     with pytest.raises(BadInput, match=r"teacher\.device = 'cuda:2': this machine has 2 such devices, counted from 0"):
         check_recipe(load_recipe(place / "good.toml", ["teacher.device=cuda:2"]))
     check_recipe(load_recipe(place / "good.toml", ["teacher.device=cuda:1"]))
+
+
+@pytest.fixture
+def links(tmp_path) -> Path:
+    """A link to itself, and one that leads nowhere."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "folder")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["loop", "nowhere"])
+def test_links_that_lead_nowhere(potstill_in_nothing, place, links, name):
+    """As the root, as the prompts and as a model."""
+    link = links / name
+    refused(
+        potstill_in_nothing("run", place / "good.toml", "--set", f"root={link}"),
+        f"{link}: cannot be written ({link} is a link that leads nowhere); set root to a folder of yours",
+    )
+    ended = potstill_in_nothing("run", place / "good.toml", "--set", f"prompts={{source='file', path='{link}'}}")
+    refused(ended, f"prompts.path: {link}: no such file" if name == "loop" else "prompts.path: ", "no such file")
+    refused(potstill_in_nothing("run", place / "good.toml", "--set", f"student.model={link}"), str(link), "no such model")
+
+
+def test_a_recipe_that_is_nested_without_end(potstill_in_nothing, tmp_path):
+    (tmp_path / "deep.toml").write_text("x = " + "[" * 100_000 + "]" * 100_000)
+    refused(potstill_in_nothing("run", tmp_path / "deep.toml"), "deep.toml: not valid TOML: maximum recursion depth exceeded")
+
+
+def test_a_root_whose_name_is_too_long(potstill_in_nothing, place):
+    refused(potstill_in_nothing("run", place / "good.toml", "--set", f"root={'x' * 300}"), "File name too long", "set root")

@@ -1,6 +1,7 @@
 """Folders of models that are damaged in one place: one message with the folder, the file and what is wrong; nothing written."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from helpers import made, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
@@ -146,3 +148,16 @@ def test_attention_that_a_family_lacks(potstill, recipe, good, tmp_path):
     path = recipe(teacher={"model": str(folder)})
     refused(potstill("run", path), str(folder), "does not have this kind of attention", "set attention = 'eager'")
     check_recipe(load_recipe(path, ["teacher.attention=eager"]))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda file: os.truncate(file, 100), lambda file: file.write_bytes(bytes(file.stat().st_size))]
+)
+def test_loaded_weights_stay_what_they_are(good, tmp_path, write):
+    """Where another model is saved into the folder: they are no part of its file any more, which would end the process."""
+    shutil.copytree(good, folder := tmp_path / "model")
+    model = load_weights(ModelRef(str(folder), "", device="cpu"), torch.float32)
+    before = [tensor.clone() for tensor in model.parameters()]
+    write(folder / "model.safetensors")
+    assert all(map(torch.equal, before, model.parameters()))
+    assert [mapped for mapped in Path("/proc/self/maps").read_text().splitlines() if str(folder) in mapped] == []

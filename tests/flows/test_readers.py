@@ -127,6 +127,32 @@ def test_a_model_that_is_gone(potstill, folder, tmp_path, role):
     assert "Samples of round 1" in page
 
 
+def test_no_code_of_a_strangers_model_is_run(folder, tmp_path, monkeypatch):
+    """A run is looked at: what its recipe trusts, whoever looks need not."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shutil.copytree(folder / "t", evil := tmp_path / "evil")
+    config = json.loads((evil / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (evil / "tokenizer_config.json").write_text(json.dumps(config))
+    trap = f"from pathlib import Path\nPath({str(tmp_path / 'sprung')!r}).touch()\n"
+    (evil / "own.py").write_text(
+        f"{trap}from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): pass\n"
+    )
+    shutil.copytree(folder / "runs" / "readers", run := tmp_path / "runs" / "readers")
+    toml = (run / "run.toml").read_text().replace(str(folder / "t"), str(evil))
+    student, teacher = toml.split("[teacher]")
+    (run / "run.toml").write_text(
+        f"{student}[teacher]{teacher.replace('trust_remote_code = false', 'trust_remote_code = true')}"
+    )
+    assert Run(str(run.parent), "readers").frozen_recipe().teacher.trust_remote_code
+
+    show_rollout(str(run), FIRST)
+    write_report(Run(str(run.parent), "readers"))
+    assert not (tmp_path / "sprung").exists()
+    AutoTokenizer.from_pretrained(evil, trust_remote_code=True)
+    assert (tmp_path / "sprung").exists()  # the premise
+
+
 def test_a_template_that_refuses_by_now(folder, tmp_path):
     run = shutil.copytree(folder / "runs" / "readers", tmp_path / "runs" / "readers")
     teacher = shutil.copytree(folder / "t", tmp_path / "teacher")

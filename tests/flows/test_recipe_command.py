@@ -48,6 +48,8 @@ def test_it_passes_preflight(potstill, place):
     assert ended.out == "recipes/bot.toml is written. Next: potstill preflight recipes/bot.toml\n"
     checked = potstill("preflight", "recipes/bot.toml", folder=place)
     assert checked.status in (0, 1), checked.err
+    for part in ("one answer each to 36 prompts", "the teacher scores them", "both models answer 4 held-out prompts"):
+        assert part in checked.err, "a long wait is no silent one"
     breached = [line.split("│")[1].strip() for line in checked.out.splitlines() if "BREACHED" in line]
     assert set(breached) <= {"student: chance", "teacher: chance", "supervised", "truncated", "lead"}
     assert "student: room" in checked.out
@@ -65,6 +67,7 @@ def test_what_it_chooses(place):
     assert (loaded.objective.name, loaded.score.signal) == ("bytes", "bytes")
     assert loaded.rollout.max_new_tokens < 64  # what the context leaves
     assert loaded.student.rendering == loaded.teacher.rendering == "chat"
+    assert loaded.gates.truncated == 0.5
     assert all(
         line.startswith(("#", "[")) or not line or "  # " in line or text[n].startswith("#") for n, line in enumerate(text[1:])
     )
@@ -87,9 +90,20 @@ def test_every_line_that_is_commented_out_is_a_default(place):
 def test_a_base_model_and_one_tokenizer(place):
     loaded = load_recipe(written(place, student="base", teacher="small"))
     assert loaded.student.rendering == "plain"
+    assert loaded.gates.truncated == 1.0  # it goes on until it is stopped
     assert loaded.teacher.rendering == "chat"
     assert isinstance(loaded.objective, Gkd)
     assert loaded.score.signal == "topk"
+
+
+@pytest.mark.parametrize(
+    ("answer", "best"), [("7", "sampled"), ("Open the settings, and there the account.", "divergence"), (None, "divergence")]
+)
+def test_what_the_best_round_is_by(place, answer, best):
+    """Accuracy where an answer may equal its reference, else the divergence."""
+    rows = [{"prompt": f"What is {n}?", "reference": answer} for n in range(40)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_recipe(written(place)).evaluate.best == best
 
 
 def test_what_lies_elsewhere_is_named_and_left(place, potstill):

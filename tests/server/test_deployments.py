@@ -134,3 +134,25 @@ def test_a_stop_ends_all_of_it(prefect: Prefect, tmp_path: Path) -> None:
     assert prefect.read("err").endswith("potstill: stopped; `potstill up` starts again\n")
     assert "RUNNING" not in prefect.states().values()
     assert "CRASHED" in prefect.states().values()
+
+
+def test_what_a_killed_one_leaves_does_not_last(prefect: Prefect, tmp_path: Path) -> None:
+    """Nobody tells the server of it. Its processes end by themselves; the next `up` says that the flow run has crashed."""
+    again = Prefect(prefect.home)
+    here = f'overrides=["root={tmp_path}"]'
+    again("deployment", "run", "distill/quickstart", "-p", f"config={TINY}", "-p", here)
+    wait_until((tmp_path / "tiny/_manifests/vocab/teacher.json").exists, "the flow run has begun")
+    processes = psutil.Process(again.up.pid).children(recursive=True)
+    again.up.kill()
+    again.up.wait()
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    (left,) = [name for name, state in again.states().items() if state == "RUNNING"]
+
+    again = Prefect(prefect.home)
+    try:
+        assert again.states()[left] == "CRASHED"
+        assert "RUNNING" not in again.states().values()
+        again("deployment", "run", "distill/quickstart", "-p", f"config={TINY}", "-p", here, "--watch")
+        assert Run(str(tmp_path), "tiny").rounds_done() == 2
+    finally:
+        again.end()

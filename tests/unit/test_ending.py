@@ -182,13 +182,33 @@ def test_other_ends_keep_their_status(body: str, status: int) -> None:
     assert ("ZeroDivisionError" in ended.stderr) == ("1 / 0" in body)
 
 
-@pytest.mark.parametrize("home", ["/proc", "/dev/null/home"])
-def test_prefect_has_a_home_where_the_users_own_cannot_be_written(home: str) -> None:
-    code = "import flows, os; print(os.environ.get('PREFECT_HOME', ''), os.path.isdir(os.environ['PREFECT_HOME']))"
-    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_HOME"} | {"HOME": home}
+NO_ENTRY = """
+import pwd
+
+def getpwuid(number):
+    raise KeyError(f"getpwuid(): uid not found: {number}")
+
+pwd.getpwuid = getpwuid
+"""
+HOMELESS = """
+    import prefect
+    print(os.path.expanduser("~"), prefect.settings.PREFECT_HOME.value())
+    sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("home", ["/proc", "/dev/null/home", None])
+def test_prefect_has_a_home_where_the_user_has_none(home: str | None) -> None:
+    """One that cannot be written, or none at all: no HOME and no entry among the users, as in a container."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PREFECT_HOME", "HOME", "USER", "LOGNAME")}
+    environment |= {"HOME": home} if home else {}
+    code = ("" if home else NO_ENTRY) + COMMAND.replace("{body}", HOMELESS.strip())
     command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=CHECKOUT)
-    place, there = ended.stdout.split()
-    assert "potstill-prefect-" in place
-    assert there == "True"
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=CHECKOUT)
+    assert ended.returncode == 0, ended.stderr
+    assert not ended.stderr
+    user, place = ended.stdout.split()
+    assert "potstill-home-" in place
+    assert user == home or "potstill-home-" in user
     assert not Path(place).exists(), "it goes with the process"
+    assert home or not Path(user).exists()

@@ -114,6 +114,35 @@ def test_a_killed_holders_run_is_free_at_once_and_its_leftovers_go(root):
         assert json.loads((Path(root) / "a" / "_tmp" / "lock").read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize(("host", "lines"), [("elsewhere", 1), (socket.gethostname(), 0)])
+def test_what_a_process_of_another_machine_has_left_is_named(root, host, lines):
+    """It was killed, or its lock does not reach between the machines, as on some network disks."""
+    note = Path(root) / "a" / "_tmp" / "lock"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"pid": 7, "host": host, "since": "yesterday"}))
+    logged = []
+    with Run(root, "a").lock(logged.append):
+        assert json.loads(note.read_text())["pid"] == os.getpid()
+    assert len(logged) == lines
+    assert all("process 7 on elsewhere (since yesterday)" in line for line in logged)
+
+
+def test_two_machines_on_one_root(root):
+    """The second is told the first one's name, by a lock that a kernel holds."""
+    code = f"import socket; socket.gethostname = lambda: 'machine-a'\n{HOLD}"
+    first = subprocess.Popen([sys.executable, "-c", code, root], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(BadInput, match=f"process {first.pid} on machine-a .* is working on this run"):
+            Run(root, "a").lock(print).__enter__()
+    finally:
+        end(first)
+    logged = []
+    with Run(root, "a").lock(logged.append):
+        assert len(logged) == 1
+        assert f"process {first.pid} on machine-a" in logged[0]
+
+
 def test_nothing_is_left_of_a_lock(root):
     Run(root, "a").check_free()
     assert not os.path.exists(root)  # looking writes nothing

@@ -11,6 +11,7 @@ from configs.load import (
     MACHINERY,
     OF_A_LATER_STAGE,
     dump_recipe,
+    inherit_overrides,
     list_differences,
     load_recipe,
     select_content,
@@ -354,3 +355,11 @@ def test_where_an_engine_is_found_may_change_in_the_middle_of_a_run(plain):
     assert list_differences(load_recipe(plain, server), moved) == [
         "student.engine is 'transformers' in the run, 'vllm' in this recipe"
     ]
+
+
+@pytest.mark.parametrize("root", ["runs", "a b", 'a"b', "a'b", r"a\b\new", "é", "a=b", "[x]", "#x"])
+def test_a_recipe_that_makes_a_model_has_the_same_root_and_seed(root):
+    """Whatever stands in the root's name; it was TOML's notation for another one."""
+    recipe = load_recipe(CHECKOUT / "tests" / "recipes" / "tiny.toml").model_copy(update={"root": root, "seed": 3})
+    maker = load_recipe(recipe.teacher.recipe, inherit_overrides(recipe, recipe.teacher.recipe))
+    assert (maker.name, maker.root, maker.seed) == ("test-teacher-seed3", root, 3)

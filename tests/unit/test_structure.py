@@ -37,7 +37,7 @@ OPENERS |= {"read_ndjson", "scan_ndjson", "read_csv", "load_file", "save_file", 
 MAY_OPEN = {
     ("configs/load.py", "load_recipe"),
     ("flows/starter.py", "write_recipe"),
-    ("flows/__init__.py", "_has_home"),  # Prefect's own
+    ("flows/__init__.py", "_has_place"),  # Prefect's own
     ("flows/ending.py", "_say"),  # the null device
     *(("tasks/engines/vllm.py", function) for function in ("__init__", "ask", "_last_words")),
     *(("tasks/engines/vllm_child.py", function) for function in ("_read", "_write")),
