@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.cache import check_cache
 from configs.fields import Bool, Float, Int, Table, words_or_count
 from configs.keep import Keep
 from configs.models import STUDENT, Model, check_contexts, teach_itself
@@ -214,6 +215,7 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _contexts(self) -> "Recipe":
         check_contexts(self.student, self.teacher)
+        check_cache(self.student, self.teacher, self.rollout, self.score)
         return self
 
     @model_validator(mode="after")

@@ -123,6 +123,6 @@ def keep_loaded() -> Iterator[None]:
 def accelerators_of(recipe: Recipe) -> set[str]:
     """Names of the accelerators of this machine that a recipe computes on. They are the same in every process."""
     used = accelerator_names(recipe.student, recipe.train.processes)
-    if recipe.teacher is not None and recipe.teacher.engine != "server":
+    if recipe.teacher is not None and recipe.teacher.engine != "server" and recipe.teacher.cache is None:
         used |= accelerator_names(recipe.teacher)
     return used

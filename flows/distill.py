@@ -25,7 +25,8 @@ from tasks.check import check_lead, check_round
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
 from tasks.gates.rendering import refuse_rendering
-from tasks.models.reference import ModelRef, make_reference, refer_as_used
+from tasks.held_out import compare_cached
+from tasks.models.reference import ModelRef, make_reference, refer_as_used, refer_to_cache
 from tasks.prompts import make_prompts
 from tasks.rewards import reward_rows
 from tasks.rollout import roll_out
@@ -72,7 +73,7 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
     existing, teacher = make_models(recipe)
     check_pair(recipe, student=existing, teacher=teacher)
     check_weights_unchanged(run, student=existing, teacher=teacher)
-    sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None}
+    sides = {role: ref for role, ref in (("student", existing), ("teacher", teacher)) if ref is not None and not ref.cached}
     refuse_rendering(recipe, sides)
     run.freeze(recipe)
 
@@ -111,7 +112,7 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
         trainer = trained.trainer
         teacher = renew_teacher(recipe, teacher, student=student)
         if not stays(run, round_slot(number, "evals", "student"), round_slot(number, "student")):
-            run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teacher=teacher)
+            evaluate_student(recipe, number, prompts.eval, student=student, teacher=teacher, compute=compute)
         if number > done:
             published.add_round(number)
             trackers.send(number)
@@ -156,10 +157,20 @@ def run_round(round: Round, compute: Compute) -> Trained:
 
 def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teacher: ModelRef | None) -> None:
     """Round 0: evaluate the student before any training, and the teacher. Raises Stopped where the teacher is no better."""
-    student_evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "student", prompts, model=student, teacher=teacher)
-    if teacher is not None:
+    student_evals = evaluate_student(recipe, 0, prompts, student=student, teacher=teacher, compute=recipe.compute)
+    if teacher is not None and not teacher.cached:
         evals = run_in_time(recipe.compute, evaluate_model, recipe, 0, "teacher", prompts, model=teacher, teacher=teacher)
         check_lead(recipe, teacher=evals, student=student_evals)
+
+
+def evaluate_student(
+    recipe: Recipe, number: int, prompts: Artifact, *, student: ModelRef, teacher: ModelRef | None, compute: Compute
+) -> Artifact:
+    """Evaluate the student after a round, the last thing of it. A cache cannot score its answers: it has texts of its own."""
+    if teacher is not None and teacher.cached:
+        run_in_time(compute, compare_cached, recipe, number, prompts, student=student, teacher=teacher)
+        teacher = None
+    return run_in_time(compute, evaluate_model, recipe, number, "student", prompts, model=student, teacher=teacher)
 
 
 def make_models(recipe: Recipe) -> tuple[ModelRef | None, ModelRef | None]:
@@ -179,6 +190,8 @@ def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:
     """The model that `config` names. A model that another recipe makes is made first, by the same flow."""
+    if config.cache is not None:
+        return refer_to_cache(config.cache)
     if config.recipe is None:
         assert config.model is not None
         return make_reference(config, config.model)

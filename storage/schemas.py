@@ -104,6 +104,18 @@ SCORES = pa.schema(
     }
 )
 
+# A cache (`storage.caches`): texts with what a teacher said of them, its vocabulary, and the prompts without their split.
+CACHED_TEXTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string()),
+        pa.field("source", pa.string()),  # teacher: its own completion; reference: it was given
+        pa.field("text", pa.string()),  # without control tokens
+        pa.field("finish_reason", pa.string()),  # stop, length
+        *(SCORES.field(name) for name in ("token_ids", "logprobs", "law_classes", "law_logprobs", "law_counts", "rest")),
+    ]
+)
+CACHED_VOCAB = pa.schema([VOCAB.field(name) for name in ("token_id", "bytes", "role")])
+
 ALIGNED = pa.schema(
     {
         "rollout_id": pa.string(),

@@ -11,6 +11,7 @@ from configs.load import select_content
 from configs.schema import Rollout
 from storage.artifacts import read_table
 from storage.schemas import COMPLETIONS
+from tasks.caches.recall import recall_completions
 from tasks.engines.base import Advance, Sampling, ignore_progress
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
@@ -52,6 +53,8 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
     def make() -> pa.Table:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
+        if teacher.cached:
+            return recall_completions(rows, prompts, teacher)
         total = sum(row.source == "teacher" for row in rows)
         with progress(f"round {round.number} teacher's completions", total) as advance:
             return make_completions(rows, prompts, config, teacher, advance)

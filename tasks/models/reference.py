@@ -14,13 +14,15 @@ from transformers import AutoConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.errors import BadInput, Damaged
-from configs.models import Model
+from configs.models import SOURCES, Model
 from storage.artifacts import Artifact, local_folder
+from storage.caches import open_cache
 from storage.lineage import digest_folder, digest_json
 from tasks.models.chat import parse_chat_template
 from tasks.models.gguf import convert_once
 
 FLASH = "flash_attention_2"
+CACHE = "cache"  # as a teacher's engine: what it said lies in a cache
 CONTEXT = ("system", "template", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
@@ -57,6 +59,11 @@ class ModelRef:
         return local_folder(Artifact(self.path, self.digest)) if self.committed or "://" in self.path else self.path
 
     @property
+    def cached(self) -> bool:
+        """Whether it is a cache: neither weights nor a tokenizer, but what a teacher said of texts."""
+        return self.engine == CACHE
+
+    @property
     def usage(self) -> "ModelRef":
         """How it is used, without whose weights."""
         return replace(self, path="", digest="", committed=False)
@@ -80,12 +87,18 @@ def make_reference(config: Model, path: str) -> ModelRef:
     return refer_as_used(config, path, digest_json([path, _hub_commit(path, config.trust_remote_code)]))
 
 
+def refer_to_cache(name: str) -> ModelRef:
+    """The reference to a cache (a folder or hub id) in the place of a teacher. Raises BadInput where it is damaged."""
+    cache = open_cache(name)
+    return ModelRef(str(cache.folder), cache.digest, rendering="plain", engine=CACHE)
+
+
 def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:
     """The ModelRef for the weights at `path`, whose digest is known, used as `config` says.
 
     A checkpoint that a run `committed` has a URI for `path` on object storage.
     """
-    use = config.model_dump(exclude={"model", "recipe", "scratch", "lora", "weights", "markers", "unpaired"})
+    use = config.model_dump(exclude={*SOURCES, "lora", "weights", "markers", "unpaired"})
     use["chat_template_kwargs"] = json.dumps(config.chat_template_kwargs, sort_keys=True, default=str)
     use["chat_template"] = config.chat_template and read_template(config.chat_template)
     return ModelRef(path, digest, committed=committed, **use)
