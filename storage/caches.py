@@ -123,7 +123,7 @@ def _read_told(folder: Path) -> dict[str, Any]:
     file = folder / TOLD
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        version, files = told["format"], told["files"]
+        version, files, _ = told["format"], told["files"], told["teacher"]["digest"]
     except FileNotFoundError:
         raise BadInput(
             f"{folder}: not a cache (no {TOLD} in it); give a folder that `potstill cache export` wrote, or the hub id of one"

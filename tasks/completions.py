@@ -53,8 +53,6 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
     def make() -> pa.Table:
         prompts = read_table(round.prompts)
         rows = plan_rows(config, recipe.seed, round.number, shard.number, prompts["prompt_id"].to_pylist())
-        if teacher.cached:
-            return recall_completions(rows, prompts, teacher)
         total = sum(row.source == "teacher" for row in rows)
         with progress(f"round {round.number} teacher's completions", total) as advance:
             return make_completions(rows, prompts, config, teacher, advance)
@@ -65,7 +63,12 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
 def make_completions(
     rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Advance = ignore_progress
 ) -> pa.Table:
-    """The teacher's completions of those `rows` whose source is the teacher, under its own rendering of the prompts."""
+    """The teacher's completions of those `rows` whose source is the teacher, under its own rendering of the prompts.
+
+    A cache has its texts already.
+    """
+    if teacher.cached:
+        return recall_completions(rows, prompts, teacher)
     planned = [row for row in rows if row.source == "teacher"]
     chosen = prompts.take(np.array([row.prompt for row in planned], np.int64))
     ids = chosen["prompt_id"].to_pylist()

@@ -118,7 +118,6 @@ def _list_shards(run: Run) -> Iterator[tuple[pa.Table, pa.Table]]:
         if manifest.get("cleared") or rollouts is None or scores is None or (beside or {}).get("cleared"):
             cleared += 1
             continue
-        logger.info("%s: %d texts", slot, scores.rows)
         yield read_table(rollouts, OF_ROLLOUTS), read_table(scores)
     if cleared:
         logger.warning("%s: %d shards were cleared, so they are not in the cache", run.path, cleared)

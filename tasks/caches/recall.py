@@ -17,9 +17,10 @@ from tasks.models.text import side
 from tasks.rows.plan import Row
 from tasks.rows.sources import split_prompts
 from tasks.tokens.byte_laws import STOP
-from tasks.tokens.ragged import flat
+from tasks.tokens.ragged import flat, offsets_of
 
 OF_TEXTS = ["prompt_id", "source", "text", "token_ids", "finish_reason"]
+PER_TOKEN = ("logprobs", "law_counts", "rest")
 LAWS = [name for name in CACHED_TEXTS.names if name in SCORES.names]
 
 
@@ -31,7 +32,9 @@ def recall_completions(rows: Iterable[Row], prompts: pa.Table, teacher: ModelRef
     cache, ids = open_cache(teacher.path), prompts["prompt_id"].to_pylist()
     planned = [row for row in rows if row.source == "teacher"]
     texts: dict[str, list[dict[str, Any]]] = {}
-    for text in cache.texts({ids[row.prompt] for row in planned}, OF_TEXTS).to_pylist():
+    found = cache.texts({ids[row.prompt] for row in planned}, OF_TEXTS)
+    _refuse(cache, _faults_of_ids(found, len(side(teacher).beta.values)))
+    for text in found.to_pylist():
         texts.setdefault(text["prompt_id"], []).append(text)
     writer, records = cache.told["teacher"]["digest"], []
     for row in planned:
@@ -47,7 +50,7 @@ def recall_scores(completions: pa.Table, teacher: ModelRef) -> pa.Table:
     """The scores of what `recall_completions` gave, one row of `SCORES` each, in order."""
     cache = open_cache(teacher.path)
     texts = cache.texts(set(completions["prompt_id"].to_pylist()), ["prompt_id", *LAWS])
-    _check_laws(texts, len(side(teacher).beta.values), cache)
+    _refuse(cache, _faults_of_ids(texts, len(side(teacher).beta.values)) or _faults_of_laws(texts))
     places = {key: place for place, key in enumerate(_keys(texts))}
     found = texts.take(pa.array([places[key] for key in _keys(completions)], pa.int64()))
     columns = {name: found[name] for name in LAWS}
@@ -83,25 +86,30 @@ def _keys(table: pa.Table) -> list[tuple[str, tuple[int, ...]]]:
     return list(zip(table["prompt_id"].to_pylist(), ids, strict=True))
 
 
-def _check_laws(texts: pa.Table, size: int, cache: Cache) -> None:
-    """Refuse laws that cannot be: a cache may be a stranger's, and what is wrong in it would be trained on."""
+def _faults_of_ids(texts: pa.Table, size: int) -> list[str]:
+    ids = flat(texts["token_ids"])[0]
+    null, beyond = any(column.null_count for column in texts.columns), ((ids < 0) | (ids >= size)).any()
+    return ["a null in it"] * null + ["token ids beyond its vocabulary"] * bool(beyond)
+
+
+def _faults_of_laws(texts: pa.Table) -> list[str]:
     lengths = {name: pc.list_value_length(texts[name]).to_numpy() for name in LAWS}
     values = {name: flat(texts[name])[0].astype(np.float64) for name in LAWS}
-    tokens, events, counts = lengths["token_ids"], lengths["law_classes"], values["law_counts"]
-    bounds = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
-    total = np.concatenate([[0], np.cumsum(counts)])
+    tokens, events = lengths["token_ids"], lengths["law_classes"]
+    if any((lengths[name] != tokens).any() for name in PER_TOKEN) or (lengths["law_logprobs"] != events).any():
+        return ["lists of different lengths"]
+    bounds, total = offsets_of(tokens), np.concatenate([[0], np.cumsum(values["law_counts"])])
     faults = {
-        "a null in it": any(column.null_count for column in texts.columns),
-        "lists of different lengths": any((lengths[name] != tokens).any() for name in ("logprobs", "law_counts", "rest"))
-        or (lengths["law_logprobs"] != events).any(),
-        "token ids beyond its vocabulary": ((values["token_ids"] < 0) | (values["token_ids"] >= size)).any(),
+        "counts that do not add up": (total[bounds[1:]] - total[bounds[:-1]] != events).any()
+        or (values["law_counts"] < 0).any(),
         "next bytes that are none": ((values["law_classes"] < 0) | (values["law_classes"] > STOP)).any(),
-        "log-probs that are none": any(
-            not (values[name] <= 0.01).all()
-            for name in ("logprobs", "law_logprobs", "rest")  # which NaN is not, either
-        ),
+        # NaN is not below anything; rounding may lift a log-prob of 0.
+        "log-probs that are none": not all((values[name] <= 0.01).all() for name in ("logprobs", "law_logprobs", "rest")),
     }
-    if not any(faults.values()) and (total[bounds[1:]] - total[bounds[:-1]] != events).any():
-        faults["counts that do not add up"] = True
-    if found := [fault for fault, there in faults.items() if there]:
-        raise BadInput(f"{cache.folder}: texts with {found[0]}; the cache cannot be used: export it anew")
+    return [fault for fault, there in faults.items() if there]
+
+
+def _refuse(cache: Cache, faults: list[str]) -> None:
+    """Refuse what cannot be: a cache may be a stranger's, and what is wrong in it would be trained on."""
+    if faults:
+        raise BadInput(f"{cache.folder}: texts with {faults[0]}; the cache cannot be used: export it anew")

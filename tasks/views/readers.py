@@ -32,9 +32,13 @@ class Readers:
 
     @cached_property
     def teacher(self) -> Side | None:
-        """None where there is none, or where its tokenizer is gone."""
+        """None where there is none, or where its tokenizer is gone: a cache is without it."""
         config = self.recipe.teacher
-        return None if config is None else self._load("teacher", lambda: _find_teacher(self.run, self.recipe, config))
+        return (
+            None
+            if config is None or config.cache is not None
+            else self._load("teacher", lambda: _find_teacher(self.run, self.recipe, config))
+        )
 
     def _load(self, role: str, find: Callable[[], ModelRef]) -> Side | None:
         try:
