@@ -64,13 +64,18 @@ def table_of(run: Path, table: str) -> pa.Table:
     return pa.concat_tables([pq.read_table(part) for part in parts]).drop_columns(["engine"] if table == "rollouts" else [])
 
 
-@pytest.mark.parametrize("source", ["teacher", "reference"])
-def test_a_cache_teaches_as_its_teacher_did(source, taught, recipe, tmp_path):
-    """The same rows, targets and weights as with the teacher there, bit for bit: nothing is rounded here."""
-    before = taught(rollout__off_policy=source)
+@pytest.mark.parametrize(("source", "role"), [("teacher", "student"), ("reference", "student"), ("teacher", "teacher")])
+def test_a_cache_teaches_as_its_teacher_did(source, role, taught, recipe, models, tmp_path):
+    """The same rows, targets and weights as with the teacher there, bit for bit: nothing is rounded here.
+
+    The student has a tokenizer of its own, or the teacher's.
+    """
+    student = {"model": str(models[role])}
+    before = taught(rollout__off_policy=source, student=student)
     told = export_cache(str(before), str(tmp_path / "cache"), error=0, top_p=1.0)
     assert told["texts"] == 64
-    after = learn(recipe, tmp_path / "cache", tmp_path)
+    after = learn(recipe, tmp_path / "cache", tmp_path, student=student)
+    assert str(tmp_path) not in (after / "round=0001" / "README.md").read_text()
     assert table_of(after, "rollouts").equals(table_of(before, "rollouts"))
     assert set(table_of(after, "rollouts")["source"].to_pylist()) == {source}
     assert table_of(after, "aligned").equals(table_of(before, "aligned"))
