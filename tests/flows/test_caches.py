@@ -157,6 +157,20 @@ def test_a_third_tokenizer_learns_from_the_prompts_of_a_cache(taught, recipe, tm
     assert not set(scan(str(run), "rollouts").collect()["prompt_id"]) & held_out
 
 
+def test_a_student_that_is_the_teacher_is_at_no_distance_from_its_cache(taught, recipe, models, tmp_path):
+    """And another one is at some, before it is trained."""
+    export_cache(str(taught(score__k=257)), str(tmp_path / "cache"), error=0, top_p=1.0)
+    prompts = {"source": "cache", "dataset": str(tmp_path / "cache"), "eval": 16}
+    found = {}
+    for role in ("teacher", "student"):
+        given = {"student": {"model": str(models[role])}, "prompts": prompts}
+        run = learn(recipe, tmp_path / "cache", tmp_path / role, rounds=0, **given)
+        evals = scan(str(run), "evals").filter(decoding="cached").collect()
+        found[role] = evals["divergence"].drop_nulls().to_numpy()
+    assert np.abs(found["teacher"]).max() < 1e-3
+    assert found["student"].mean() > 0.05
+
+
 def test_texts_of_a_prompt_take_turns(taught, recipe, tmp_path):
     before = taught(rollout__samples=3, rollout__prompts=16)
     export_cache(str(before), str(tmp_path / "cache"), error=0.001, top_p=1.0)
