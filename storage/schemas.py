@@ -166,7 +166,7 @@ EVALS = pa.schema(
     {
         "model": pa.string(),  # student, teacher
         "round": pa.int32(),
-        "decoding": pa.string(),  # greedy, sampled
+        "decoding": pa.string(),  # greedy, sampled; cached: a held-out text of a cache, in place of an answer
         "prompt_id": pa.string(),
         "sample": pa.int32(),
         "text": pa.string(),
@@ -178,7 +178,9 @@ EVALS = pa.schema(
         "bytes": pa.int32(),
         "logprob": pa.float64(),  # of the completion under the model that wrote it, at temperature 1 and over all tokens
         "teacher_logprob": pa.float64(),  # under the teacher; null where the text is not all that was sampled
-        "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats per byte
+        # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats per byte. Of a cached text
+        # KL(teacher ‖ student) of next-byte laws, summed over it, / bytes.
+        "divergence": pa.float64(),
     }
 )
 

@@ -16,6 +16,7 @@ from tasks.models.reference import CACHE, ModelRef
 from tasks.models.text import side
 from tasks.rows.plan import Row
 from tasks.rows.sources import split_prompts
+from tasks.running.progress import logger
 from tasks.tokens.byte_laws import STOP
 from tasks.tokens.ragged import flat, offsets_of
 
@@ -36,13 +37,18 @@ def recall_completions(rows: Iterable[Row], prompts: pa.Table, teacher: ModelRef
     _refuse(cache, _faults_of_ids(found, len(side(teacher).beta.values)))
     for text in found.to_pylist():
         texts.setdefault(text["prompt_id"], []).append(text)
-    writer, records = cache.told["teacher"]["digest"], []
+    writer, records, given = cache.told["teacher"]["digest"], [], set[tuple[str, int]]()
     for row in planned:
         if not (of_prompt := texts.get(ids[row.prompt])):
             raise missing(cache, ids[row.prompt])
         text = of_prompt[row.before % len(of_prompt)]
+        given.add((text["prompt_id"], row.before % len(of_prompt)))
         policy = writer if text["source"] == "teacher" else ""
         records.append({"rollout_id": row.rollout_id, "policy": policy, "engine": CACHE if policy else "", **text})
+    if len(given) < len(planned):
+        logger.warning(
+            "%d of %d rows have a text for the second time: the cache has no more", len(planned) - len(given), len(planned)
+        )
     return pa.Table.from_pylist(records, COMPLETIONS)
 
 

@@ -171,13 +171,16 @@ def test_a_student_that_is_the_teacher_is_at_no_distance_from_its_cache(taught, 
     assert found["student"].mean() > 0.05
 
 
-def test_texts_of_a_prompt_take_turns(taught, recipe, tmp_path):
+def test_texts_of_a_prompt_take_turns(taught, recipe, tmp_path, caplog):
     before = taught(rollout__samples=3, rollout__prompts=16)
     export_cache(str(before), str(tmp_path / "cache"), error=0.001, top_p=1.0)
     prompts = {"source": "cache", "dataset": str(tmp_path / "cache"), "eval": 4}
     run = learn(recipe, tmp_path / "cache", tmp_path, rounds=3, prompts=prompts, rollout__prompts=12, rollout__samples=1)
     there = pl.read_parquet(tmp_path / "cache" / "texts" / "*.parquet")
     used = scan(str(run), "completions").collect().group_by("prompt_id").agg(pl.col("token_ids").n_unique().alias("used"))
+    assert "for the second time" not in caplog.text
+    learn(recipe, tmp_path / "cache", tmp_path / "more", prompts=prompts, rollout__prompts=12, rollout__samples=9)
+    assert "of 40 rows have a text for the second time" in caplog.text
     counts = used.join(there.group_by("prompt_id").agg(pl.len().alias("there")), on="prompt_id")
     assert counts["used"].equals(counts["there"].rename("used"))
 
