@@ -18,7 +18,7 @@ MACHINERY = {"train.processes", "train.sharding", "train.gradient_checkpointing"
 MACHINERY |= {"train.micro_batch_tokens", "train.chunk_positions", "rollout.batch_size", "score.batch_tokens", "evaluate.best"}
 MACHINERY |= {f"{role}.{key}" for role in ("student", "teacher") for key in ("device", "urls", "vllm_python", "vllm_memory")}
 
-PATHS = {"model", "recipe", "chat_template", "path"}  # keys of fields that may hold one
+PATHS = {"model", "recipe", "chat_template", "path", "cache", "dataset"}  # keys of fields that may hold one
 FREE = {"root", "gates", "keep", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.

@@ -70,7 +70,7 @@ class Context(Table):
 
 
 class Model(Context):
-    """Where a model comes from (exactly one of `model`, `recipe`, `scratch`) and how it is used."""
+    """Where a model comes from (exactly one of `model`, `recipe`, `scratch`, `cache`) and how it is used."""
 
     model: str | None = Field(
         None,
@@ -81,6 +81,11 @@ class Model(Context):
         None, min_length=1, description="a recipe, beside this file, whose last checkpoint it is; run first"
     )
     scratch: Scratch | None = None
+    cache: str | None = Field(
+        None,
+        min_length=1,
+        description="for a teacher: a folder that `potstill cache export` wrote, or the hub id of one, in place of a model",
+    )
     weights: Literal["start", "round"] | None = Field(
         None,
         description="teacher.model = 'student': as it was before round 1 (start, where left out), or as it is at the start of "
@@ -134,19 +139,30 @@ class Model(Context):
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
-        given = [key for key in ("model", "recipe", "scratch") if getattr(self, key) is not None]
+        given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of model, recipe, scratch; found {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of {', '.join(SOURCES)}; found {', '.join(given) or 'none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_cache_is_no_model(self) -> "Model":
+        fields = Model.model_fields
+        given = [name for name in fields if name != "cache" and getattr(self, name) != fields[name].default]
+        if self.cache is not None and given:
+            raise ValueError(
+                f"{given[0]} is about a model, and a cache has none: what its teacher read and wrote is in it; leave it out"
+            )
         return self
 
 
+SOURCES = ("model", "recipe", "scratch", "cache")
 OF_RENDERING = ("chat_template", "chat_template_kwargs")
 OF_ENGINE = ("urls", "vllm_python", "vllm_memory")
 
 
 def teach_itself(student: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     """`[teacher]` of a student that is its own teacher: what it does not say is as in `[student]`."""
-    own = {key: value for key, value in student.items() if key not in ("model", "recipe", "scratch", "lora", "weights")}
+    own = {key: value for key, value in student.items() if key not in (*SOURCES, "lora", "weights")}
     for choice, parts in (("rendering", OF_RENDERING), ("engine", OF_ENGINE)):
         if teacher.get(choice, own.get(choice)) != own.get(choice):  # what belongs to the student's choice is no use here
             own = {key: value for key, value in own.items() if key not in parts}
@@ -165,7 +181,7 @@ def check_contexts(student: Model, teacher: Model | None, role: str = "teacher")
     if teacher is None:
         return
     if teacher.weights is not None and teacher.model != STUDENT:
-        found = teacher.model or teacher.recipe
+        found = teacher.model or teacher.recipe or teacher.cache
         raise ValueError(f"{role}.weights is for {role}.model = 'student', and the teacher is '{found}'; leave it out")
     if teacher.model == STUDENT and teacher.engine == "server":
         raise ValueError(

@@ -85,4 +85,13 @@ class HubPrompts(TablePrompts):
     hub_split: str = Field("train", min_length=1, description="the dataset's split to read from")
 
 
-Prompts = Annotated[GymPrompts | FilePrompts | HubPrompts, Field(discriminator="source")]
+class CachePrompts(Table):
+    """The prompts of a cache, each of which has a text in it."""
+
+    source: Literal["cache"]
+    dataset: str = Field(min_length=1, description="as teacher.cache: a folder that `potstill cache export` wrote, or a hub id")
+    train: Int | None = Field(None, ge=1, description="training prompts; left out: all that are not held out")
+    eval: Int = Field(128, ge=1, description="held-out prompts, disjoint from the training ones")
+
+
+Prompts = Annotated[GymPrompts | FilePrompts | HubPrompts | CachePrompts, Field(discriminator="source")]

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from configs import combinations
+from configs.cache import check_cache
 from configs.compute import Compute
 from configs.evaluate import Evaluate
 from configs.fields import Int, Table
@@ -80,6 +81,7 @@ class Recipe(Table):
         combinations.check_student(self.student)
         for view in self.by_teacher().values():
             combinations.check_teacher(self.student, view.teacher, view.score)
+            check_cache(self.student, view.teacher, self.rollout, view.score)
             combinations.check_signal(self.objective, view.score)
         combinations.check_sources(self.objective, self.rollout, taught=self.taught)
         combinations.check_rewards(self.objective, self.rollout, self.reward)

@@ -50,10 +50,12 @@ def inherit_score(teacher: dict[str, Any], score: Any) -> dict[str, Any]:
 
 
 def check_names(teachers: Sequence[Teacher]) -> None:
-    """Raise ValueError where two have one name, or one stands where no row reaches it."""
+    """Raise ValueError where two have one name, one is a cache, or one stands where no row reaches it."""
     for at, teacher in enumerate(teachers):
         if teacher.name in [before.name for before in teachers[:at]]:
             raise ValueError(f"teachers: two are called '{teacher.name}'; give each a name of its own")
+        if teacher.cache is not None:
+            raise ValueError(f"teachers.{teacher.name}.cache: a cache teaches alone; give it as teacher.cache")
         if not teacher.where and at < len(teachers) - 1:
             raise ValueError(
                 f"teachers: '{teacher.name}' has no `where` and takes every row, so that '{teachers[at + 1].name}' behind it "

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from cyclopts import App, CycloptsError
 
 from configs.errors import BadInput, CannotWrite, Damaged, Stopped, Unavailable
+from flows.caching import cache
 from flows.ending import end, ending
 from flows.looking import align, inspect, push, report
 from flows.working import compare, preflight, run, up
@@ -17,6 +18,7 @@ app = App(
 )
 for command in (run, preflight, compare, inspect, report, push, align, up):
     app.command(command)
+app.command(cache)
 app.command("flows.clean:clean", help="Show what of a run is not to be kept, and clear it.")
 app.command("flows.recipe:recipe", help="Write a commented recipe to start from, or tell what a recipe may say.")
 

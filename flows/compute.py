@@ -125,6 +125,6 @@ def accelerators_of(recipe: Recipe) -> set[str]:
     """Names of the accelerators of this machine that a recipe computes on. They are the same in every process."""
     used = accelerator_names(recipe.student, recipe.train.processes)
     for view in recipe.by_teacher().values():
-        if view.teacher is not None and view.teacher.engine != "server":
+        if view.teacher is not None and view.teacher.engine != "server" and view.teacher.cache is None:
             used |= accelerator_names(view.teacher)
     return used

@@ -30,7 +30,8 @@ from tasks.check import check_lead, check_round
 from tasks.completions import complete_shard
 from tasks.evaluate import evaluate_model
 from tasks.gates.rendering import refuse_rendering
-from tasks.models.reference import ModelRef, make_reference, refer_as_used
+from tasks.held_out import compare_cached
+from tasks.models.reference import ModelRef, make_reference, refer_as_used, refer_to_cache
 from tasks.prompts import make_prompts
 from tasks.rewards import reward_rows
 from tasks.rollout import roll_out
@@ -121,8 +122,7 @@ def run_rounds(recipe: Recipe, rounds: int, at_most: int | None, trackers: Track
         trainer = trained.trainer
         pairs = renew_teachers(pairs, student=student)
         if not stays(run, round_slot(number, "evals", "student"), round_slot(number, "student")):
-            teachers = teachers_of(pairs)
-            run_in_time(compute, evaluate_model, recipe, number, "student", prompts.eval, model=student, teachers=teachers)
+            evaluate_student(recipe, number, prompts.eval, student=student, teachers=teachers_of(pairs), compute=compute)
         if number > done:
             published.add_round(number)
             trackers.send(number)
@@ -186,12 +186,24 @@ def add_head(round: Round) -> Pair:
 def evaluate_start(recipe: Recipe, prompts: Artifact, *, student: ModelRef, teachers: Teachers) -> None:
     """Round 0: evaluate the student before any training, and the teachers. Raises Stopped where a teacher is no better."""
     limit, evals = recipe.compute, dict[str, Artifact]()
-    student_evals = run_in_time(limit, evaluate_model, recipe, 0, "student", prompts, model=student, teachers=teachers)
+    student_evals = evaluate_student(recipe, 0, prompts, student=student, teachers=teachers, compute=limit)
     for name, teacher in teachers.items():
-        own = {name: teacher}
-        evals[name] = run_in_time(limit, evaluate_model, recipe, 0, "teacher", prompts, name, model=teacher, teachers=own)
+        if not teacher.cached:
+            own = {name: teacher}
+            evals[name] = run_in_time(limit, evaluate_model, recipe, 0, "teacher", prompts, name, model=teacher, teachers=own)
     if evals:
         check_lead(recipe, teachers=evals, student=student_evals)
+
+
+def evaluate_student(
+    recipe: Recipe, number: int, prompts: Artifact, *, student: ModelRef, teachers: Teachers, compute: Compute
+) -> Artifact:
+    """Evaluate the student after a round, the last thing of it. A cache cannot score its answers: it has texts of its own."""
+    for teacher in teachers.values():
+        if teacher.cached:
+            run_in_time(compute, compare_cached, recipe, number, prompts, student=student, teacher=teacher)
+    others = {name: teacher for name, teacher in teachers.items() if not teacher.cached}
+    return run_in_time(compute, evaluate_model, recipe, number, "student", prompts, model=student, teachers=others)
 
 
 def make_models(recipe: Recipe) -> tuple[ModelRef | None, dict[str, ModelRef]]:
@@ -218,6 +230,8 @@ def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:
 
 def make_model(recipe: Recipe, config: Model) -> ModelRef:
     """The model that `config` names. A model that another recipe makes is made first, by the same flow."""
+    if config.cache is not None:
+        return refer_to_cache(config.cache)
     if config.recipe is None:
         assert config.model is not None
         return make_reference(config, config.model)

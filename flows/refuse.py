@@ -11,10 +11,11 @@ from flows.start import check_data, models_of
 from flows.track import check_trackers
 from storage.receipt import read_receipt, trust_inputs
 from storage.store import Run, round_slot
+from tasks.caches.recall import check_cached_prompts
 from tasks.engines.choose import check_engine
 from tasks.gates.rendering import refuse_rendering
 from tasks.models.pair import make_markers
-from tasks.models.reference import ModelRef, check_machine, make_reference, read_template
+from tasks.models.reference import ModelRef, check_machine, make_reference, read_template, refer_to_cache
 from tasks.models.text import side
 from tasks.models.weights import check_weights
 from tasks.rows.round import Teachers
@@ -45,6 +46,11 @@ def check_recipe(recipe: Recipe, above: tuple[str, ...] = (), *, rendering: bool
                 raise BadInput(f"{role}.recipe: {config.recipe} needs its own model; name a recipe that does not need itself")
             maker = load_recipe(config.recipe, inherit_overrides(recipe, config.recipe))
             check_recipe(maker, (*above, config.recipe), rendering=rendering)
+        if config.cache is not None:
+            cache = refer_to_cache(config.cache)
+            check_cached_prompts(recipe, cache)
+            check_pair(recipe, student=refs.get("student"), teacher=cache)
+            continue
         source = recipe.student.model if config.model == STUDENT and role != "student" else config.model
         if source is not None:
             refs[role] = ref = make_reference(config, source)
@@ -98,10 +104,12 @@ def check_weights_unchanged(run: Run, *, student: ModelRef | None, teachers: Tea
     """Refuse to go on with a run whose models were replaced: what is committed would be made anew over it."""
     refs = {"student": student} | {"teacher" + suffix_of(name): ref for name, ref in teachers.items()}
     for role, ref in refs.items():
-        manifest = run.manifest(round_slot(0, "evals", role))
-        before = manifest["inputs"]["model"]["digest"] if manifest else None
+        cached = ref is not None and ref.cached
+        what = "laws" if cached else "weights"
+        manifest = run.manifest(round_slot(0, "evals", "cached" if cached else role))
+        before = manifest["inputs"]["teacher" if cached else "model"]["digest"] if manifest else None
         if ref is not None and before not in (None, ref.digest):
             raise BadInput(
-                f"{run.path}: this run began with another {role}: the weights of {ref.path} are {ref.digest[:12]}, and were "
+                f"{run.path}: this run began with another {role}: the {what} of {ref.path} are {ref.digest[:12]}, and were "
                 f"{before[:12]}; put them back, or give this recipe another name (--set name=…)"
             )

@@ -6,11 +6,12 @@ from typing import Any
 
 from configs.load import inherit_overrides, load_recipe
 from configs.models import STUDENT, Model
-from configs.prompts import FilePrompts
+from configs.prompts import CachePrompts, FilePrompts
 from configs.schema import Recipe
 from configs.teachers import role_of
 from flows.track import Trackers
 from storage.artifacts import Artifact
+from storage.caches import list_files
 from storage.lineage import digest_code, digest_json, versions
 from storage.manifests import describe_clearing
 from storage.receipt import files_hold, inputs_hold, read_receipt, trust_inputs, write_receipt
@@ -97,6 +98,10 @@ def describe_source(recipe: Recipe) -> str | None:
             if settled is None or settled < maker.rounds or made is None:
                 return None
             content = made.digest
+        elif config.cache is not None and not Path(config.cache).exists():
+            content = find_hub_commit(config.cache, "cache.json", "dataset")
+            if content is None:
+                return None
         elif config.model not in (None, STUDENT) and not Path(config.model).exists():
             content = find_hub_commit(config.model)
             if content is None:
@@ -112,4 +117,6 @@ def find_inputs(recipe: Recipe) -> list[Path]:
     if isinstance(recipe.prompts, FilePrompts):
         field = field_of(recipe.prompts)
         files += [path for entry in recipe.prompts.entries for path in find_files(entry.path, field)]
+    if isinstance(recipe.prompts, CachePrompts):
+        files += list_files(recipe.prompts.dataset)
     return files

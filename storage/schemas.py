@@ -105,6 +105,18 @@ SCORES = pa.schema(
     }
 )
 
+# A cache (`storage.caches`): texts with what a teacher said of them, its vocabulary, and the prompts without their split.
+CACHED_TEXTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string()),
+        pa.field("source", pa.string()),  # teacher: its own completion; reference: it was given
+        pa.field("text", pa.string()),  # without control tokens
+        pa.field("finish_reason", pa.string()),  # stop, length
+        *(SCORES.field(name) for name in ("token_ids", "logprobs", "law_classes", "law_logprobs", "law_counts", "rest")),
+    ]
+)
+CACHED_VOCAB = pa.schema([VOCAB.field(name) for name in ("token_id", "bytes", "role")])
+
 ALIGNED = pa.schema(
     {
         "rollout_id": pa.string(),
@@ -157,7 +169,7 @@ EVALS = pa.schema(
         "model": pa.string(),  # student, teacher
         "teacher_name": pa.string(),  # only where there are several: the one that the prompt belongs to
         "round": pa.int32(),
-        "decoding": pa.string(),  # greedy, sampled
+        "decoding": pa.string(),  # greedy, sampled; cached: a held-out text of a cache, in place of an answer
         "prompt_id": pa.string(),
         "sample": pa.int32(),
         "text": pa.string(),
@@ -169,7 +181,9 @@ EVALS = pa.schema(
         "bytes": pa.int32(),
         "logprob": pa.float64(),  # of the completion under the model that wrote it, at temperature 1 and over all tokens
         "teacher_logprob": pa.float64(),  # under the teacher; null where the text is not all that was sampled
-        "divergence": pa.float64(),  # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats per byte
+        # (logprob - teacher_logprob) / bytes: one sample of KL(student ‖ teacher), nats per byte. Of a cached text
+        # KL(teacher ‖ student) of next-byte laws, summed over it, / bytes.
+        "divergence": pa.float64(),
     }
 )
 

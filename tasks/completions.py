@@ -11,6 +11,7 @@ from configs.load import select_content
 from configs.rollout import Rollout
 from storage.artifacts import read_table
 from storage.schemas import COMPLETIONS
+from tasks.caches.recall import recall_completions
 from tasks.engines.base import Advance, Sampling, ignore_progress
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
@@ -69,7 +70,12 @@ def complete_shard(round: Round, shard: Shard) -> Shard:
 def make_completions(
     rows: list[Row], prompts: pa.Table, config: Rollout, teacher: ModelRef, advance: Advance = ignore_progress
 ) -> pa.Table:
-    """The teacher's completions of those `rows` whose source is the teacher, under its own rendering of the prompts."""
+    """The teacher's completions of those `rows` whose source is the teacher, under its own rendering of the prompts.
+
+    A cache has its texts already.
+    """
+    if teacher.cached:
+        return recall_completions(rows, prompts, teacher)
     planned = [row for row in rows if row.source == "teacher"]
     chosen = prompts.take(np.array([row.prompt for row in planned], np.int64))
     ids = chosen["prompt_id"].to_pylist()

@@ -15,6 +15,7 @@ from configs.schema import Recipe
 from configs.signals import SIGNALS
 from tasks import objectives
 from tasks.align import align_rollouts
+from tasks.caches.recall import recall_completions, recall_scores
 from tasks.completions import make_completions
 from tasks.engines.base import Sampling
 from tasks.engines.choose import get_head, release
@@ -117,31 +118,35 @@ def try_pair(sample: Sample, held_out: pa.Table, *, roomy: bool) -> Trial:
     ends = rollouts.filter(pc.equal(rollouts["source"], "student"))["finish_reason"].to_pylist()
     gates.append(truncation_gate(ends.count("length"), len(ends), recipe.gates))
     tables, scores = [rollouts], None
-    if teacher is not None and recipe.objective.needs_teacher:
+    if teacher is not None and recipe.objective.needs_teacher and not teacher.cached:
         logger.info("the teacher scores them")
         scores, more = _timed(sample, teacher, lambda: score_sample(sample, rollouts, teacher))
         seconds += more
+    elif teacher is not None and recipe.objective.needs_teacher:
+        scores = recall_scores(recall_completions(plan_sample(sample), sample.prompts, teacher), teacher)
     expected = {}
     for role, ref in sample.sides().items():
         gates.append(chance_gate(sample, role, ref))
         expected[role] = expect(sample, role, ref)
-    if teacher is not None:
+    if "teacher" in expected:
         gates.append(expected_gate(sample, student=expected["student"], teacher=expected["teacher"]))
     release()
     logger.info("the engine against the trainer")
     gates += engine_gates(student, rollouts, Sampling.of(recipe.rollout), recipe.gates)
     if teacher is not None and scores is not None:
-        gates.append(teacher_engine_gate(sample, teacher))
         logger.info("the scores again: one by one, and by the student")
         same = replace(student, engine="transformers", urls=())  # the engine that can store every signal
-        own, alone = score_sample(sample, rollouts, same), score_sample(sample, rollouts, teacher, batch_tokens=1)
-        gates.append(noise_gate(sample, scores, alone=alone, own=own))
+        own = score_sample(sample, rollouts, same)
+        if not teacher.cached:
+            gates.append(teacher_engine_gate(sample, teacher))
+            alone = score_sample(sample, rollouts, teacher, batch_tokens=1)
+            gates.append(noise_gate(sample, scores, alone=alone, own=own))
         _, loss = align_sample(sample, rollouts, own, same)
         gates.append(Gate("own teacher", loss, recipe.gates.own_teacher, detail="the student scored by itself"))
         aligned, loss = align_sample(sample, rollouts, scores, teacher)
         tables += [scores, aligned]
         gates += objective_gates(sample, rollouts, aligned, loss, teacher)
-    if teacher is not None:
+    if teacher is not None and not teacher.cached:
         logger.info("both models answer %d held-out prompts", len(held_out))
         gates.append(measure_lead(sample, held_out, teacher))
     release()
@@ -155,13 +160,18 @@ def _timed(sample: Sample, ref: ModelRef, make: Callable[[], pa.Table], use: Use
     return make(), time.monotonic() - started
 
 
-def roll_out_sample(sample: Sample) -> pa.Table:
-    """Make one completion per prompt, from the sources that round 1 would take it from."""
+def plan_sample(sample: Sample) -> list[Row]:
+    """A row of each prompt, from the source that round 1 would take it from."""
     config, seed, rows = sample.recipe.rollout, sample.recipe.seed, list[Row]()
     for number in range(len(sample.prompts)):
         source = draw_source(config, seed, "preflight", number)
         rows.append(Row(number, 0, source, derive_seed(seed, "preflight", number), f"preflight-{number:05d}"))
-    completions = []
+    return rows
+
+
+def roll_out_sample(sample: Sample) -> pa.Table:
+    """Make one completion per prompt."""
+    config, rows, completions = sample.recipe.rollout, plan_sample(sample), []
     if sample.teacher is not None and any(row.source == "teacher" for row in rows):
         written = make_completions(rows, sample.prompts, config, sample.teacher).to_pylist()
         sides = {"student": side(sample.student), "teacher": side(sample.teacher)}

@@ -114,6 +114,7 @@ def make_rollouts(
             ids, text = completion["token_ids"], completion["text"]
             filled[i] = _fields_of_ids(ids, text, stopped, text_side, config.max_new_tokens)
             filled[i] |= {"policy": completion["policy"], "engine": completion["engine"]}
+            filled[i] |= {} if completion["policy"] else {"source": "reference"}  # which a cache has, too
 
     table = pa.Table.from_pylist(
         [

@@ -17,6 +17,7 @@ from storage.artifacts import Artifact, read_table
 from storage.lineage import digest_table
 from storage.schemas import LEFT_OUT, SCORES, TEACHER, without_teacher
 from storage.store import Run
+from tasks.caches.recall import recall_scores
 from tasks.engines.base import Advance, Engine, TokenScores, ignore_progress
 from tasks.engines.choose import get_engine, get_head
 from tasks.engines.names import engine_name
@@ -74,9 +75,12 @@ def score_shard(round: Round, shard: Shard) -> Shard:
         "as_sampled": markers.same,
         **(said if with_ids and not markers.same else {}),
         **({"rewards": round.rewards.digest} if round.rewards and recipe.rollout.keep != "all" else {}),
+        **({"completions": shard.completions[0].digest} if teacher.cached else {}),
     }
 
     def make() -> pa.Table:
+        if teacher.cached:
+            return recall_scores(read_table(shard.completions[0]), teacher)
         rows = read().to_pylist()
         table = read_table(round.prompts)
         prompts = dict(zip(table["prompt_id"].to_pylist(), prompts_of(table), strict=True))

@@ -48,7 +48,7 @@ def match_vocabularies(recipe: Recipe, name: str = "", *, student: ModelRef, tea
 
 def digest_tokenizer(text_side: Side) -> str:
     """The digest of a tokenizer and its stop ids."""
-    return digest_json([text_side.tokenizer.backend_tokenizer.to_str(), text_side.stop_ids])
+    return digest_json([text_side.spelling, text_side.stop_ids])
 
 
 def make_vocab_table(vocabulary: Vocabulary, counterpart: Vocabulary) -> pa.Table:

@@ -50,7 +50,7 @@ def engine_name(model: UsesEngine, use: Use) -> str:
     engine = engine_for(model, use)
     if engine == "vllm":
         return f"vllm-{vllm_version(model.vllm_python)}"
-    return "server" if engine == "server" else f"transformers-{version('transformers')}"
+    return engine if engine in ("server", "cache") else f"transformers-{version('transformers')}"
 
 
 @lru_cache(maxsize=4)

@@ -31,8 +31,8 @@ class Sample:
         return prompts_of(self.prompts)
 
     def sides(self) -> dict[str, ModelRef]:
-        """The models by role; without a teacher the student alone."""
-        return {"student": self.student} | ({"teacher": self.teacher} if self.teacher else {})
+        """The models by role; without a teacher, or with a cache in its place, the student alone."""
+        return {"student": self.student} | ({"teacher": self.teacher} if self.teacher and not self.teacher.cached else {})
 
     def markers(self, teacher: ModelRef) -> Markers:
         """The recipe's markers, between the student and a teacher."""

@@ -16,12 +16,14 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from configs.errors import BadInput, Damaged
 from configs.models import Model
 from storage.artifacts import Artifact, local_folder
+from storage.caches import open_cache
 from storage.lineage import digest_folder, digest_json
 from tasks.models.chat import parse_chat_template
 from tasks.models.gguf import convert_once
 from tasks.running.memory import is_out_of_memory
 
 FLASH = "flash_attention_2"
+CACHE = "cache"  # as a teacher's engine: what it said lies in a cache
 CONTEXT = ("system", "template", "chat_template", "chat_template_kwargs", "prefix", "stop")  # in keys only where they are set
 
 
@@ -58,6 +60,11 @@ class ModelRef:
         return local_folder(Artifact(self.path, self.digest)) if self.committed or "://" in self.path else self.path
 
     @property
+    def cached(self) -> bool:
+        """Whether it is a cache: neither weights nor a tokenizer, but what a teacher said of texts."""
+        return self.engine == CACHE
+
+    @property
     def usage(self) -> "ModelRef":
         """How it is used, without whose weights."""
         return replace(self, path="", digest="", committed=False)
@@ -79,6 +86,12 @@ def make_reference(config: Model, path: str) -> ModelRef:
     if Path(path).is_dir():
         return refer_as_used(config, path, digest_folder(path))
     return refer_as_used(config, path, digest_json([path, _hub_commit(path, config.trust_remote_code)]))
+
+
+def refer_to_cache(name: str) -> ModelRef:
+    """The reference to a cache (a folder or hub id) in the place of a teacher. Raises BadInput where it is damaged."""
+    cache = open_cache(name)
+    return ModelRef(str(cache.folder), cache.digest, rendering="plain", engine=CACHE)
 
 
 def refer_as_used(config: Model, path: str, digest: str, *, committed: bool = False) -> ModelRef:

@@ -9,11 +9,12 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from configs.errors import BadInput
+from storage.caches import VOCAB_FILE, open_cache
 from tasks.models.chat import check_arguments, find_turn_end, write_chat
 from tasks.models.reference import ModelRef, explain_load_errors, local_name
 from tasks.models.stops import chosen_stops, configured_stops
 from tasks.models.template import Message, Unfilled, write_last
-from tasks.tokens.token_bytes import Encoder, TokenBytes, token_bytes
+from tasks.tokens.token_bytes import Encoder, TokenBytes, name_byte_tokens, read_token_bytes, token_bytes
 from tasks.tokens.vocabulary import Vocabulary
 
 NOTHING: Mapping[str, Any] = {}
@@ -50,6 +51,11 @@ class Side:
         if not stops:
             raise BadInput(f"{self.ref.path}: no end token in its tokenizer or generation config; set eos_token there")
         return stops
+
+    @property
+    def spelling(self) -> str:
+        """What the ids of a text follow from, for keys."""
+        return self.tokenizer.backend_tokenizer.to_str()
 
     def _has(self, i: int) -> bool:
         """Whether the model's head has a row for an id."""
@@ -175,10 +181,34 @@ class Side:
         return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+class CachedSide(Side):
+    """The text side of a teacher that a cache stands for: the bytes and stops of its ids. There is no tokenizer."""
+
+    def __init__(self, ref: ModelRef):
+        self.ref, self.cache = ref, open_cache(ref.path)
+        self.beta = read_token_bytes(self.cache.vocab())
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        return [i for i, role in enumerate(self.beta.roles) if role == "stop"]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.beta, self.stop_ids, name_byte_tokens(self.beta))
+
+    @property
+    def spelling(self) -> str:
+        return str(self.cache.told["files"][VOCAB_FILE])
+
+    def check(self) -> None:
+        if not self.stop_ids:
+            raise BadInput(f"{self.ref.path}: its vocabulary has no stop; export the cache anew")
+
+
 @lru_cache(maxsize=8)
 def side(ref: ModelRef) -> Side:
     """The text side of a model, loaded once per process."""
-    return Side(ref)
+    return CachedSide(ref) if ref.cached else Side(ref)
 
 
 def tokenizer_of(name: str) -> Side:

@@ -21,6 +21,7 @@ class Row:
     source: Source
     seed: int
     rollout_id: str
+    before: int = 0  # rows of its prompt that came before it, in all rounds
 
 
 def count_shards(config: Rollout) -> int:
@@ -43,7 +44,7 @@ def plan_rows(config: Rollout, seed: int, number: int, shard: int, prompt_ids: l
         prompt = int(_order(seed, epoch, len(prompt_ids))[place])
         key = (seed, number, prompt_ids[prompt], turn, sample)
         source, name = draw_source(config, *key), f"{number:04d}-{turn:06d}-{sample:03d}"
-        rows.append(Row(prompt, sample, source, derive_seed("rollout", *key), name))
+        rows.append(Row(prompt, sample, source, derive_seed("rollout", *key), name, epoch * config.samples + sample))
     return rows
 
 

@@ -22,9 +22,13 @@ NOBODY: Teachers = MappingProxyType({})
 
 
 def sides_of(recipe: Recipe, student: ModelRef | None, teachers: Teachers) -> dict[str, ModelRef]:
-    """The models that are there, by their roles: `student`, `teacher`, or each of several as `teachers.math`."""
+    """The models that are there, by their roles: `student`, `teacher`, or each of several as `teachers.math`.
+
+    A cache reads no prompts.
+    """
     roles = {name: role_of(view.teacher) for name, view in recipe.by_teacher().items()}
-    return ({"student": student} if student else {}) | {roles[name]: ref for name, ref in teachers.items()}
+    there = {roles[name]: ref for name, ref in teachers.items() if not ref.cached}
+    return ({"student": student} if student else {}) | there
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,15 @@ from typing import Any
 import pyarrow as pa
 
 from configs.errors import BadInput
-from configs.prompts import FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
+from configs.prompts import CachePrompts, FilePrompts, GymPrompts, HubPrompts, Prompts, PromptSource, TablePrompts
 from configs.teachers import Teacher, choose_teacher, role_of
+from storage.caches import PROMPTS_FILE, open_cache
 from storage.lineage import digest_file, digest_json
 from tasks.models.template import Message, Unfilled, fill_template, last_of_user, write_last
 from tasks.rows.conventions import Convention, Reading, Row, choose_convention, pick
 from tasks.rows.files import find_files, read_file
 from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
-from tasks.rows.messages import Refused, check_length, check_prompt, read_reasoning, read_reference
+from tasks.rows.messages import Refused, check_length, check_prompt, load_messages, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.rows.teachers import check_teachers
 from tasks.running.progress import logger
@@ -57,7 +58,7 @@ def check_prompts(
     key = digest_json([config.model_dump(mode="json"), digest_source(config), references, dict(templates), whose])
     if key in CHECKED:
         return
-    split, strict = deal_prompts(config, seed), config.unusable == "refuse"
+    split, strict = deal_prompts(config, seed), not isinstance(config, TablePrompts) or config.unusable == "refuse"
     check_teachers(teachers, [(row.place, row.fields) for row in (*split.train, *split.eval)], all_taken=strict)
     if strict:  # else such rows are left out, once both sides are there to say which
         _check_templates(templates, [*split.train, *split.eval], teachers)
@@ -96,6 +97,8 @@ def deal_prompts(config: Prompts, seed: int, judge: Judge = accept_all) -> Split
     try:
         if isinstance(config, GymPrompts):
             return split_stream(_gym_rows(config, seed), config.train, config.eval)
+        if isinstance(config, CachePrompts):
+            return split_table(_cache_rows(config), config.train, config.eval, judge)
         rows = list(_file_rows(config) if isinstance(config, FilePrompts) else _hub_rows(config))
         if not rows:
             raise Refused("no prompts in it; give rows with `messages` or `prompt`, or in another convention")
@@ -120,7 +123,7 @@ def field_of(config: Prompts) -> str:
             return "prompts.task"
         case FilePrompts():
             return "prompts.paths" if config.paths else "prompts.path"
-        case HubPrompts():
+        case HubPrompts() | CachePrompts():
             return "prompts.dataset"
 
 
@@ -130,7 +133,7 @@ def _where(config: Prompts) -> str:
             found = config.task
         case FilePrompts():
             found = ", ".join(entry.path for entry in config.entries)
-        case HubPrompts():
+        case HubPrompts() | CachePrompts():
             found = config.dataset
     return f"{field_of(config)}: {found}"
 
@@ -144,6 +147,8 @@ def digest_source(config: Prompts) -> list[str]:
             return [digest_file(file) for entry in config.entries for file in find_files(entry.path, field_of(config))]
         case HubPrompts():
             return [digest_hub_dataset(config)]
+        case CachePrompts():
+            return [str(open_cache(config.dataset).told["files"][PROMPTS_FILE])]
 
 
 # -- procedural tasks --------------------------------------------------------------------------------------------------
@@ -193,6 +198,13 @@ def _file_rows(config: FilePrompts) -> Iterator[SourceRow | RefusedRow]:
 def _hub_rows(config: HubPrompts) -> Iterator[SourceRow | RefusedRow]:
     rows = [(f"{config.dataset}: row {number}", row) for number, row in enumerate(load_hub_dataset(config), 1)]
     yield from _table_rows(config, "prompts.dataset", rows, config.dataset)
+
+
+def _cache_rows(config: CachePrompts) -> Iterator[SourceRow]:
+    for row in open_cache(config.dataset).prompts().to_pylist():
+        messages, reference = load_messages([row["messages"]])[0], row["reference"]
+        place = f"{config.dataset}: prompt {row['prompt_id']}"
+        yield SourceRow(config.dataset, "cache", messages, reference, row["metadata"] or "{}", row.get("tools"), place=place)
 
 
 def _table_rows(

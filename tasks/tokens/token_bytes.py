@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +88,23 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int] = ()
         if roles[i] == "text" and not value:
             values[i], roles[i] = None, "control"  # an empty piece adds nothing, as a special token does
     return TokenBytes(values, roles)
+
+
+def read_token_bytes(vocab: pa.Table) -> TokenBytes:
+    """β from a table `vocab`: one row per id, in order."""
+    return TokenBytes(vocab["bytes"].to_pylist(), vocab["role"].to_pylist())
+
+
+def name_byte_tokens(beta: TokenBytes) -> list[str]:
+    """Pieces of a vocabulary whose tokenizer is not there, as far as they matter: `<0x41>` for byte tokens, else empty.
+
+    SentencePiece has all 256 of them in order, one behind the other, beside other tokens with these bytes.
+    """
+    pieces, values, whole = [""] * len(beta.values), beta.values, [bytes([byte]) for byte in range(256)]
+    for start in (i for i, value in enumerate(values) if value == whole[0]):
+        if values[start : start + 256] == whole:
+            pieces[start : start + 256] = [f"<0x{byte:02X}>" for byte in range(256)]
+    return pieces
 
 
 def _choose_decoder(backend: Tokenizer, name: str) -> Callable[[str], bytes]:

@@ -1,6 +1,6 @@
 """The student and its objective as one module: a forward pass is a loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from configs.objectives import ObjectiveConfig
 from configs.reward import Reward
 from configs.schema import Recipe
 from tasks import objectives
@@ -68,12 +69,11 @@ class Student(nn.Module):
         return torch.stack([checkpoint(part, use_reentrant=False) for part in parts]).sum()
 
 
-def build_objectives(recipe: Recipe, student: ModelRef, teachers: Teachers) -> list[ObjectiveModule]:
+def build_objectives(config: ObjectiveConfig, student: ModelRef, teachers: Teachers) -> list[ObjectiveModule]:
     """The objective for each teacher; without any the student stands for one."""
     own = side(student).vocabulary
     return [
-        objectives.build(recipe.objective, student=own, teacher=side(teacher).vocabulary)
-        for teacher in teachers.values() or [student]
+        objectives.build(config, student=own, teacher=side(teacher).vocabulary) for teacher in teachers.values() or [student]
     ]
 
 
@@ -112,12 +112,30 @@ def training_room(recipe: Recipe) -> Room:
 
 def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student: ModelRef, teacher: ModelRef | None) -> float:
     """Loss per term of rows, in nats, in the state that trains, before its first step; NaN where no row has a term."""
+    table, most = rows_to_train(rollouts, aligned), recipe.train.micro_batch_size
+    losses = sum(loss for _, loss in _batch_losses(recipe, recipe.objective, table, most, student=student, teacher=teacher))
+    return losses / units if (units := pc.sum(table["units"]).as_py()) else float("nan")
+
+
+def row_losses(
+    recipe: Recipe, objective: ObjectiveConfig, rollouts: pa.Table, aligned: pa.Table, *, student: ModelRef, teacher: ModelRef
+) -> dict[str, float]:
+    """The sum of an objective's terms in nats, as `mean_loss` has it, by `rollout_id`, of rows that have a term."""
     table = rows_to_train(rollouts, aligned)
-    s_side, config = side(student), recipe.train
-    objective = build_objectives(recipe, student, {"": teacher} if teacher else {})
-    model, device = load_for_training(student, config.dropout), device_of(student)
-    module, loss = Student(model, objective, len(s_side.beta.values), config.chunk_positions).to(device), 0.0
-    if config.param_dtype == "bfloat16":
+    ids = aligned.filter(pc.and_(pc.equal(aligned["status"], "ok"), pc.greater(aligned["units"], 0)))["rollout_id"].to_pylist()
+    found = _batch_losses(recipe, objective, table, 1, student=student, teacher=teacher)
+    return {ids[rows[0]]: loss for rows, loss in found}
+
+
+def _batch_losses(
+    recipe: Recipe, config: ObjectiveConfig, table: pa.Table, most: int, *, student: ModelRef, teacher: ModelRef | None
+) -> Iterator[tuple[list[int], float]]:
+    """The rows of each batch, of `most` rows at most, and the sum of their terms in nats."""
+    s_side, train = side(student), recipe.train
+    objective = build_objectives(config, student, {"": teacher} if teacher else {})
+    model, device = load_for_training(student, train.dropout), device_of(student)
+    module = Student(model, objective, len(s_side.beta.values), train.chunk_positions).to(device)
+    if train.param_dtype == "bfloat16":
         keep_in_half(module.parameters())
 
     def loss_of(rows: Sequence[int]) -> float:
@@ -125,7 +143,6 @@ def mean_loss(recipe: Recipe, rollouts: pa.Table, aligned: pa.Table, *, student:
         return float(module(batch.ids, batch))
 
     lengths, room = row_lengths(table).tolist(), training_room(recipe)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocasts(config, student)):
-        for batch in length_batches(lengths, config.micro_batch_tokens, config.micro_batch_size):
-            loss += sum(part for _, part in room.run(batch, lengths, loss_of))
-    return loss / units if (units := pc.sum(table["units"]).as_py()) else float("nan")
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocasts(train, student)):
+        for batch in length_batches(lengths, train.micro_batch_tokens, most):
+            yield batch, sum(part for _, part in room.run(batch, lengths, loss_of))

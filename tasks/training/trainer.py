@@ -111,7 +111,7 @@ class Trainer:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.adapters = add_adapters(model, recipe.student.lora) if recipe.student.lora is not None else None
-        self.objectives = build_objectives(recipe, student, teachers)
+        self.objectives = build_objectives(recipe.objective, student, teachers)
         size = len(side(student).beta.values)
         module: nn.Module = Student(model, self.objectives, size, config.chunk_positions, recipe.reward)
         if config.sharding == "full":

@@ -5,9 +5,9 @@ from typing import Any
 
 MEANING = (
     "sampled, greedy: accuracy on held-out prompts, with 95% intervals. recovered: the share of the teacher's lead that the "
-    "student has gained. divergence: from the teacher, in nats per byte, on the student's samples. tokens: mean length of the "
-    "answers. truncated: the share of answers cut at the length limit. supervised: the share of completion bytes that a term "
-    "of the loss covers."
+    "student has gained. divergence: from the teacher, in nats per byte, on the student's samples (of a cache: on held-out "
+    "texts). tokens: mean length of the answers. truncated: the share of answers cut at the length limit. supervised: the "
+    "share of completion bytes that a term of the loss covers."
 )
 
 

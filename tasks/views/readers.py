@@ -38,10 +38,12 @@ class Readers:
 
     def _find(self, name: str, view: Recipe) -> Side | None:
         config = view.teacher
-        return None if config is None else self._load("teacher", lambda: _find_teacher(self.run, view, config, name))
+        if config is None or config.cache is not None:
+            return None
+        return self._load("teacher", lambda: _find_teacher(self.run, view, config, name))
 
     def teacher_of(self, prompt: Prompt) -> Side | None:
-        """The side of the teacher that grades a prompt's rows; None where there is none, or where its tokenizer is gone."""
+        """The side of the teacher that grades a prompt's rows; None without one, without its tokenizer, and for a cache."""
         at = choose_teacher(self.recipe.teachers, prompt.fields)
         return self._teachers[self.recipe.teachers[at].name if at is not None else ""]
 

@@ -35,13 +35,14 @@ def summarise_rounds(run: str, teacher_name: str = "") -> pl.DataFrame:
     for (model, number), group in evals.group_by(["model", "round"]):
         for (decoding,), some in group.drop_nulls("correct").group_by(["decoding"]):
             estimates[str(model), int(str(number)), str(decoding)] = estimate_accuracy(some)
-        sampled = group.filter(pl.col("decoding") == "sampled") if (group["decoding"] == "sampled").any() else group
+        cached, answers = group.filter(decoding="cached"), group.filter(pl.col("decoding") != "cached")
+        sampled = answers.filter(decoding="sampled") if (answers["decoding"] == "sampled").any() else answers
         rows.append(
             {
                 "model": model,
                 "round": number,
                 "title": name_teacher(recipe, 1) if model == "teacher" else f"student, round {number}",
-                "divergence": _divergence_of(sampled),
+                "divergence": _cached_divergence(cached) if len(cached) else _divergence_of(sampled),
                 "tokens": sampled["tokens"].mean(),
                 "truncated": (sampled["finish_reason"] == "length").mean(),
             }
@@ -77,6 +78,13 @@ def _divergence_of(evals: pl.DataFrame) -> float | None:
     scored = evals.filter(pl.col("teacher_logprob").is_not_null())
     log_ratio = float((scored["logprob"] - scored["teacher_logprob"]).sum())
     return log_ratio / float(scored["bytes"].sum()) if scored["bytes"].sum() else None
+
+
+def _cached_divergence(evals: pl.DataFrame) -> float | None:
+    """Divergence of held-out cached texts in nats per byte; None where none has one."""
+    compared = evals.drop_nulls("divergence")
+    size = float(compared["bytes"].sum())
+    return float((compared["divergence"] * compared["bytes"]).sum()) / size if size else None
 
 
 def sum_bytes(run: str, teacher_name: str = "") -> pl.DataFrame:

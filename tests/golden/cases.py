@@ -23,9 +23,11 @@ from configs.objectives import OBJECTIVES
 from configs.schema import Recipe
 from configs.signals import SIGNALS, signals_for
 from storage.artifacts import Artifact, read_table
+from storage.caches import writing_cache
 from storage.lineage import digest_file
-from tasks import align, check, completions, evaluate, prompts, rewards, rollout, score, scratch, train, vocab
-from tasks.models.reference import ModelRef, make_reference
+from storage.schemas import CACHED_TEXTS
+from tasks import align, check, completions, evaluate, held_out, prompts, rewards, rollout, score, scratch, train, vocab
+from tasks.models.reference import ModelRef, make_reference, refer_to_cache
 from tasks.rows.round import Pair, Round, Shard, Vocabularies
 
 KEPT = Path(__file__).parent / "kept"
@@ -56,7 +58,7 @@ class Case:
 
 MODULES = {
     f"tasks/{module.__name__.split('.')[-1]}.py": module
-    for module in (align, check, completions, evaluate, prompts, rewards, rollout, score, scratch, train, vocab)
+    for module in (align, check, completions, evaluate, held_out, prompts, rewards, rollout, score, scratch, train, vocab)
 }
 
 
@@ -240,6 +242,21 @@ def evaluate_model(root: Path) -> pa.Table:
     return read_table(evaluate.evaluate_model.fn(given, 1, "student", kept("prompts-eval"), model=student, teachers=teachers))
 
 
+def compare_cached(root: Path) -> pa.Table:
+    """The student on a cache of the kept rollouts, whoever wrote them."""
+    rows, scores = read_table(kept("rollouts")), read_table(kept("scores-bytes"))
+    columns = {name: (rows if name in rows.column_names else scores)[name] for name in CACHED_TEXTS.names}
+    columns |= {name: scores[name] for name in ("token_ids", "logprobs")}
+    asked = read_table(kept("prompts-train"))
+    with writing_cache(str(root / "cache")) as writer:
+        writer.add_texts(pa.table(columns).filter(pc.equal(scores["status"], "ok")))
+        writer.finish(asked.drop_columns(["split"]), read_table(kept("vocab-teacher")), {"teacher": {"digest": ""}}, "")
+    more = {"rollout": {"on_policy": 0.0}, "teacher": {"cache": str(root / "cache"), "model": None}, "score": {"k": 64}}
+    given = recipe(root, "bytes", "bytes", **more)
+    refs = {"student": reference_to(given, "student"), "teacher": refer_to_cache(str(root / "cache"))}
+    return read_table(held_out.compare_cached.fn(given, 1, kept("prompts-train"), **refs))
+
+
 def read_shard(artifact: Artifact | None) -> pa.Table:
     assert artifact is not None
     return read_table(artifact)
@@ -268,6 +285,7 @@ def cases() -> Iterator[Case]:
     for objective in OBJECTIVES:
         yield Case(f"train-{objective}", "tasks/train.py CODE", train_round(objective))
     yield Case("evals", "tasks/evaluate.py CODE", evaluate_model)
+    yield Case("evals-cached", "tasks/held_out.py CODE", compare_cached)
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_every_field_is_described(place: str) -> None:
 
 def test_places() -> None:
     assert {"train.batch_size", "student.lora.targets", "prompts.paths.weight", "objective.merge"} <= set(list_places())
-    assert list(tables_at(["prompts"])) == ["reasoning-gym", "file", "hub"]
+    assert list(tables_at(["prompts"])) == ["reasoning-gym", "file", "hub", "cache"]
     assert list(tables_at(["prompts", "file", "paths", "0"])) == [""]
     assert list(tables_at(["prompts", "columns"])) == ["file", "hub"]
     assert tables_at(["train", "batch_size"]) == tables_at(["nothing", "here"]) == {}
