@@ -22,7 +22,7 @@ PATHS = {"model", "recipe", "chat_template", "path", "cache", "dataset"}  # keys
 FREE = {"root", "gates", "keep", "compute", "track"}  # no part of what a run is, either
 
 # Fields that came later: no part of a key while they have their default, so that runs from before go on.
-LATER = {"train.dropout", "train.param_dtype", "prompts.unusable"}
+LATER = {"train.dropout", "train.param_dtype", "prompts.unusable", "prompts.turns"}
 
 # Fields that the key of one later stage holds: what they choose from is the same whatever they say.
 OF_A_LATER_STAGE = {"rollout.keep"}

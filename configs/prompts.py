@@ -36,6 +36,10 @@ class TablePrompts(PromptSource):
 
     convention: str | None = Field(None, min_length=1, description="left out: recognised from the columns")
     columns: Columns = Columns()
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description="which answers of a conversation are learnt from: the last one, or each of the assistant's, a row a turn",
+    )
     unusable: Literal["refuse", "leave_out"] = Field(
         "refuse",
         description="rows that cannot be read, or that a side cannot read whole or has no room for: refuse ends the command, "

@@ -18,8 +18,11 @@ VOCAB = pa.schema(
 )
 
 
-def prompts_schema(of_messages: tuple[str, ...] = (), tools: bool = False) -> pa.Schema:
-    """Of `prompts`: with the fields of messages, and the tools, that a source has beside role and content."""
+TURNS = {"trajectory_id": pa.string(), "turn": pa.int32()}  # only where conversations are read turn by turn
+
+
+def prompts_schema(of_messages: tuple[str, ...] = (), tools: bool = False, turns: bool = False) -> pa.Schema:
+    """Of `prompts`: with the fields of messages, and the tools, that a source has beside role and content; with `turns`."""
     message = pa.struct({name: pa.string() for name in ("role", "content", *of_messages)})  # tool_calls as JSON
     columns = {
         "prompt_id": pa.string(),
@@ -28,7 +31,7 @@ def prompts_schema(of_messages: tuple[str, ...] = (), tools: bool = False) -> pa
         "metadata": pa.string(),  # JSON
         "split": pa.string(),  # train, eval
     }
-    return pa.schema(columns | ({"tools": pa.string()} if tools else {}))  # tools as JSON
+    return pa.schema(columns | ({"tools": pa.string()} if tools else {}) | (TURNS if turns else {}))  # tools as JSON
 
 
 PROMPTS = prompts_schema()
@@ -59,6 +62,7 @@ ROLLOUTS = pa.schema(
     {
         "rollout_id": pa.string(),
         "prompt_id": pa.string(),
+        **TURNS,
         "round": pa.int32(),
         "sample": pa.int32(),
         "source": pa.string(),  # student, teacher, reference

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from configs.load import select_content
 from configs.rollout import Rollout
 from storage.artifacts import read_table
-from storage.schemas import ROLLOUTS
+from storage.schemas import ROLLOUTS, TURNS
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import get_engine
 from tasks.engines.names import engine_name
@@ -104,6 +104,7 @@ def make_rollouts(
             for i, scored in zip(on_policy, scores, strict=True):
                 filled[i]["model_logprobs"] = scored.logprobs
     spelled = _spell_references(rows, chosen, text_side)
+    turns = chosen.select([name for name in TURNS if name in prompts.column_names]).to_pylist() or [{}] * len(rows)
     by_teacher = {completion["rollout_id"]: completion for completion in completions}
     for i, row in enumerate(rows):
         if row.source == "reference":
@@ -121,6 +122,7 @@ def make_rollouts(
             {
                 "rollout_id": row.rollout_id,
                 "prompt_id": prompt_id,
+                **turns[i],
                 "round": number,
                 "sample": row.sample,
                 "source": row.source,
@@ -134,7 +136,8 @@ def make_rollouts(
         ],
         ROLLOUTS,
     )
-    return table.drop_columns(["model_logprobs"]) if sampling.plain else table
+    unused = ["model_logprobs"] * sampling.plain + [name for name in TURNS if name not in prompts.column_names]
+    return table.drop_columns(unused)
 
 
 def _spell_references(rows: list[Row], prompts: pa.Table, text_side: Side) -> list[list[int] | None]:

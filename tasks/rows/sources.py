@@ -21,6 +21,7 @@ from tasks.rows.hub import digest_hub_dataset, load_hub_dataset
 from tasks.rows.messages import Refused, check_length, check_prompt, load_messages, read_reasoning, read_reference
 from tasks.rows.split import UNREAD, Judge, Refusal, RefusedRow, SourceRow, Split, accept_all, split_stream, split_table
 from tasks.rows.teachers import check_teachers
+from tasks.rows.trajectories import list_turns
 from tasks.running.progress import logger
 from tasks.running.seeds import derive_seed
 
@@ -223,26 +224,28 @@ def _table_rows(
         return
     convention = _recognise(config, field, rows, source)
     consumed = {*convention.needs, *convention.may}
+    title = convention.title + ", turn by turn" * (config.turns == "all")
     refused: list[str] = []
     for place, row in rows:
         try:
             reading = _read(config, convention, row)
             if convention.needs:
                 check_prompt(reading.messages, convention.needs[0])
-            messages = _fill_template(config.template, row, reading.messages)
-            check_length(messages, reading.reference)
+            turns = list_turns(reading, config.turns)
+            asked = [_fill_template(config.template, row, turn.messages) for turn, _ in turns]
+            check_length(asked[-1], reading.reference)  # the longest
             reasoning = read_reasoning(row, consumed)
         except Refused as error:
             refused.append(f"{place}: {error}")
             if config.unusable == "leave_out":
-                yield RefusedRow(source, convention.title, Refusal(UNREAD, refused[-1]))
+                yield RefusedRow(source, title, Refusal(UNREAD, refused[-1]))
             continue
         kept = {key: value for key, value in row.items() if key not in consumed} | {**add}
-        if reading.reference is not None and reasoning:
-            kept["reasoning_content"] = reasoning
-        metadata = json.dumps(kept, default=str)
         tools = None if reading.tools is None else json.dumps(reading.tools)
-        yield SourceRow(source, convention.title, messages, reading.reference, metadata, tools, weight, place)
+        for messages, (turn, at) in zip(asked, turns, strict=True):
+            thought = {"reasoning_content": reasoning} if turn is reading and turn.reference is not None and reasoning else {}
+            metadata = json.dumps(kept | thought, default=str)
+            yield SourceRow(source, title, messages, turn.reference, metadata, tools, weight, place, at)
     if refused and config.unusable == "refuse":
         more = f"; and {len(refused) - 1:,} more of {len(rows):,} rows cannot be read" if len(refused) > 1 else ""
         raise BadInput(f"{field}: {refused[0]}{more}")

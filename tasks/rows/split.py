@@ -13,6 +13,7 @@ from storage.lineage import digest_json
 from storage.schemas import ACCOUNTS, prompts_schema
 from tasks.models.template import Message
 from tasks.rows.messages import MORE, Fields, Refused, store_messages
+from tasks.rows.trajectories import Trajectory
 
 TRAIN, EVAL, LEFT, TWICE, OTHER = "to train on", "held out", "left over", "duplicates", "duplicates with another reference"
 UNREAD, UNTAKEN, BARRED, LOST, CLOSED, TOO_LONG = (
@@ -37,6 +38,7 @@ class SourceRow:
     tools: str | None = None  # JSON
     weight: float | None = None  # of its source
     place: str = ""  # where it stands, for messages about it
+    trajectory: Trajectory | None = None  # where a row is one turn of a conversation
 
     @property
     def fields(self) -> Fields:
@@ -96,8 +98,9 @@ class Split:
     def tables(self) -> dict[str, pa.Table]:
         both = {"train": self.train, "eval": self.eval}
         fields = {key for rows in both.values() for row in rows for message in row.messages for key in message}
-        tools = any(row.tools is not None for rows in both.values() for row in rows)
-        schema = prompts_schema(tuple(name for name in MORE if name in fields), tools)
+        every = [row for rows in both.values() for row in rows]
+        tools, turns = any(row.tools is not None for row in every), any(row.trajectory is not None for row in every)
+        schema = prompts_schema(tuple(name for name in MORE if name in fields), tools, turns)
         return {split: pa.Table.from_pylist([record_of(row, split) for row in rows], schema) for split, rows in both.items()}
 
     def account(self) -> pa.Table:
@@ -133,8 +136,9 @@ def split_stream(rows: Iterable[SourceRow], train: int, held_out: int) -> Split:
 def split_table(rows: Iterable[SourceRow | RefusedRow], train: int | None, held_out: int, judge: Judge = accept_all) -> Split:
     """Of a table: the hash of a prompt gives its place in an order, the numbers cut it; what `judge` refuses has no place.
 
-    The first are held out and the last trained on, so that a prompt which later rows push out of the held-out ones is
-    left over before it is trained on. Where there are fewer than both numbers, they are shared in that proportion; with
+    The turns of a conversation have one place, so that what is held out is in no prompt that is trained on. The first are held
+    out and the last trained on, so that a prompt which later rows push out of the held-out ones is left over before it is
+    trained on. Where there are fewer than both numbers, they are shared in that proportion; with
     `train` left out at most half are held out.
     """
     split = Split()
@@ -150,8 +154,11 @@ def split_table(rows: Iterable[SourceRow | RefusedRow], train: int | None, held_
         if refusal := judge(row):
             split.refuse(row.source, row.read_as, refusal)
             del found[identity]
-    order = sorted(found)
+    places = {identity: row.trajectory.id if row.trajectory else identity for identity, row in found.items()}
+    order = sorted(found, key=lambda identity: (places[identity], identity))
     cut = min(held_out, max(1, len(order) * held_out // (held_out + (train or held_out))))
+    while 0 < cut < len(order) and places[order[cut]] == places[order[cut - 1]]:
+        cut += 1
     rest = [found[identity] for identity in reversed(order[cut:])]
     outcomes = dict.fromkeys(order, LEFT) | dict.fromkeys(order[:cut], EVAL)
     outcomes |= {row.prompt_id: TRAIN for row in _choose(rest, train)}
@@ -198,5 +205,7 @@ def _whole(split: Split, distinct: int) -> Split:
 
 def record_of(row: SourceRow, split: str) -> dict[str, Any]:
     """A row of the table `prompts`."""
-    given = {"reference": row.reference, "metadata": row.metadata, "tools": row.tools}
+    given: dict[str, Any] = {"reference": row.reference, "metadata": row.metadata, "tools": row.tools}
+    if row.trajectory is not None:
+        given |= {"trajectory_id": row.trajectory.id, "turn": row.trajectory.turn}
     return {"prompt_id": row.prompt_id, "messages": store_messages(row.messages), "split": split, **given}

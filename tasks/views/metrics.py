@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import polars as pl
 
 from tasks.views.inspect import collect_rows, open_run
+from tasks.views.kinds import ALL, list_kinds
 from tasks.views.rounds import summarise_rounds
 
 
@@ -23,10 +24,11 @@ def list_metrics(run: str, number: int) -> Iterator[tuple[int, dict[str, float]]
     if number:
         gates = collect_rows(run, "gates", selected)
         figures |= _name_figures("gates", dict(zip(gates["gate"], gates["value"], strict=True)) if len(gates) else {})
-    recipe = open_run(run).frozen_recipe()
-    for name in ("", *(teacher.name for teacher in (recipe.teachers if recipe else ()))):
-        for row in summarise_rounds(run, name).filter(selected).drop("round").iter_rows(named=True):
-            figures |= _name_figures("/".join(filter(None, (row.pop("model"), name))), row)
+    for kind in (ALL, *list_kinds(run, open_run(run).frozen_recipe())):
+        rows = summarise_rounds(run, kind)
+        for row in rows.filter(selected).drop("round").iter_rows(named=True) if len(rows) else ():
+            model = row.pop("model")
+            figures |= _name_figures(model if kind is ALL else f"{model}/{kind.name.replace(' ', '_')}", row)
     yield last, figures
 
 

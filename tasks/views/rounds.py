@@ -6,16 +6,17 @@ import polars as pl
 
 from configs.schema import Recipe
 from storage.read import scan
-from storage.schemas import LEFT_OUT, TEACHER
+from storage.schemas import LEFT_OUT
 from tasks.views.estimates import Estimate, estimate_accuracy
 from tasks.views.inspect import open_run
+from tasks.views.kinds import ALL, Kind, list_kinds
 
 
-def summarise_rounds(run: str, teacher_name: str = "") -> pl.DataFrame:
+def summarise_rounds(run: str, kind: Kind = ALL) -> pl.DataFrame:
     """The teacher, the student before training, and the student after each round, with 95% intervals.
 
-    Of several teachers each answers the prompts of its own rows, and together they are the teacher; with a `teacher_name`, all
-    figures are those of its rows.
+    Of several teachers each answers the prompts of its own rows, and together they are the teacher. The figures are those of a
+    `kind` of rows.
 
     `recovered` is the share of the teacher's lead in sampled accuracy that the student has gained since round 0.
     `divergence` estimates KL(student ‖ teacher) from the student's samples, in nats per byte. `tokens` is the mean length of
@@ -23,12 +24,10 @@ def summarise_rounds(run: str, teacher_name: str = "") -> pl.DataFrame:
     completion bytes that a term of the loss covers.
     """
     try:
-        evals = scan(run, "evals").collect()
+        evals = kind.select(run, scan(run, "evals")).collect()
     except (pl.exceptions.ComputeError, FileNotFoundError):
         return pl.DataFrame()  # a run that has only begun
-    if teacher_name:
-        evals = evals.filter(teacher_name=teacher_name)
-    supervised = dict(sum_bytes(run, teacher_name).select("round", "supervised").iter_rows())
+    supervised = dict(sum_bytes(run, kind).select("round", "supervised").iter_rows())
     recipe = open_run(run).frozen_recipe()
     estimates: dict[tuple[str, int, str], Estimate] = {}
     rows = []
@@ -51,12 +50,12 @@ def summarise_rounds(run: str, teacher_name: str = "") -> pl.DataFrame:
     before, teacher = estimates.get(("student", 0, decoding)), estimates.get(("teacher", 0, decoding))
     for row in rows:
         key = (row["model"], row["round"])
-        for kind in ("greedy", "sampled"):
-            estimate = estimates.get((*key, kind))
+        for way in ("greedy", "sampled"):
+            estimate = estimates.get((*key, way))
             row |= {
-                kind: estimate and estimate.value,
-                f"{kind}_low": estimate and estimate.low,
-                f"{kind}_high": estimate and estimate.high,
+                way: estimate and estimate.value,
+                f"{way}_low": estimate and estimate.low,
+                f"{way}_high": estimate and estimate.high,
             }
         row["supervised"] = supervised.get(row["round"]) if row["model"] == "student" else None
         row["recovered"] = None
@@ -87,17 +86,14 @@ def _cached_divergence(evals: pl.DataFrame) -> float | None:
     return float((compared["divergence"] * compared["bytes"]).sum()) / size if size else None
 
 
-def sum_bytes(run: str, teacher_name: str = "") -> pl.DataFrame:
-    """One row per round: shares of the bytes of completions that went on: supervised, unmatched, dropped, in the tail.
-
-    With a `teacher_name`, of the rows that this teacher grades.
-    """
+def sum_bytes(run: str, kind: Kind = ALL) -> pl.DataFrame:
+    """One row per round: shares of the bytes of completions that went on: supervised, unmatched, dropped, in the tail."""
     names = ["supervised", "unmatched", "dropped", "tail"]
     sums = [pl.col(f"{name}_bytes").cast(pl.Int64).sum().alias(name) for name in names]
     try:
         table = (
-            scan(run, "aligned")
-            .filter(pl.col("status") != LEFT_OUT, pl.col(TEACHER) == teacher_name if teacher_name else True)
+            kind.select(run, scan(run, "aligned"))
+            .filter(pl.col("status") != LEFT_OUT)
             .group_by("round")
             .agg(sums)
             .sort("round")
@@ -121,11 +117,12 @@ def find_best(table: pl.DataFrame, figure: str) -> int | None:
 
 
 def tabulate_rounds(run: str) -> list[dict[str, Any]]:
-    """The figures of a run for people: of all rows, and behind them of each teacher's where there are several."""
-    recipe, rows = open_run(run).frozen_recipe(), format_rounds(summarise_rounds(run))
-    if recipe is None or not recipe.teachers or not rows:
+    """The figures of a run for people: of all rows, and behind them of each kind of rows, where there are several."""
+    rows = format_rounds(summarise_rounds(run))
+    kinds = list_kinds(run, open_run(run).frozen_recipe())
+    if not kinds or not rows:
         return rows
-    tables = {"all": rows} | {t.name: format_rounds(summarise_rounds(run, t.name)) for t in recipe.teachers}
+    tables = {ALL.name: rows} | {kind.name: format_rounds(summarise_rounds(run, kind)) for kind in kinds}
     return [{"rows of": name, **row} for name, table in tables.items() for row in table]
 
 

@@ -24,6 +24,7 @@ from tasks.preflight import examine
 from tasks.rows.scorers import make_grader
 from tasks.views.card import render_card
 from tasks.views.inspect import show_round
+from tasks.views.kinds import Kind
 from tasks.views.metrics import list_metrics
 from tasks.views.report import render_report
 from tasks.views.rollout import show_rollout
@@ -148,7 +149,7 @@ def test_figures_are_by_teacher(two):
     evals = scan(str(two), "evals").filter(model="student", decoding="sampled").collect()
     for name, number in product(("long", "rest"), (0, 2)):
         own = evals.filter(pl.col("round") == number, teacher_name=name)
-        (row,) = summarise_rounds(str(two), name).filter(model="student", round=number).to_dicts()
+        (row,) = summarise_rounds(str(two), Kind(name, teacher=name)).filter(model="student", round=number).to_dicts()
         assert row["sampled"] == pytest.approx(own["correct"].mean())
         kept = own.drop_nulls("teacher_logprob")
         gap, size = (kept["logprob"] - kept["teacher_logprob"]).sum(), kept["bytes"].sum()
@@ -163,7 +164,10 @@ def test_figures_are_by_teacher(two):
     (dropped,) = gates.filter(gate="rest: dropped")["value"]
     assert dropped == pytest.approx((aligned["status"] != "ok").mean())
     ((_, figures),) = [found for found in list_metrics(str(two), 2) if "student/long/sampled" in found[1]]
-    assert figures["student/long/sampled"] == summarise_rounds(str(two), "long").filter(model="student", round=2)["sampled"][0]
+    assert (
+        figures["student/long/sampled"]
+        == summarise_rounds(str(two), Kind("long", teacher="long")).filter(model="student", round=2)["sampled"][0]
+    )
 
 
 def test_one_of_the_teachers_may_be_the_student_itself(two):
