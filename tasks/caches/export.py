@@ -88,6 +88,8 @@ def export_cache(address: str, out: str, *, error: float, top_p: float) -> dict[
 
 
 def _check_recipe(run: Run, recipe: Recipe) -> None:
+    if recipe.teachers:
+        raise BadInput(f"{run.path}: a cache is one teacher's, and this run has several; export a run with one [teacher]")
     if recipe.teacher is None or not recipe.objective.needs_teacher:
         raise BadInput(f"{run.path}: no teacher scored its texts; export a run with a [teacher] and score.signal = 'bytes'")
     if recipe.teacher.cache is not None:

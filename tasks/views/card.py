@@ -198,5 +198,5 @@ def _list_notes(recipe: Recipe) -> Iterator[str]:
             yield f"{role}: {source_of.about}, licence {quote(str(licence))} by its model card."
         else:
             yield f"{role}: {source_of.about}; no licence of it is known here: look at where it came from."
-    if recipe.teacher is not None and (recipe.teacher.cache or recipe.teacher.model not in (None, STUDENT)):
+    if any(teacher.cache or teacher.model not in (None, STUDENT) for teacher in teachers.values()):
         yield "A teacher's licence may reach a model that was trained on its judgement: read it before you hand this one on."

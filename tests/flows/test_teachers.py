@@ -53,7 +53,8 @@ def teachers(recipe, models) -> Callable[..., Path]:
         path = recipe(teacher=None, **changes)
         data = tomllib.loads(path.read_text())
         data.pop("teacher", None)
-        data["teachers"] = [{"model": str(models["teacher"]), **teacher} for teacher in several]
+        several = tuple({"model": str(models["teacher"]), **teacher} for teacher in several)
+        data["teachers"] = [{key: value for key, value in teacher.items() if value is not None} for teacher in several]
         path.write_text(tomli_w.dumps(data))
         return path
 
@@ -338,3 +339,10 @@ def test_a_mix_of_tasks(teachers, tmp_path):
     assert set(graded.select("kind", "teacher_name").iter_rows()) == {("spell_backward", "words"), ("chain_sum", "sums")}
     right = asked.filter(split="eval").to_dicts()[0]
     assert make_grader("task")([right["reference"]], right) == 1
+
+
+def test_what_takes_one_teacher_alone(two, teachers, potstill, tmp_path):
+    refused(potstill("cache", "export", two, tmp_path / "out"), "a cache is one teacher's, and this run has several")
+    cached = {"name": "a", "model": None, "cache": str(tmp_path)}
+    path = teachers(cached)
+    refused(potstill("run", path), "teachers.a.cache: a cache teaches alone; give it as teacher.cache")
