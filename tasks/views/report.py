@@ -16,7 +16,7 @@ from tasks.gates.gate import limit_figure
 from tasks.tokens.align import Kind
 from tasks.views.charts import draw_charts
 from tasks.views.escapes import LONGEST, escape_controls, shorten
-from tasks.views.inspect import collect_rows, show_prompts
+from tasks.views.inspect import collect_rows, count_kept, show_prompts
 from tasks.views.readers import Readers
 from tasks.views.rounds import summarise_rounds, tabulate_rounds
 
@@ -62,6 +62,7 @@ def render_report(run: Run) -> str:
         vega=_bundle_vega(),
         prompts=show_prompts(run.address),
         gates=_list_gates(run.address, done, recipe.gates),
+        kept=count_kept(run.address, done),
         answers=collect_answers(run.address, done),
         rollouts=rollouts,
         missing=readers.missing,

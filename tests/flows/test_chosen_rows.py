@@ -1,5 +1,7 @@
 """Rows chosen by reward, in a run: what is left out is not scored and not trained on, and everything says so."""
 
+import re
+
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -8,6 +10,7 @@ from storage.read import scan
 from storage.schemas import REWARDS
 from storage.store import Run
 from tasks.views.inspect import show_round
+from tasks.views.report import render_report
 
 
 def test_rows_are_chosen_by_their_score(recipe, tmp_path):
@@ -39,6 +42,7 @@ def test_rows_are_chosen_by_their_score(recipe, tmp_path):
     assert scan(str(root / "some"), "steps").collect()["rows"].sum() == len(trained)
     shown = show_round(str(root / "some"), 1)["Samples that went on to training (rollout.keep)"]
     assert [(row["samples"], row["count"]) for row in shown] == [("went on", len(kept)), ("left out", len(gone))]
+    assert re.search(rf"<td>left out</td><td>{len(gone)}</td>", render_report(run))
 
     before = {slot: manifest["digest"] for slot, manifest in manifests.items()}
     distill(str(recipe(name="some", rollout__keep=1, **changes)), rounds=1)
