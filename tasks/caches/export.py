@@ -96,8 +96,8 @@ def _check_recipe(run: Run, recipe: Recipe) -> None:
         raise BadInput(f"{run.path}: its teacher is a cache already, {recipe.teacher.cache}; copy that")
     if recipe.score.signal != "bytes":
         raise BadInput(
-            f"{run.path}: score.signal = '{recipe.score.signal}' fits students of the teacher's tokenizer alone; export a run "
-            "with score.signal = 'bytes'"
+            f"{run.path}: score.signal = '{recipe.score.signal}', and a cache holds next-byte laws, which fit every student; "
+            "export a run with score.signal = 'bytes'"
         )
 
 

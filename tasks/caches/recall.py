@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.errors import BadInput
-from configs.prompts import CachePrompts
 from configs.schema import Recipe
 from storage.caches import Cache, open_cache
 from storage.schemas import CACHED_TEXTS, COMPLETIONS, SCORES
@@ -68,8 +67,6 @@ def recall_scores(completions: pa.Table, teacher: ModelRef) -> pa.Table:
 
 def check_cached_prompts(recipe: Recipe, teacher: ModelRef) -> None:
     """Raise BadInput where a prompt that a recipe trains on has no text in its cache."""
-    if isinstance(recipe.prompts, CachePrompts) and open_cache(recipe.prompts.dataset).digest == teacher.digest:
-        return
     cache = open_cache(teacher.path)
     known = cache.prompt_ids()
     asked = split_prompts(recipe.prompts, recipe.seed)["train"]["prompt_id"].to_pylist()

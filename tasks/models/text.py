@@ -201,8 +201,9 @@ class CachedSide(Side):
         return str(self.cache.told["files"][VOCAB_FILE])
 
     def check(self) -> None:
-        if not self.stop_ids:
-            raise BadInput(f"{self.ref.path}: its vocabulary has no stop; export the cache anew")
+        """Refuse a table that is no vocabulary."""
+        if not self.stop_ids or self.cache.vocab()["token_id"].to_pylist() != list(range(len(self.beta.values))):
+            raise BadInput(f"{self.ref.path}: its vocabulary has no stop, or ids that are not in order; export the cache anew")
 
 
 @lru_cache(maxsize=8)
