@@ -171,8 +171,8 @@ def test_preflight_of_a_student_that_teaches_itself(recipe):
 
 REFUSED = [
     ({"lora": {}}, ["teacher.lora: a teacher is not trained"]),
-    ({"scratch": SCRATCH}, ["teacher: give exactly one of model, recipe, scratch; found model, scratch"]),
-    ({"recipe": "maker.toml"}, ["teacher: give exactly one of model, recipe, scratch; found model, recipe"]),
+    ({"scratch": SCRATCH}, ["teacher: give exactly one of model, recipe, scratch, cache; found model, scratch"]),
+    ({"recipe": "maker.toml"}, ["teacher: give exactly one of model, recipe, scratch, cache; found model, recipe"]),
     ({"engine": "server", "urls": ["http://a:1"]}, ["teacher.engine = 'server'", "'transformers' or 'vllm'"]),
     ({"weights": "end"}, ["teacher.weights", "'start' or 'round'", "found 'end'"]),
     ({"model": "./student", "weights": "round"}, ["teacher.weights is for teacher.model = 'student'", "'./student'"]),
