@@ -23,7 +23,7 @@ from configs.load import dump_recipe, load_recipe
 from flows.distill import distill
 from storage.lineage import digest_file, digest_folder
 from storage.read import scan
-from storage.schemas import COMPLETIONS, REWARDS, SCHEMAS
+from storage.schemas import COMPLETIONS, REWARDS, SCHEMAS, TURNS
 from storage.store import Run
 from tasks.training.student import Student
 
@@ -86,7 +86,8 @@ def test_every_table_has_its_schema(tiny):
             continue
         found = sorted(tiny.glob(f"**/{name}/*.parquet"))
         assert found, name
-        rare = ("model_logprobs", "teacher_name")  # of samples at another temperature than 1, of several teachers
+        # Of samples at another temperature than 1, of several teachers, of conversations that are read turn by turn.
+        rare = ("model_logprobs", "teacher_name", *TURNS)
         kept = [field for field in schema if field.name not in rare]
         assert all(pq.read_schema(path).equals(pa.schema(kept)) for path in found), name
 

@@ -10,7 +10,7 @@ import pytest
 
 from configs.models import Scratch
 from configs.rollout import Rollout
-from storage.schemas import PROMPTS, ROLLOUTS
+from storage.schemas import PROMPTS, ROLLOUTS, TURNS
 from tasks.completions import make_completions
 from tasks.engines.base import Completion, Sampling
 from tasks.engines.choose import get_engine
@@ -159,7 +159,7 @@ def ids_of(text_side: Side, text: str) -> list[int]:
 def test_references_get_the_students_ids_and_its_stop(student, prompts):
     rollout = Rollout(max_new_tokens=24)
     table = make_rollouts(rows_from("reference"), prompts, rollout, 1, student, [])
-    assert table.schema.names == [name for name in ROLLOUTS.names if name != "model_logprobs"]
+    assert table.schema.names == [name for name in ROLLOUTS.names if name not in ("model_logprobs", *TURNS)]
     text_side = side(student)
     stop = text_side.tokenizer.convert_tokens_to_ids("<end>")
     for row, reference in zip(table.to_pylist()[:4], REFERENCES[:4], strict=True):
