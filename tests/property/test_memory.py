@@ -164,9 +164,11 @@ import tasks.training.trainer
 from configs.errors import Stopped
 from tasks.engines.transformers import TransformersEngine
 from tasks.models.reference import ModelRef
+from tasks.models.text import side
 from tasks.training.student import load_for_training
 
 small, large = (ModelRef(path, path) for path in sys.argv[1:])
+side(large).check()  # a tokenizer has no share in it
 TransformersEngine(small).close()
 load_for_training(small, False)
 for work in (TransformersEngine, lambda ref: load_for_training(ref, False)):
