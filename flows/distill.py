@@ -36,7 +36,7 @@ from tasks.prompts import make_prompts
 from tasks.rewards import reward_rows
 from tasks.rollout import roll_out
 from tasks.rows.plan import count_shards, teacher_writes
-from tasks.rows.round import Pair, Round, Shard, Teachers, Trained, sides_of
+from tasks.rows.round import Pair, Round, Shard, Teachers, Trained, sides_of, teachers_of
 from tasks.running.progress import logger
 from tasks.score import keep_head, score_shard
 from tasks.scratch import make_scratch
@@ -213,11 +213,6 @@ def make_models(recipe: Recipe) -> tuple[ModelRef | None, dict[str, ModelRef]]:
     student = None if recipe.student.scratch else make_model(recipe, recipe.student)
     own = {name: ref for name, view in views.items() if student and (ref := teacher_of(view, student)) is not None}
     return student, {name: (teachers | own)[name] for name in views if name in teachers | own}
-
-
-def teachers_of(pairs: Sequence[Pair]) -> dict[str, ModelRef]:
-    """The teachers of pairs by name."""
-    return {pair.name: pair.teacher for pair in pairs if pair.teacher is not None}
 
 
 def teacher_of(recipe: Recipe, student: ModelRef) -> ModelRef | None:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from configs.errors import BadInput
 from configs.schema import Recipe
 from storage.caches import Cache, open_cache
-from storage.schemas import CACHED_TEXTS, COMPLETIONS, SCORES
+from storage.schemas import CACHED_TEXTS, COMPLETIONS, SCORES, without_teacher
 from tasks.models.reference import CACHE, ModelRef
 from tasks.models.text import side
 from tasks.rows.plan import Row
@@ -61,8 +61,9 @@ def recall_scores(completions: pa.Table, teacher: ModelRef) -> pa.Table:
     columns = {name: found[name] for name in LAWS}
     same = {"teacher": cache.told["teacher"]["digest"], "status": "ok"}
     columns |= {"rollout_id": completions["rollout_id"], **{name: pa.array([text] * len(found)) for name, text in same.items()}}
-    others = {field.name: pa.nulls(len(found), field.type) for field in SCORES if field.name not in columns}
-    return pa.table(columns | others).select(SCORES.names).cast(SCORES)
+    schema = without_teacher(SCORES)
+    others = {field.name: pa.nulls(len(found), field.type) for field in schema if field.name not in columns}
+    return pa.table(columns | others).select(schema.names).cast(schema)
 
 
 def check_cached_prompts(recipe: Recipe, teacher: ModelRef) -> None:

@@ -1,6 +1,6 @@
 """What passes between the stages of a round: small references, never a table or a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -58,6 +58,11 @@ class SplitPrompts:
     eval: Artifact
 
 
+def teachers_of(pairs: Sequence[Pair]) -> dict[str, ModelRef]:
+    """The teachers of pairs by name."""
+    return {pair.name: pair.teacher for pair in pairs if pair.teacher is not None}
+
+
 @dataclass(frozen=True)
 class Shard:
     """One shard of a round: its number, and what has been made of it so far. Each stage adds its own artifact."""
@@ -85,7 +90,7 @@ class Round:
     @property
     def teachers(self) -> dict[str, ModelRef]:
         """The teachers by name."""
-        return {pair.name: pair.teacher for pair in self.pairs if pair.teacher is not None}
+        return teachers_of(self.pairs)
 
     @property
     def pair(self) -> Pair:

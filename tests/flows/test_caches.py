@@ -84,6 +84,7 @@ def test_a_cache_teaches_as_its_teacher_did(source, role, taught, recipe, models
     students = [dict(Run(str(run.parent), run.name).manifests())["round=0001/student"]["digest"] for run in (before, after)]
     assert students[0] == students[1]
     scores = [table_of(run, "scores") for run in (before, after)]
+    assert scores[0].schema.equals(scores[1].schema)
     for name in ("rollout_id", "teacher", "token_ids", "logprobs", "law_counts", "rest", "status"):
         assert scores[0][name].equals(scores[1][name]), name
 
